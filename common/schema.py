@@ -1,0 +1,236 @@
+"""Every setting of a run: its type, its default, its range.
+
+Plain dataclasses, so that the trainer, the model and the tasks need neither Hydra nor pydantic to be used. `common/compose.py` fills them
+from `configs/` and the command line; a centre receives them resolved. A value out of range is refused when the object is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["federated", "central", "local"]
+Personal = Literal["batch_norm", "heads", "all"]
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What is kept of a scan. Everything here is part of the store's key: a changed value is recomputed."""
+
+    selection: Literal["kds", "kds_paper", "zquantile"] = "kds"
+    slices: int = 8  # S, kept of a CT; a radiograph is always one
+    size: int = 256  # H = W of the kept slices, pixels
+    crop: Literal["body", "lungs", "none"] = "body"
+    window: tuple[float, float] = (-1000.0, 300.0)  # HU shown as 0..255; a cohort's own window columns come first
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.slices <= 128, f"preprocess.slices is {self.slices}; it must be 1 to 128")
+        _require(16 <= self.size <= 1024, f"preprocess.size is {self.size}; it must be 16 to 1024 pixels")
+        _require(self.window[0] < self.window[1], f"preprocess.window is {self.window}; the first value must be the lower one")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to predict: a head, a loss, its metrics and its weight in the stage's loss."""
+
+    kind: Literal["binary", "multiclass"] = "binary"
+    label: str = ""  # the cohort's column; empty: the task's own name
+    classes: list[str] = field(default_factory=list)  # multiclass; empty for `source`: filled with the federation's sources
+    weight: float = 1.0
+    prior: Literal["none", "local", "global"] = "none"
+    adjust: Literal["log", "fedlc"] = "log"  # log: tau log pi (Menon et al. 2021); fedlc: -tau n^(-1/4) (Zhang et al. 2022)
+    tau: float = 1.0
+    dropout: float = 0.0
+    head: Literal["local", "anchored", "moments"] = "local"
+    grad_scale: float = 1.0  # of the gradient that flows from this head into the backbone; negative: gradient reversal
+    inference: bool = True  # false: the head is dropped when predicting
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, f"a task's weight is {self.weight}; it must be 0 or more")
+        _require(0 <= self.dropout < 1, f"a task's dropout is {self.dropout}; it must be in [0, 1)")
+        _require(-10 <= self.tau <= 10, f"a task's tau is {self.tau}; it must be in [-10, 10]")
+        _require(self.kind == "multiclass" or self.head != "moments", "head: moments needs kind: multiclass")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of each training slice on its own; `p_*` are probabilities, 0 switches one off."""
+
+    p_flip: float = 0.5  # left-right
+    p_affine: float = 0.5
+    shift: float = 0.2  # of the side
+    scale: float = 0.2
+    rotate: float = 30.0  # degrees
+    p_brightness: float = 0.5
+    brightness: float = 0.2
+    contrast: float = 0.2
+    p_value: float = 0.5
+    value: float = 20 / 255  # shift of the HSV value; hue and saturation do nothing to grey
+    p_holes: float = 0.2
+    holes: int = 8
+    hole: float = 0.125  # side of a hole as a share of the image's (32 of 256)
+
+    def __post_init__(self) -> None:
+        for name in ("p_flip", "p_affine", "p_brightness", "p_value", "p_holes", "shift", "scale", "brightness", "contrast", "hole"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """The centres' optimiser, made afresh each round so that a round depends on nothing but weights, data and seed."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    head_lr: float = 1.0  # the heads' learning rate, as a multiple of lr
+    weight_decay: float = 0.01
+    momentum: float = 0.9  # sgd only
+    schedule: Literal["constant", "cosine"] = "cosine"  # over all steps of the stage
+    clip: float = 0.0  # largest norm of a step's gradient; 0: no limit
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr <= 10, f"optimiser.lr is {self.lr}; it must be in (0, 10]")
+        _require(self.head_lr > 0, f"optimiser.head_lr is {self.head_lr}; it must be above 0")
+        _require(self.weight_decay >= 0, f"optimiser.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _require(self.clip >= 0, f"optimiser.clip is {self.clip}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks + initial weights + what is frozen, reset or kept personal + optimiser + number of rounds."""
+
+    tasks: list[str] = field(default_factory=list)  # empty: all of the recipe's
+    rounds: int = 8
+    epochs: float = 1.0  # passes over a centre's scans in a round ...
+    steps: int | None = None  # ... or a fixed number of optimiser steps at every centre
+    batch: int = 10  # scans
+    accumulate: int = 1  # a batch is computed in this many parts
+    drop_last: bool = False
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    augment: Augment = field(default_factory=Augment)
+    freeze: list[str] = field(default_factory=list)  # parameter-name patterns (fnmatch)
+    reset: list[str] = field(default_factory=list)  # made anew at the stage's start
+    personal: list[Personal] = field(default_factory=list)  # what a centre keeps as its own; [batch_norm] is FedBN, [all] no exchange
+    proximal: float = 0.0  # FedProx's mu
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.rounds <= 100_000, f"stage.rounds is {self.rounds}; it must be 1 or more")
+        _require(self.epochs > 0, f"stage.epochs is {self.epochs}; it must be above 0")
+        _require(self.steps is None or self.steps >= 1, f"stage.steps is {self.steps}; it must be 1 or more")
+        _require(self.batch >= 1, f"stage.batch is {self.batch}; it must be 1 or more")
+        _require(1 <= self.accumulate <= self.batch, f"stage.accumulate is {self.accumulate}; it must be 1 to stage.batch ({self.batch})")
+        _require(self.proximal >= 0, f"stage.proximal is {self.proximal}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm encoder by name, applied to every slice alone."""
+
+    name: str = "test_resnet"
+    weights: str = "random"  # random | timm (the coordinator fetches them) | a file of the coordinator's
+    pool: Literal["mean", "max"] = "mean"  # over the slices of a scan
+    norm: Literal["batch", "group"] = "batch"  # group: every BatchNorm2d replaced by GroupNorm
+    mean: float = 0.449  # of a grey image in [0, 1]: ImageNet's three channels averaged
+    std: float = 0.226
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.std > 0, f"backbone.std is {self.std}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How contributions become the next weights."""
+
+    method: Literal["fedavg", "fedadam", "fedyogi"] = "fedavg"
+    tau: float = 1.0  # w_c ~ n_c^(1 - tau): 0 is FedAvg, 1 weighs every centre alike
+    count: Literal["cells", "scans"] = "cells"  # cells: of (centre, class)
+    lr: float = 1.0  # the server's learning rate on the averaged update
+    beta1: float = 0.9  # fedadam, fedyogi
+    beta2: float = 0.99
+    eps: float = 1e-3
+    outlier: float = 10.0  # a contribution is left out when its norm exceeds this multiple of the others' median
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.tau <= 2, f"aggregation.tau is {self.tau}; it must be in [0, 2]")
+        _require(self.lr > 0, f"aggregation.lr is {self.lr}; it must be above 0")
+        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "aggregation.beta1 and beta2 must be in [0, 1)")
+        _require(self.eps > 0, f"aggregation.eps is {self.eps}; it must be above 0")
+        _require(self.outlier > 1, f"aggregation.outlier is {self.outlier}; it must be above 1")
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """The made-up hospitals: counts scaled from the first paper's true ones."""
+
+    scale: float = 0.1  # of 1222 training and 310 validation scans
+    seed: int = 7
+    slices: int = 24  # Z of a series
+    pixels: int = 128
+
+    def __post_init__(self) -> None:
+        _require(0 < self.scale <= 1, f"federation.phantom.scale is {self.scale}; it must be in (0, 1]")
+        _require(self.slices >= 10, f"federation.phantom.slices is {self.slices}; it must be 10 or more")
+        _require(self.pixels >= 64, f"federation.phantom.pixels is {self.pixels}; it must be 64 or more")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part, and when a round closes."""
+
+    name: str = "phantom"
+    centres: list[str] = field(default_factory=lambda: ["north", "east", "south", "west"])
+    mode: Mode = "federated"
+    root: str = ""  # simulation only: the folder with one subfolder a centre; a hospital names its own in site.yaml
+    quorum: float = 1.0  # share of the centres that must have contributed when the deadline passes
+    deadline: float = 3600.0  # seconds
+    retries: int = 2  # of a round below the quorum, before the run pauses
+    wait: float = 120.0  # seconds for the centres to appear
+    phantom: Phantom | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.centres), "federation.centres is empty; name the centres, e.g. federation.centres=[north,south]")
+        _require(len(set(self.centres)) == len(self.centres), f"federation.centres names a centre twice: {self.centres}")
+        _require(0 < self.quorum <= 1, f"federation.quorum is {self.quorum}; it must be in (0, 1]")
+        _require(self.deadline > 0, f"federation.deadline is {self.deadline}; it must be above 0 seconds")
+        _require(self.retries >= 0, f"federation.retries is {self.retries}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are scored and the best one is chosen (on validation only)."""
+
+    task: str = "covid"  # the task whose metric chooses
+    metric: Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy"] = "auc"
+    over: Literal["macro", "pooled", "worst"] = "macro"
+    threshold: float = 0.5
+    bins: int = 256  # of the score histograms that leave a centre
+    absent: Literal["zero", "skip"] = "skip"  # challenge score: F1 of a class that a source does not have
+    patience: int = 0  # rounds without a better validation value before a stage ends; 0: never
+
+    def __post_init__(self) -> None:
+        _require(0 < self.threshold < 1, f"evaluation.threshold is {self.threshold}; it must be in (0, 1)")
+        _require(8 <= self.bins <= 4096 and self.bins % 2 == 0, f"evaluation.bins is {self.bins}; it must be even, 8 to 4096")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, resolved: what the coordinator writes to `config.yaml` and sends to the centres."""
+
+    recipe: str = ""
+    seed: int = 1
+    tasks: dict[str, Task] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    backbone: Backbone = field(default_factory=Backbone)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    federation: Federation = field(default_factory=Federation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
