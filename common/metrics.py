@@ -1,0 +1,201 @@
+"""Performance from sums: everything the coordinator knows about how well a model does is additive over centres.
+
+For a binary task a centre sends a *histogram*, float64 [2, bins]: how many scans of each true class (row 0 negative, row 1 positive) got a
+score in each bin. For a multiclass task it sends the *confusion*, float64 [K, K], rows true, columns predicted. Both are counts, so the
+pooled one is the plain sum, and no scan's own score leaves its hospital. Bins are uniform in logit space over [-8, 8] (scores beyond fall
+into the outer bins); their number is even, so that probability 0.5 is an edge and the metrics at that threshold are exact. The AUC counts
+ties half: it differs from the one over raw scores by at most half the share of (positive, negative) pairs that share a bin.
+
+A metric that is not defined is None, never 0 and never 0.5, and `reasons` says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import ConsiliumError
+
+Array = NDArray[np.float64]
+Metrics = dict[str, float | None]
+
+LIMIT = 8.0  # logits; beyond it a probability is within 0.0004 of 0 or 1
+COUNTS = ("n", "positives")  # of a metrics dict: sizes, not performance; a mean or a worst of them says nothing
+LOWER_IS_BETTER = ("ece", "brier")
+
+
+def edges(bins: int) -> Array:
+    """The bins' edges, [bins + 1] logits. Raises ConsiliumError for an odd number of bins."""
+    if bins < 2 or bins % 2:
+        raise ConsiliumError(f"a score histogram cannot have {bins} bins: take an even number, so that probability 0.5 is an edge")
+    return np.linspace(-LIMIT, LIMIT, bins + 1)
+
+
+def histogram(logits: NDArray[Any], targets: NDArray[Any], bins: int = 256) -> Array:
+    """Counts of scans by (true class, score bin), [2, bins].
+
+    `logits` [N]; `targets` [N] in {0, 1}, or NaN where a scan has no label for the task: such scans are dropped. A score on an edge
+    counts as above it, like `probability >= threshold`. Raises ConsiliumError where a labelled scan's score is NaN.
+    """
+    inner = edges(bins)[1:-1]
+    scores, truth = np.asarray(logits, np.float64).ravel(), np.asarray(targets, np.float64).ravel()
+    labelled = ~np.isnan(truth)
+    scores, truth = scores[labelled], truth[labelled]
+    if lost := int(np.isnan(scores).sum()):
+        raise ConsiliumError(
+            f"the model's output is not a number for {lost} of {len(scores)} scans: training diverged, lower the learning rate"
+        )
+    where = np.searchsorted(inner, scores, side="right")
+    return np.stack([np.bincount(where[truth == label], minlength=bins) for label in (0, 1)]).astype(np.float64)
+
+
+def binary_metrics(hist: Array, threshold: float = 0.5) -> Metrics:
+    """All metrics of a binary task from its histogram [2, bins]; `threshold` is a probability, moved to the nearest bin edge.
+
+    `n` and `positives` are scans; `ece` is the expected calibration error over 10 equal groups of probability, `brier` the mean squared
+    error; both take a bin's middle for its scans' score. F1, sensitivity and precision are those of the positive class.
+    """
+    (tn, fn), (fp, tp) = _outcomes(hist, threshold)
+    negatives, positives = tn + fp, fn + tp
+    sensitivity, specificity = _ratio(tp, positives), _ratio(tn, negatives)
+    both = sensitivity is not None and specificity is not None
+    predicted, observed, n = calibration(hist)
+    probability = _probability(hist)
+    return {
+        "n": negatives + positives,
+        "positives": positives,
+        "auc": _auc(hist),
+        "f1": _f1(tp, fp, fn),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "precision": _ratio(tp, tp + fp),
+        "balanced_accuracy": (sensitivity + specificity) / 2 if both else None,  # type: ignore[operator]
+        "accuracy": _ratio(tp + tn, negatives + positives),
+        "ece": _ratio(float((n * np.abs(predicted - observed)).sum()), negatives + positives),
+        "brier": _ratio(float((hist[0] * probability**2 + hist[1] * (1 - probability) ** 2).sum()), negatives + positives),
+    }
+
+
+def reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
+    """Why a metric of `binary_metrics` is None: {metric: reason}; empty where all are defined."""
+    (tn, fn), (fp, tp) = _outcomes(hist, threshold)
+    if tn + fn + fp + tp == 0:
+        why = "no labelled scans"
+    elif fn + tp == 0:
+        why = f"one class only (no positive scan among {tn + fp:.0f})"
+    elif tn + fp == 0:
+        why = f"one class only (no negative scan among {fn + tp:.0f})"
+    else:
+        why = ""
+    undefined = [name for name, value in binary_metrics(hist, threshold).items() if value is None]
+    return {name: "no scan was called positive" if name == "precision" and tn + fn > 0 else why for name in undefined}
+
+
+def multiclass_metrics(confusion: Array) -> Metrics:
+    """Accuracy, balanced accuracy (mean recall) and F1 (mean over classes) from a confusion [K, K]; classes without scans are left out.
+
+    With one class only the latter two would be accuracy by another name: they are None.
+    """
+    true, predicted, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    present = true > 0
+    several = int(present.sum()) > 1
+    return {
+        "n": float(true.sum()),
+        "accuracy": _ratio(float(right.sum()), float(true.sum())),
+        "balanced_accuracy": float((right[present] / true[present]).mean()) if several else None,
+        "f1": float((2 * right[present] / (true + predicted)[present]).mean()) if several else None,
+    }
+
+
+def multiclass_reasons(confusion: Array) -> dict[str, str]:
+    """Why a metric of `multiclass_metrics` is None: {metric: reason}."""
+    n = confusion.sum()
+    why = f"one class only ({n:.0f} scans)" if n else "no labelled scans"
+    return {name: why for name, value in multiclass_metrics(confusion).items() if value is None}
+
+
+def summary(per_centre: Mapping[str, Mapping[str, float | None]], pooled: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
+    """Centres' metrics in four views, each by metric name; centres where a metric is undefined do not count for it.
+
+    `macro`: mean over centres; `pooled`: metrics of the summed histogram or confusion, as given; `worst`: {"value", "centre"}, the
+    largest for errors (ece, brier), else the smallest; `spread`: largest less smallest. None where no centre has the metric.
+    """
+    views: dict[str, dict[str, Any]] = {"macro": {}, "pooled": dict(pooled), "worst": {}, "spread": {}}
+    for name in (name for name in pooled if name not in COUNTS):
+        known = sorted((value, centre) for centre, values in per_centre.items() if (value := values.get(name)) is not None)
+        # fsum is exact: the same mean in whatever order the centres replied
+        views["macro"][name] = math.fsum(value for value, _ in known) / len(known) if known else None
+        value, centre = (max(known, key=lambda pair: pair[0]) if name in LOWER_IS_BETTER else known[0]) if known else (None, None)
+        views["worst"][name] = {"value": value, "centre": centre}
+        views["spread"][name] = known[-1][0] - known[0][0] if known else None
+    return views
+
+
+def challenge_score(hists: Iterable[Array], threshold: float = 0.5, absent: Literal["zero", "skip"] = "skip") -> float | None:
+    """Mean over sources of (F1 of positives + F1 of negatives) / 2: the multi-source challenge's score (arXiv 2604.03320).
+
+    `hists`: one histogram [2, bins] a source. A class that a source does not have counts as F1 = 0 (`zero`, the challenge's own rule,
+    which caps the score) or is left out of that source's mean (`skip`). A source without scans is left out; None when all are.
+    """
+    scores = []
+    for hist in hists:
+        (tn, fn), (fp, tp) = _outcomes(hist, threshold)
+        f1 = [value for value in (_f1(tp, fp, fn), _f1(tn, fn, fp)) if value is not None]
+        if f1:
+            scores.append(math.fsum(f1) / (len(f1) if absent == "skip" else 2))
+    return math.fsum(scores) / len(scores) if scores else None
+
+
+def roc(hist: Array) -> tuple[Array, Array]:
+    """The curve's (false positive rate, true positive rate), from (0, 0) to (1, 1); both empty with one class only."""
+    negatives, positives = hist.sum(1)
+    if negatives == 0 or positives == 0:
+        return np.zeros(0), np.zeros(0)
+    filled = hist[:, hist.sum(0) > 0]  # an empty bin adds no point
+    fpr, tpr = np.concatenate([np.zeros((2, 1)), np.cumsum(filled[:, ::-1], axis=1)], axis=1) / hist.sum(1, keepdims=True)
+    return fpr, tpr
+
+
+def calibration(hist: Array, groups: int = 10) -> tuple[Array, Array, Array]:
+    """(mean predicted probability, observed share of positives, scans) of each non-empty group of equal width in probability."""
+    probability = _probability(hist)
+    group = np.minimum((probability * groups).astype(int), groups - 1)
+    n = np.bincount(group, hist.sum(0), groups).astype(np.float64)
+    predicted, positives = np.bincount(group, hist.sum(0) * probability, groups), np.bincount(group, hist[1], groups)
+    kept = n > 0
+    return predicted[kept] / n[kept], positives[kept] / n[kept], n[kept]
+
+
+def _probability(hist: Array) -> Array:
+    """Of each bin's middle, [bins]."""
+    sides = edges(hist.shape[1])
+    return np.asarray(1 / (1 + np.exp(-(sides[:-1] + sides[1:]) / 2)))
+
+
+def _outcomes(hist: Array, threshold: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Scans as ((true negatives, false negatives), (false positives, true positives)): below the threshold, then at or above it."""
+    bins = hist.shape[1]
+    cut = round((math.log(threshold / (1 - threshold)) + LIMIT) / (2 * LIMIT) * bins)
+    cut = min(max(cut, 0), bins)
+    below, above = hist[:, :cut].sum(1), hist[:, cut:].sum(1)
+    return (float(below[0]), float(below[1])), (float(above[0]), float(above[1]))
+
+
+def _auc(hist: Array) -> float | None:
+    """P(score of a positive > score of a negative), ties half (Mann-Whitney)."""
+    negatives, positives = hist
+    below = np.cumsum(negatives) - negatives
+    return _ratio(float((positives * (below + negatives / 2)).sum()), float(negatives.sum() * positives.sum()))
+
+
+def _f1(tp: float, fp: float, fn: float) -> float | None:
+    """Undefined where the class has no scans, even though false alarms alone would make it 0: nothing was there to be found."""
+    return 2 * tp / (2 * tp + fp + fn) if tp + fn > 0 else None
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

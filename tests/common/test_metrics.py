@@ -1,0 +1,193 @@
+"""Metrics from histograms against scikit-learn on the raw scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+
+from common.errors import ConsiliumError
+from common.metrics import (
+    Array,
+    binary_metrics,
+    calibration,
+    challenge_score,
+    edges,
+    histogram,
+    multiclass_metrics,
+    multiclass_reasons,
+    reasons,
+    roc,
+    summary,
+)
+
+SCANS = st.lists(st.tuples(st.floats(-12, 12), st.sampled_from([0, 1])), min_size=1, max_size=60)
+
+
+def drawn(seed: int, n: int = 300, shift: float = 1.0) -> tuple[Array, Array]:
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, 2, n).astype(float)
+    return random.normal(0, 2, n) + shift * (2 * truth - 1), truth
+
+
+@given(SCANS, st.sampled_from([8, 64, 256]))
+def test_auc_is_within_the_pairs_tied_in_a_bin(scans: list[tuple[float, int]], bins: int) -> None:
+    scores, truth = np.array(scans).T
+    hist = histogram(scores, truth, bins)
+    auc = binary_metrics(hist)["auc"]
+    if truth.min() == truth.max():
+        assert auc is None
+        return
+    tied = (hist[0] * hist[1]).sum() / (hist[0].sum() * hist[1].sum())
+    assert auc is not None
+    assert abs(auc - reference.roc_auc_score(truth, scores)) <= tied / 2 + 1e-12
+    # of binned scores it is exact
+    binned = np.digitize(scores, edges(bins)[1:-1])
+    assert auc == pytest.approx(reference.roc_auc_score(truth, binned))
+
+
+@given(SCANS)
+def test_the_confusion_at_one_half_is_exact(scans: list[tuple[float, int]]) -> None:
+    scores, truth = np.array(scans).T
+    called = (scores >= 0).astype(int)
+    got = binary_metrics(histogram(scores, truth, 8))  # however coarse
+    assert got["n"] == len(scans)
+    assert got["positives"] == truth.sum()
+    assert got["accuracy"] == pytest.approx(reference.accuracy_score(truth, called))
+    one_class = truth.min() == truth.max()
+    assert (got["balanced_accuracy"] is None) == one_class
+    if not one_class:
+        assert got["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(truth, called))
+        assert got["f1"] == pytest.approx(reference.f1_score(truth, called))
+        assert got["sensitivity"] == pytest.approx(reference.recall_score(truth, called))
+        assert got["specificity"] == pytest.approx(reference.recall_score(truth, called, pos_label=0))
+        if called.any():
+            assert got["precision"] == pytest.approx(reference.precision_score(truth, called))
+        else:
+            assert got["precision"] is None
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.35, 0.5, 0.9])
+def test_other_thresholds_move_to_the_nearest_edge(threshold: float) -> None:
+    scores, truth = drawn(3)
+    hist = histogram(scores, truth, 4096)
+    called = scores >= np.log(threshold / (1 - threshold))
+    near = np.abs(scores - np.log(threshold / (1 - threshold))) < 16 / 4096  # at most these may be called otherwise
+    assert abs(binary_metrics(hist, threshold)["accuracy"] - (called == truth).mean()) <= near.mean()
+
+
+def test_brier_and_calibration_error_are_close_to_those_of_raw_scores() -> None:
+    scores, truth = drawn(5, n=2000)
+    probability = 1 / (1 + np.exp(-scores))
+    got = binary_metrics(histogram(scores, truth))
+    assert got["brier"] == pytest.approx(reference.brier_score_loss(truth, probability), abs=2e-3)
+    group = np.minimum((probability * 10).astype(int), 9)
+    ece = sum((group == g).mean() * abs(probability[group == g].mean() - truth[group == g].mean()) for g in range(10) if (group == g).any())
+    assert got["ece"] == pytest.approx(ece, abs=0.01)
+
+
+def test_calibration_of_a_calibrated_score_lies_on_the_diagonal() -> None:
+    random = np.random.default_rng(0)
+    probability = random.uniform(size=100_000)
+    truth = (random.uniform(size=probability.size) < probability).astype(float)
+    predicted, observed, n = calibration(histogram(np.log(probability / (1 - probability)), truth))
+    assert n.sum() == probability.size
+    assert len(n) == 10
+    np.testing.assert_allclose(predicted, observed, atol=0.02)
+
+
+def test_missing_labels_change_nothing_and_infinite_scores_are_clipped() -> None:
+    scores, truth = np.array([-np.inf, np.inf, 3.0, -9.0]), np.array([0.0, 1.0, np.nan, 0.0])
+    hist = histogram(scores, truth, 8)
+    np.testing.assert_array_equal(hist, [[2, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(histogram(scores[:0], truth[:0], 8), np.zeros((2, 8)))
+
+
+def test_a_score_that_is_not_a_number_is_one_sentence() -> None:
+    with pytest.raises(ConsiliumError, match="not a number for 1 of 2 scans"):
+        histogram(np.array([np.nan, 1.0, np.nan]), np.array([1.0, 0.0, np.nan]), 8)
+    with pytest.raises(ConsiliumError, match="7 bins"):
+        edges(7)
+
+
+def test_one_class_has_no_auc_and_says_why() -> None:
+    hist = histogram(np.array([-2.0, 1.0, -3.0]), np.zeros(3))
+    got, why = binary_metrics(hist), reasons(hist)
+    assert [got[name] for name in ("auc", "f1", "sensitivity", "balanced_accuracy")] == [None] * 4
+    assert got["specificity"] == pytest.approx(2 / 3)
+    assert got["precision"] == 0
+    assert why["auc"] == "one class only (no positive scan among 3)"
+    assert set(why) == {name for name, value in got.items() if value is None}
+    assert reasons(histogram(np.array([1.0]), np.ones(1)))["specificity"] == "one class only (no negative scan among 1)"
+    assert set(reasons(np.zeros((2, 8))).values()) == {"no labelled scans"}
+    assert reasons(histogram(np.array([-1.0, -2.0]), np.array([0.0, 1.0]))) == {"precision": "no scan was called positive"}
+    fpr, tpr = roc(hist)
+    assert fpr.size == tpr.size == 0
+
+
+def test_roc_encloses_the_auc() -> None:
+    hist = histogram(*drawn(1))
+    fpr, tpr = roc(hist)
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(tpr, fpr) == pytest.approx(binary_metrics(hist)["auc"])
+
+
+def test_multiclass_against_scikit_learn() -> None:
+    random = np.random.default_rng(2)
+    truth, called = random.integers(0, 4, 200), random.integers(0, 5, 200)  # class 4 is only ever predicted
+    confusion = reference.confusion_matrix(truth, called, labels=range(5)).astype(float)
+    got = multiclass_metrics(confusion)
+    assert got["accuracy"] == pytest.approx(reference.accuracy_score(truth, called))
+    assert got["balanced_accuracy"] == pytest.approx(np.mean(reference.recall_score(truth, called, labels=range(4), average=None)))
+    assert got["f1"] == pytest.approx(reference.f1_score(truth, called, labels=range(4), average="macro"))
+    assert multiclass_reasons(confusion) == {}
+
+
+def test_a_centre_with_one_class_of_several_has_accuracy_only() -> None:
+    confusion = np.zeros((3, 3))
+    confusion[1] = [2, 5, 0]
+    assert multiclass_metrics(confusion) == {"n": 7.0, "accuracy": 5 / 7, "balanced_accuracy": None, "f1": None}
+    assert multiclass_reasons(confusion) == dict.fromkeys(("balanced_accuracy", "f1"), "one class only (7 scans)")
+    assert set(multiclass_reasons(np.zeros((3, 3))).values()) == {"no labelled scans"}
+
+
+@given(st.permutations(range(5)))
+def test_permuting_centres_changes_nothing(order: list[int]) -> None:
+    hists = {f"centre{seed}": histogram(*drawn(seed, n=21, shift=0.3 * seed)) for seed in range(4)}
+    hists["centre4"] = histogram(np.array([-1.0, 2.0]), np.zeros(2))  # one class
+    permuted = {name: hists[name] for name in (f"centre{i}" for i in order)}
+    views = [
+        summary({name: binary_metrics(hist) for name, hist in h.items()}, binary_metrics(np.sum(list(h.values()), axis=0)))
+        for h in (hists, permuted)
+    ]
+    assert views[0] == views[1]
+    assert challenge_score(hists.values()) == challenge_score(permuted.values())
+
+
+def test_summary_leaves_undefined_centres_out() -> None:
+    per_centre: dict[str, dict[str, float | None]] = {
+        "a": {"n": 9, "auc": 0.9, "ece": 0.1},
+        "b": {"n": 5, "auc": None, "ece": 0.3},
+        "c": {"n": 7, "auc": 0.6, "ece": 0.2},
+    }
+    got = summary(per_centre, {"n": 21, "auc": 0.8, "ece": 0.15})
+    assert got["macro"] == {"auc": 0.75, "ece": pytest.approx(0.2)}
+    assert got["pooled"] == {"n": 21, "auc": 0.8, "ece": 0.15}
+    assert got["worst"] == {"auc": {"value": 0.6, "centre": "c"}, "ece": {"value": 0.3, "centre": "b"}}
+    assert got["spread"] == {"auc": pytest.approx(0.3), "ece": pytest.approx(0.2)}
+    empty = summary({"b": {"auc": None}}, {"auc": None})
+    assert (empty["macro"]["auc"], empty["worst"]["auc"], empty["spread"]["auc"]) == (None, {"value": None, "centre": None}, None)
+
+
+def test_challenge_score_against_scikit_learn() -> None:
+    raw = [drawn(seed, n=80) for seed in range(3)]
+    f1s = [(reference.f1_score(truth, scores >= 0), reference.f1_score(truth, scores >= 0, pos_label=0)) for scores, truth in raw]
+    hists = [histogram(*pair) for pair in raw]
+    assert challenge_score(hists) == pytest.approx(np.mean(f1s))
+    assert challenge_score(hists, absent="zero") == pytest.approx(np.mean(f1s))
+    perfect, without_covid = histogram(np.array([-1.0, 1.0]), np.array([0.0, 1.0])), histogram(np.array([-1.0]), np.zeros(1))
+    assert challenge_score([perfect, perfect, perfect, without_covid], absent="zero") == 0.875  # the paper's cap
+    assert challenge_score([perfect, without_covid], absent="skip") == 1.0
+    assert challenge_score([np.zeros((2, 8))]) is None
