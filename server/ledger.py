@@ -1,0 +1,249 @@
+"""The ledger: what happened in every run, written once and never changed.
+
+One database for all runs: SQLite by default, PostgreSQL by its address. Rows are only ever added; triggers in the database itself refuse
+UPDATE and DELETE, so that no later program, ours or another, edits history unseen. Hence nothing here is a state to be updated: a run's
+status is its last status event, and a round done again (below the quorum, or after a resume) is written as a higher *attempt*; reads show
+the last one unless asked for all. A round's rows are one transaction: a process killed in between leaves all of them or none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+
+from common.errors import ConsiliumError
+from server import tables
+
+STATUS = ("started", "resumed", "paused", "finished", "failed")  # the kinds of event that are a run's status
+Row = dict[str, Any]
+
+
+class Ledger:
+    """An open ledger. Every method raises ConsiliumError, one sentence, where the database cannot be used."""
+
+    def __init__(self, address: str) -> None:
+        """`address`: ``sqlite:///runs/ledger.db`` or ``postgresql://user@host/name``; the tables are made when absent."""
+        try:
+            url = sa.make_url(address)
+        except ArgumentError:
+            shown = address if "@" not in address else "***"  # it may hold a password
+            raise ConsiliumError(f"'{shown}' is no database address; write e.g. sqlite:///runs/ledger.db") from None
+        if url.drivername in ("postgres", "postgresql"):
+            url = url.set(drivername="postgresql+psycopg")
+        if url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ConsiliumError(f"the ledger cannot be kept in '{url.drivername}'; give a sqlite:/// or postgresql:// address")
+        self.address = url.render_as_string(hide_password=True)  # for messages
+        try:
+            if url.get_backend_name() == "sqlite" and url.database:
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+        except ModuleNotFoundError:
+            raise ConsiliumError("a PostgreSQL ledger needs psycopg: pip install 'consilium[postgresql]'") from None
+        except OSError as error:
+            raise ConsiliumError(f"the ledger's folder cannot be made for {self.address}: {error.strerror}") from None
+        if url.get_backend_name() == "sqlite":
+            sa.event.listen(self._engine, "connect", _sqlite_connect)
+            sa.event.listen(self._engine, "begin", _sqlite_begin)
+        with self._open() as database:
+            if url.get_backend_name() == "postgresql":  # two coordinators starting at once
+                database.execute(sa.text("SELECT pg_advisory_xact_lock(20260403320)"))
+            tables.schema.create_all(database)
+            inspector = sa.inspect(database)
+            for table in tables.schema.tables.values():
+                if lacking := {c.name for c in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}:
+                    columns = ", ".join(sorted(lacking))
+                    raise ConsiliumError(
+                        f"{self.address} was written by another version (its {table.name} lack {columns}); name a new ledger"
+                    )
+
+    # ---- writing
+
+    def start_run(self, run: str, *, recipe: str, mode: str, config: Mapping[str, Any], code: str) -> None:
+        """A new run and its event `started`."""
+        with self._open() as database:
+            if database.scalar(sa.select(tables.runs.c.id).where(tables.runs.c.id == run)):
+                raise ConsiliumError(f"the ledger already knows a run '{run}'; resume it, or give the new one another id")
+            row = {"id": run, "created": _now(), "recipe": recipe, "mode": mode, "config": dict(config), "code": code}
+            database.execute(tables.runs.insert(), row)
+            database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": "started", "detail": "", "centre": None})
+
+    def event(self, run: str, kind: str, detail: str = "", centre: str | None = None) -> None:
+        """Something that happened; the kinds of `STATUS` are the run's new status."""
+        with self._open() as database:
+            database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": kind, "detail": detail, "centre": centre})
+
+    def add_centre(self, run: str, centre: str, facts: Mapping[str, Any]) -> None:
+        """What a centre said of itself when it joined: counts, sources, versions, failed scans, device. JSON."""
+        with self._open() as database:
+            database.execute(tables.centres.insert(), {"run": run, "time": _now(), "centre": centre, "facts": dict(facts)})
+
+    def add_round(
+        self,
+        run: str,
+        stage: str,
+        round: int,
+        *,
+        started: datetime,
+        seconds: float,
+        closed_because: str,
+        contributions: Mapping[str, Mapping[str, Any]],
+        weights: Mapping[str, Mapping[str, float]],
+        scores: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> int:
+        """A round that closed, whole, and its attempt. To be called before its checkpoint is written: a round is never missing here.
+
+        `contributions`: {centre: {"accepted", "reason", "scans", "steps", "norm", "loss", "seconds", "bytes_up", "bytes_down"}}, other
+        keys are passed over; `weights`: {"backbone" or task: {centre: weight}}; `scores`: {task: as for `add_metrics`} on validation.
+        """
+        with self._open() as database:
+            attempt = _last(database, tables.rounds, run=run, stage=stage, round=round) + 1
+            at = {"run": run, "stage": stage, "round": round, "attempt": attempt}
+            database.execute(tables.rounds.insert(), {**at, "started": started, "seconds": seconds, "closed_because": closed_because})
+            kept = [c.name for c in tables.contributions.columns if c.name not in ("id", "centre", *at)]
+            replies = [{**at, "centre": name, **{key: _finite(said.get(key)) for key in kept}} for name, said in contributions.items()]
+            shares = [
+                {**at, "part": part, "centre": centre, "weight": weight, "effective": _effective(of)}
+                for part, of in weights.items()
+                for centre, weight in of.items()
+            ]
+            for table, rows in ((tables.contributions, replies), (tables.weights, shares)):
+                if rows:
+                    database.execute(table.insert(), rows)
+            if scores:
+                _insert_metrics(database, at, "val", scores)
+        return attempt
+
+    def add_metrics(self, run: str, stage: str, round: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
+        """Scores outside of a round (the test, at the end), of the weights after this round.
+
+        `scores`: {task: {"centres": {centre: {metric: value or None, "reasons": {metric: text}}}, "macro", "pooled": {metric: value},
+        "worst": {metric: {"value", "centre"}}, "spread": {metric: value}, "challenge_score": value}}; the last is a macro value.
+        """
+        with self._open() as database:
+            at = {"run": run, "stage": stage, "round": round}
+            at["attempt"] = _last(database, tables.metrics, **at, split=split) + 1
+            _insert_metrics(database, at, split, scores)
+
+    # ---- reading: rows as dicts in the order of writing
+
+    def runs(self) -> list[Row]:
+        """All runs with their `status` and when it was reached, `since`."""
+        last = sa.select(sa.func.max(tables.events.c.id)).where(tables.events.c.kind.in_(STATUS)).group_by(tables.events.c.run)
+        joined = tables.runs.join(tables.events, sa.and_(tables.events.c.run == tables.runs.c.id, tables.events.c.id.in_(last)))
+        return self._read(
+            sa.select(tables.runs, tables.events.c.kind.label("status"), tables.events.c.time.label("since"))
+            .select_from(joined)
+            .order_by(tables.events.c.id)
+        )
+
+    def status(self, run: str) -> str | None:
+        """The run's last status; None for an unknown run."""
+        of_run = sa.and_(tables.events.c.run == run, tables.events.c.kind.in_(STATUS))
+        rows = self._read(sa.select(tables.events.c.kind).where(of_run).order_by(tables.events.c.id.desc()).limit(1))
+        return str(rows[0]["kind"]) if rows else None
+
+    def events(self, run: str) -> list[Row]:
+        return self._read(_of(tables.events, run))
+
+    def centres(self, run: str) -> list[Row]:
+        return self._read(_of(tables.centres, run))
+
+    def rounds(self, run: str, *, all_attempts: bool = False) -> list[Row]:
+        return self._read(_of(tables.rounds, run) if all_attempts else _last_attempts(tables.rounds, run))
+
+    def contributions(self, run: str, *, all_attempts: bool = False) -> list[Row]:
+        return self._read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
+
+    def weights(self, run: str, *, all_attempts: bool = False) -> list[Row]:
+        return self._read(_of(tables.weights, run) if all_attempts else _last_attempts(tables.weights, run))
+
+    def metrics(self, run: str, *, all_attempts: bool = False) -> list[Row]:
+        return self._read(_of(tables.metrics, run) if all_attempts else _last_attempts(tables.metrics, run, "split"))
+
+    def _read(self, query: sa.Select[Any]) -> list[Row]:
+        with self._open(read=True) as database:
+            return [dict(row) for row in database.execute(query).mappings()]
+
+    @contextmanager
+    def _open(self, read: bool = False) -> Iterator[sa.Connection]:
+        """A transaction; the database's own errors become one sentence."""
+        try:
+            with self._engine.execution_options(read=read).begin() as database:
+                yield database
+        except IntegrityError as error:
+            raise ConsiliumError(f"the ledger {self.address} refuses the row: {_short(error)}") from error
+        except SQLAlchemyError as error:
+            raise ConsiliumError(f"the ledger {self.address} cannot be used: {_short(error)}") from error
+
+
+def _sqlite_connect(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by _sqlite_begin, not by Python's guess
+    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    # A writer takes its place in the queue at once: one that reads first and then writes is refused, not queued, when another came between.
+    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("read") else "BEGIN IMMEDIATE")
+
+
+def _insert_metrics(database: sa.Connection, at: Mapping[str, Any], split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = []
+    for task, views in scores.items():
+        cells = [("macro", None, "challenge_score", views["challenge_score"], None)] if "challenge_score" in views else []
+        for centre, values in views.get("centres", {}).items():
+            why = values.get("reasons", {})
+            cells += [("centre", centre, name, value, why.get(name)) for name, value in values.items() if name != "reasons"]
+        for view in ("macro", "pooled", "spread"):
+            why = views.get(view, {}).get("reasons", {})
+            cells += [(view, None, name, value, why.get(name)) for name, value in views.get(view, {}).items() if name != "reasons"]
+        cells += [("worst", worst["centre"], name, worst["value"], None) for name, worst in views.get("worst", {}).items()]
+        keys = ("view", "centre", "name", "value", "reason")
+        rows += [{**at, "split": split, "task": task, **dict(zip(keys, cell, strict=True)), "value": _finite(cell[3])} for cell in cells]
+    if rows:
+        database.execute(tables.metrics.insert(), rows)
+
+
+def _last(database: sa.Connection, table: sa.Table, **where: Any) -> int:
+    """The highest attempt so far; 0 where there is none."""
+    query = sa.select(sa.func.max(table.c.attempt)).where(*(table.c[key] == value for key, value in where.items()))
+    return database.scalar(query) or 0
+
+
+def _of(table: sa.Table, run: str) -> sa.Select[Any]:
+    return sa.select(table).where(table.c.run == run).order_by(table.c.id)
+
+
+def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
+    """Rows of each round's last attempt. It is the rounds' own, so that a contribution of an earlier one does not stay visible."""
+    source = tables.metrics if also else tables.rounds
+    keys = ("stage", "round", *also)
+    last = sa.select(*(source.c[key] for key in keys), sa.func.max(source.c.attempt).label("attempt")).where(source.c.run == run)
+    newest = last.group_by(*(source.c[key] for key in keys)).subquery()
+    same = sa.and_(*(table.c[key] == newest.c[key] for key in (*keys, "attempt")))
+    return sa.select(table).join(newest, same).where(table.c.run == run).order_by(table.c.id)
+
+
+def _effective(weights: Mapping[str, float]) -> float:
+    total = math.fsum(weights.values())
+    return total**2 / math.fsum(w * w for w in weights.values()) if total else 0.0
+
+
+def _finite(value: Any) -> Any:
+    """Not-a-number and infinity are no values in SQL: NULL."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(error: SQLAlchemyError) -> str:
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,132 @@
+"""The ledger's tables: facts about a run, added and never changed.
+
+`id` counts in the order of writing. Triggers refuse UPDATE and DELETE in the database itself, so that no later program, ours or another,
+edits history unseen.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator
+
+
+class _Time(TypeDecorator[datetime]):
+    """UTC, also where the database keeps no time zone (SQLite)."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
+        if not isinstance(value, datetime):
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+schema = sa.MetaData()
+_JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+
+
+def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
+    """A table of facts about a run: `id` in the order of writing, the run, and the given columns."""
+    own: tuple[sa.Column[Any], ...] = (
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("run", sa.ForeignKey("runs.id"), nullable=False, index=True),
+    )
+    return sa.Table(name, schema, *own, *columns)
+
+
+def _at_round() -> tuple[sa.Column[Any], ...]:
+    return (
+        sa.Column("stage", sa.String, nullable=False),
+        sa.Column("round", sa.Integer, nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),  # from 1; higher when the round was done again
+    )
+
+
+runs = sa.Table(
+    "runs",
+    schema,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("created", _Time, nullable=False),
+    sa.Column("recipe", sa.String, nullable=False),
+    sa.Column("mode", sa.String, nullable=False),
+    sa.Column("config", _JSON, nullable=False),
+    sa.Column("code", sa.String, nullable=False),  # fingerprint of the code that ran
+)
+events = _table(
+    "events",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("centre", sa.String),
+    sa.Column("detail", sa.String, nullable=False),
+)
+centres = _table(
+    "centres",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("centre", sa.String, nullable=False),
+    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device
+)
+rounds = _table(
+    "rounds",
+    *_at_round(),
+    sa.Column("started", _Time, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("closed_because", sa.String, nullable=False),
+    sa.UniqueConstraint("run", "stage", "round", "attempt"),
+)
+contributions = _table(
+    "contributions",
+    *_at_round(),
+    sa.Column("centre", sa.String, nullable=False),
+    sa.Column("accepted", sa.Boolean, nullable=False),
+    sa.Column("reason", sa.String),  # why it was left out
+    sa.Column("scans", sa.BigInteger),
+    sa.Column("steps", sa.BigInteger),
+    sa.Column("norm", sa.Float),
+    sa.Column("loss", sa.Float),
+    sa.Column("seconds", sa.Float),
+    sa.Column("bytes_up", sa.BigInteger),
+    sa.Column("bytes_down", sa.BigInteger),
+)
+weights = _table(
+    "weights",
+    *_at_round(),
+    sa.Column("part", sa.String, nullable=False),  # "backbone" or the head's task
+    sa.Column("centre", sa.String, nullable=False),
+    sa.Column("weight", sa.Float, nullable=False),
+    sa.Column("effective", sa.Float, nullable=False),  # number of centres, 1 / sum w^2
+)
+metrics = _table(
+    "metrics",
+    *_at_round(),
+    sa.Column("split", sa.String, nullable=False),
+    sa.Column("task", sa.String, nullable=False),
+    sa.Column("view", sa.String, nullable=False),  # centre | macro | pooled | worst | spread
+    sa.Column("centre", sa.String),  # of views `centre` and `worst`
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("value", sa.Float),  # NULL: undefined ...
+    sa.Column("reason", sa.String),  # ... because of this
+)
+
+_REFUSE = "the ledger is append-only"
+
+
+def _when(table: sa.Table, moment: str, dialect: str, statement: str) -> None:
+    sa.event.listen(table, moment, sa.DDL(statement).execute_if(dialect=dialect))  # type: ignore[no-untyped-call]
+
+
+_refuse = f"CREATE OR REPLACE FUNCTION consilium_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION '{_REFUSE}'; END $$"
+_when(runs, "before_create", "postgresql", _refuse)
+for _each in schema.tables.values():
+    for _what in ("UPDATE", "DELETE"):
+        _trigger = f"CREATE TRIGGER {_each.name}_no_{_what} BEFORE {_what} ON {_each.name} BEGIN SELECT RAISE(ABORT, '{_REFUSE}'); END"
+        _when(_each, "after_create", "sqlite", _trigger)
+    _trigger = f"CREATE TRIGGER {_each.name}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {_each.name} "
+    _when(_each, "after_create", "postgresql", _trigger + "FOR EACH STATEMENT EXECUTE FUNCTION consilium_refuse()")
