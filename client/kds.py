@@ -1,0 +1,145 @@
+"""Which slices of a scan are kept: KDS (SSFL++, arXiv 2404.01643), the first paper's variant of it, and quantiles along z.
+
+Pure functions of the slices' areas. `kds` spreads the picks over the *distribution of areas*; `zquantile` over the *lung along z*,
+which noise on the areas hardly moves.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.special import ndtr
+
+Selection = Literal["kds", "kds_paper", "zquantile"]
+Indices = NDArray[np.int64]
+Floats = NDArray[np.float64]
+TIE = 1e-9
+
+
+def select(
+    areas: NDArray[np.floating] | list[float],
+    count: int,
+    selection: Selection,
+    positions: NDArray[np.floating] | None = None,
+    rng: np.random.Generator | None = None,
+) -> Indices:
+    """[count] indices into `areas` [Z] (mm2, one a slice) in anatomical order, that is by `positions` [Z] in mm.
+
+    Without `rng` (evaluation) each bin gives the slice nearest its middle; with it (training) a random one. All slices differ where Z
+    allows it; with fewer slices than `count` the nearest are repeated, never a blank one. Areas all zero: an even grid.
+    Raises ValueError when there is no slice.
+    """
+    found = np.nan_to_num(np.asarray(areas, dtype=np.float64)).clip(min=0)
+    Z = len(found)
+    if Z == 0 or count < 1:
+        raise ValueError(f"cannot select {count} of {Z} slices")
+    where = np.arange(Z, dtype=np.float64) if positions is None else np.asarray(positions, dtype=np.float64)
+    order = np.argsort(where, kind="stable").astype(np.int64)
+    found, where = found[order], where[order]
+    if count >= Z:
+        # Each slice in turn as often as the next: the middle of every share names its slice.
+        return order[((np.arange(count) + 0.5) * Z / count).astype(np.int64)]
+    if found.max() <= 0:
+        chosen = one_a_bin((np.arange(Z) + 0.5) / Z, count, where, rng)
+    elif selection == "kds":
+        chosen = _kds(found, count, where, rng)
+    elif selection == "kds_paper":
+        chosen = _kds_paper(found, count, rng)
+    else:
+        chosen = _zquantile(found, count, where, rng)
+    return order[np.sort(chosen)]
+
+
+def one_a_bin(level: Floats, count: int, where: Floats, rng: np.random.Generator | None) -> Indices:
+    """Of n >= count items with a `level` in [0, 1], one for each of `count` equal bins, all different.
+
+    The nearest to each bin's middle, settled together where two bins want the same item; or, with `rng`, a random item of the bin. An empty
+    bin takes the nearest that is left. Equal levels are told apart by `where` [n]: the item farthest from the others chosen.
+    """
+    middles = (np.arange(count) + 0.5) / count
+    cost = np.abs(level[None, :] - middles[:, None])  # [count, n]
+    if rng is None:
+        chosen: Indices = linear_sum_assignment(cost)[1].astype(np.int64)
+    else:
+        chosen = np.full(count, -1, dtype=np.int64)
+        bins = np.minimum((level * count).astype(np.int64), count - 1)
+        for b in range(count):
+            members = np.flatnonzero(bins == b)
+            if len(members):
+                chosen[b] = rng.choice(members)
+        empty = np.flatnonzero(chosen < 0)
+        free = np.setdiff1d(np.arange(len(level)), chosen)
+        if len(empty):
+            chosen[empty] = free[linear_sum_assignment(cost[np.ix_(empty, free)])[1]]
+        return chosen
+    for b in range(count):
+        free = np.setdiff1d(np.arange(len(level)), np.delete(chosen, b))
+        tied = free[np.abs(cost[b, free] - cost[b, chosen[b]]) <= TIE]
+        if len(tied) > 1:
+            others = np.delete(where[chosen], b)
+            apart = np.abs(where[tied][:, None] - others[None, :]).min(axis=1, initial=np.inf)
+            chosen[b] = tied[int(apart.argmax())]
+    return chosen
+
+
+def _scott(areas: Floats) -> float:
+    """Scott's bandwidth in one dimension: sd * n^(-1/5)."""
+    return float(areas.std(ddof=1) * len(areas) ** -0.2)
+
+
+def best_run(areas: Floats, length: int) -> int:
+    """Where the `length` neighbouring slices with the largest summed area begin."""
+    sums = np.convolve(areas, np.ones(length), mode="valid")
+    best = np.flatnonzero(sums >= sums.max() * (1 - TIE))
+    return int(best[len(best) // 2])  # of equal runs the middle one
+
+
+def _kds(areas: Floats, count: int, where: Floats, rng: np.random.Generator | None) -> Indices:
+    """SSFL++: the better half, F(a) = mean_i Phi((a - a_i)/h) with Scott's h, one slice for each `count`-th of F."""
+    length = max((len(areas) + 1) // 2, count)
+    start = best_run(areas, length)
+    half, place = areas[start : start + length], where[start : start + length]
+    h = _scott(half)
+    level = (np.arange(length) + 0.5) / length  # areas all alike: nothing to tell slices by but where they lie
+    if h > half.max() * 1e-12:
+        level = ndtr((half[:, None] - half[None, :]) / h).mean(axis=1)
+    return start + one_a_bin(level, count, place, rng)
+
+
+def _zquantile(areas: Floats, count: int, where: Floats, rng: np.random.Generator | None) -> Indices:
+    """Equal shares of the lung along z: the slice at the middle of each `count`-th of the cumulative area."""
+    mass = areas * np.gradient(where) if np.ptp(where) > 0 else areas
+    level = (np.cumsum(mass) - mass / 2) / mass.sum()
+    # Slices without lung all have the level of an end: a hair of slope makes those nearest the lung the next to be taken.
+    middle = (where @ areas) / areas.sum()
+    level = level + 1e-7 * (where - middle) / max(float(np.ptp(where)), 1e-9)
+    return one_a_bin(level.clip(0, 1), count, where, rng)
+
+
+def _kds_paper(areas: Floats, count: int, rng: np.random.Generator | None) -> Indices:
+    """The first paper's code: all slices, F = cumulative sum of the density at the sorted areas (so density counts twice).
+
+    One pick for each `count`-th, nearest its middle; empty bins are filled from an even grid over the slices.
+    """
+    h = _scott(areas)
+    ranks = np.argsort(areas, kind="stable")
+    if h <= areas.max() * 1e-12:
+        density = np.ones(len(areas))
+    else:
+        density = np.exp(-0.5 * ((areas[ranks][:, None] - areas[None, :]) / h) ** 2).mean(axis=1)
+    level = np.cumsum(density) / density.sum()
+    chosen: list[int] = []
+    for b in range(count):
+        members = np.flatnonzero((level > b / count) & (level <= (b + 1) / count))
+        if len(members):
+            near = int(np.abs(level[members] - (b + 0.5) / count).argmin())
+            chosen.append(int(ranks[members[near]] if rng is None else rng.choice(ranks[members])))
+    # The grid may hit what is chosen already; then the nearest slice that is left.
+    for want in np.linspace(0, len(areas) - 1, count).round():
+        if len(chosen) < count:
+            free = np.setdiff1d(np.arange(len(areas)), chosen)
+            chosen.append(int(free[np.abs(free - want).argmin()]))
+    return np.array(chosen, dtype=np.int64)

@@ -1,0 +1,227 @@
+"""DICOM series and radiographs as volumes: slices ordered by where they lie, never by what their files are called."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+from client.readers.headers import Head, Series, choose_series, find_series, is_dicom, normal_of, scan_headers, view_rank
+from client.readers.pictures import natural
+from client.readers.volume import Volume
+from common.errors import ConsiliumError
+
+__all__ = ["Series", "choose_series", "find_series", "is_dicom", "read_dicom", "read_series"]
+
+AIR = -1024
+SAME_PLACE = 0.01  # mm
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def read_dicom(path: Path, series: str | None = None) -> Volume:
+    """The scan in a DICOM file or folder.
+
+    `series` is a SeriesInstanceUID; without it the thinnest axial series of the study is read and the others are noted. Raises
+    ConsiliumError where there is no CT and no radiograph, where the folder holds several studies, or where too little can be read.
+    """
+    found, damaged, other = scan_headers(path)
+    if not found:
+        why = f"only {', '.join(sorted(other))}" if other else f"{_plural(damaged, 'damaged file')}" if damaged else "none at all"
+        raise ConsiliumError(f"{path} holds no CT series and no radiograph in DICOM ({why}); export the scan again or correct the path")
+    said: list[str] = []
+    notes = [f"{_plural(damaged, 'file')} with a damaged DICOM header left out."] if damaged else []
+    if series is not None:
+        named = [s for s in found if s.series == series]
+        if not named:
+            raise ConsiliumError(f"{path} does not hold the series {series}; correct the `series` column of the cohort's table")
+        chosen = named[0]
+    else:
+        studies = len({s.study for s in found})
+        if studies > 1:
+            raise ConsiliumError(
+                f"{path} holds {studies} studies; give each its own folder, or name the series to read in the cohort's table"
+            )
+        chosen, said = choose_series(found)
+    # Damaged headers count against the series: half a scan is not a scan.
+    if damaged > len(chosen.files):
+        raise ConsiliumError(f"{path}: {damaged} of {damaged + len(chosen.files)} files are damaged; export the scan again")
+    volume = read_series(chosen)
+    volume.notes[:0] = [*notes, *said]
+    return volume
+
+
+def read_series(series: Series) -> Volume:
+    """The pixels of one series; notes say what is missing or was left out. Raises ConsiliumError when under half can be read."""
+    return _read_ct(series) if series.modality == "CT" else _read_radiograph(series)
+
+
+def _ordered(series: Series) -> tuple[list[Head], NDArray[np.float64], float, list[str]]:
+    """Slices of one size and orientation in the order they lie, positions [Z] mm, the distance of slices in mm, notes."""
+    notes: list[str] = []
+    where = series.files[0].parent
+
+    def likeness(head: Head) -> tuple[Any, ...]:
+        return (head.shape, tuple(round(v, 1) + 0.0 for v in head.orientation or ()))
+
+    (shape, turned), _ = Counter(map(likeness, series.heads)).most_common(1)[0]
+    heads = [head for head in series.heads if likeness(head) == (shape, turned)]
+    if len(heads) < len(series.heads):
+        left = _plural(len(series.heads) - len(heads), "slice")
+        notes.append(f"{left} of another size or orientation than the majority ({shape[0]} x {shape[1]}) left out.")
+    heads.sort(key=lambda h: (h.number if h.number is not None else 1 << 30, natural(h.path.name), h.frame))
+
+    if all(head.position for head in heads):
+        normal = normal_of(heads[0].orientation)
+        if heads[0].orientation is None:
+            notes.append("The slices' orientation is missing; they are taken as axial.")
+        places = np.array([float(normal @ np.array(head.position)) for head in heads])
+        unit = SAME_PLACE
+    else:
+        missing = sum(head.position is None for head in heads)
+        if any(head.number is None for head in heads):
+            raise ConsiliumError(
+                f"{where}: {_plural(missing, 'slice')} without a position, and instance numbers are missing too; export the scan again"
+            )
+        notes.append(
+            f"{_plural(missing, 'slice')} without a position: ordered by instance number, so the direction of the slices is not certain."
+        )
+        places = np.array([float(head.number or 0) for head in heads])
+        unit = 0.5
+
+    order = np.argsort(places, kind="stable")
+    first = np.concatenate([[True], np.diff(places[order]) > unit])  # of slices in one place the lowest number is kept
+    if not first.all():
+        notes.append(f"{_plural(int((~first).sum()), 'slice')} in the same place as another left out.")
+    order = order[first]
+    heads, places = [heads[i] for i in order], places[order]
+
+    thickness = series.thickness if np.isfinite(series.thickness) and series.thickness > 0 else 1.0
+    gaps = np.diff(places)
+    usual = float(np.median(gaps)) if len(gaps) else thickness
+    absent = int(np.sum(np.rint(gaps / usual) - 1, where=gaps > 1.5 * usual)) if len(gaps) else 0
+    if absent:
+        notes.append(
+            f"About {_plural(absent, 'slice')} missing: the largest step between slices is {gaps.max() / usual:.2g} times the usual one."
+        )
+    if unit != SAME_PLACE:
+        return heads, np.arange(len(heads), dtype=np.float64), thickness, notes
+    tilt = _tilt(heads, normal)
+    if abs(tilt) > 0.5:
+        notes.append(f"The gantry was tilted by {abs(tilt):.1f} degrees; the slices are kept as they were taken.")
+    return heads, places, usual, notes
+
+
+def _tilt(heads: list[Head], normal: NDArray[np.float64]) -> float:
+    """Degrees of gantry tilt: what the scanner says, else the angle between the stack's direction and the slices' normal."""
+    if heads[0].tilt or len(heads) < 2:
+        return heads[0].tilt
+    along = np.array(heads[-1].position) - np.array(heads[0].position)
+    return float(np.degrees(np.arccos(np.clip(abs(along @ normal) / np.linalg.norm(along), 0, 1))))
+
+
+def _hounsfield(raw: NDArray[Any], head: Head) -> NDArray[np.int16]:
+    """Stored values as HU, nothing below air's -1024; padding outside the field of view becomes air."""
+    slope, intercept = head.slope, head.intercept or 0.0
+    if slope == 1 and intercept == int(intercept) and raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:
+        hu = raw.astype(np.int32) + np.int32(intercept)
+    else:
+        hu = np.rint(raw.astype(np.float64) * slope + intercept).clip(-(2**31), 2**31 - 1).astype(np.int32)
+    if head.padding is not None:
+        padding = head.padding
+        if raw.dtype == np.int16 and padding > 32767:  # written as unsigned by scanners that store signed pixels
+            padding -= 65536
+        hu[raw == padding] = AIR
+    return hu.clip(AIR, 32767).astype(np.int16)
+
+
+def _decode(path: Path) -> NDArray[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(pydicom.dcmread(path, force=True).pixel_array)
+
+
+def _read_ct(series: Series) -> Volume:
+    heads, places, step, notes = _ordered(series)
+    H, W = heads[0].shape
+    voxels = np.empty((len(heads), H, W), np.int16)
+    good = np.zeros(len(heads), bool)
+    frames: dict[Path, list[int]] = {}
+    for i, head in enumerate(heads):
+        frames.setdefault(head.path, []).append(i)
+    for path, wanted in frames.items():
+        try:
+            pixels = _decode(path)
+            for i in wanted:
+                raw = pixels if pixels.ndim == 2 else pixels[heads[i].frame]
+                voxels[i] = _hounsfield(raw, heads[i])
+                good[i] = True
+        except Exception:  # decoders fail in ways of their own; the slice is counted and told of
+            continue
+    bad = int((~good).sum())
+    if bad * 2 > len(heads):
+        raise ConsiliumError(
+            f"{heads[0].path.parent}: {bad} of {len(heads)} slices cannot be decoded (damaged, or an unknown compression); export it again"
+        )
+    if bad:
+        notes.append(f"{bad} of {_plural(len(heads), 'slice')} cannot be decoded (damaged) and left out.")
+        voxels, places = voxels[good], places[good]
+    if all(head.intercept is None for head in heads):
+        notes.append("No rescale intercept: stored values are taken as Hounsfield units.")
+    if heads[0].spacing is None:
+        notes.append("The pixel spacing is missing: 1 mm is assumed.")
+    spacing = heads[0].spacing or (1.0, 1.0)
+    return Volume(_upright(voxels, series, heads[0], notes), (step, *spacing), places, "CT", notes)
+
+
+def _upright(voxels: NDArray[np.int16], series: Series, head: Head, notes: list[str]) -> NDArray[np.int16]:
+    """Axial slices in the radiological view: columns to the patient's left, rows to the back. Prone scans are stored turned."""
+    if not series.axial or head.orientation is None:
+        if head.orientation is not None:
+            notes.append("The slices are not axial.")
+        return voxels
+    left, back = head.orientation[0], head.orientation[4]
+    if abs(left) < 0.7 or (left > 0 and back > 0):
+        return voxels
+    notes.append("The slices were stored turned and were brought to the usual view (front up, patient's right at the left).")
+    return np.ascontiguousarray(voxels[:, :: 1 if back > 0 else -1, :: 1 if left > 0 else -1])
+
+
+def _read_radiograph(series: Series) -> Volume:
+    """The series' first frontal image, by its own window (or percentiles 1..99), bone bright, uint8 [1, H, W]."""
+    heads = sorted(series.heads, key=lambda h: (view_rank(h), h.number if h.number is not None else 1 << 30, natural(h.path.name), h.frame))
+    head, notes = heads[0], []
+    if len(heads) > 1:
+        notes.append(f"One of {len(heads)} radiographs in the series was read, a frontal one where the view is known.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(head.path, force=True)
+            pixels = np.asarray(dataset.pixel_array)
+            if int(dataset.get("NumberOfFrames") or 1) > 1:
+                pixels = pixels[head.frame]
+            if pixels.ndim == 3:  # a colour copy of a grey image
+                pixels = pixels.mean(axis=-1)
+                low, high = 0.0, 255.0
+            else:
+                grey = apply_modality_lut(pixels, dataset)
+                pixels = apply_voi_lut(grey, dataset).astype(np.float32)
+                low, high = float(pixels.min()), float(pixels.max())
+                # No window, or one that shows nothing: without outliers such as burnt-in markers and the collimator.
+                if not ("WindowCenter" in dataset or "VOILUTSequence" in dataset) or high <= low:
+                    pixels = grey.astype(np.float32)
+                    low, high = (float(v) for v in np.percentile(pixels, (1, 99)))
+            shown = ((pixels - low) * (255.0 / max(high - low, 1e-6))).clip(0, 255).astype(np.uint8)
+            if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+                shown = 255 - shown
+    except Exception as error:  # decoders fail in ways of their own
+        raise ConsiliumError(f"{head.path} cannot be decoded ({type(error).__name__}); export the radiograph again") from error
+    return Volume(shown[None], (1.0, *(head.spacing or (1.0, 1.0))), np.zeros(1), "XR", notes)

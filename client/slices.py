@@ -1,0 +1,78 @@
+"""From a volume to the slices that are kept of it: select, crop, window, resize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from client import kds, lungs
+from client.readers.volume import Volume
+from common.schema import Preprocess
+
+
+@dataclass
+class Kept:
+    """What preprocessing keeps of a scan, with the facts that a montage and a check need."""
+
+    slices: NDArray[np.uint8]  # [S, size, size]
+    indices: NDArray[np.int64]  # [S] into the volume's slices
+    areas: NDArray[np.float64]  # [Z] mm2 of lung air (kds_paper: of body)
+    box: lungs.Box  # y0, y1, x0, x1 of the crop in the volume's pixels
+    notes: list[str]
+
+
+def slices_of(volume: Volume, settings: Preprocess, window: tuple[float, float] | None = None) -> Kept:
+    """The slices kept of a scan by `settings`: S = settings.slices of a CT, 1 of a radiograph.
+
+    `window` is the cohort's own (low, high) in the image's units and comes first; else `settings.window` for HU and the full 0..255 for
+    pictures. A crop keeps its shape: it is padded to a square with its darkest value.
+    """
+    notes = list(volume.notes)
+    shades = window or (settings.window if volume.is_hounsfield else (0.0, 255.0))
+    H, W = volume.voxels.shape[1:]
+    if volume.modality == "XR":
+        areas, indices = np.zeros(len(volume.voxels)), np.zeros(1, np.int64)
+        box = radiograph_box(volume.voxels[0]) if settings.crop != "none" else (0, H, 0, W)
+    else:
+        paper = settings.selection == "kds_paper"
+        chest = lungs.look(volume.voxels)
+        areas = lungs.paper_areas(volume, shades) if paper else lungs.areas_of(chest, volume.spacing)
+        indices = kds.select(areas, settings.slices, settings.selection, volume.positions)
+        if areas.max() <= 0:
+            notes.append("No lung was found: slices were taken at even distances.")
+        if len(volume.voxels) < settings.slices:
+            notes.append(f"Only {len(volume.voxels)} of the {settings.slices} slices wanted: some are repeated.")
+        if settings.crop == "none":
+            box = (0, H, 0, W)
+        elif settings.crop == "lungs":
+            box = lungs.lung_box_of(chest, volume.spacing)
+        else:
+            box = lungs.paper_box(volume, shades) if paper else lungs.body_box_of(chest)
+    y0, y1, x0, x1 = box
+    slices = np.stack([square(lungs.shown(volume.voxels[i, y0:y1, x0:x1], shades), settings.size) for i in indices])
+    return Kept(slices, indices, areas, box, notes)
+
+
+def radiograph_box(image: NDArray[np.uint8]) -> lungs.Box:
+    """A radiograph [H, W] without its dark margins (collimator, film edge); the whole where that would leave under half a side."""
+    H, W = image.shape
+    bright = image > 0.1 * np.percentile(image, 99)
+    rows, columns = np.flatnonzero(bright.mean(axis=1) > 0.05), np.flatnonzero(bright.mean(axis=0) > 0.05)
+    if not len(rows) or not len(columns) or np.ptp(rows) < H / 2 or np.ptp(columns) < W / 2:
+        return 0, H, 0, W
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """`image` [h, w] at [size, size]: scaled by one factor, centred, the rest its darkest value."""
+    h, w = image.shape
+    scale = size / max(h, w)
+    wide, high = max(1, round(w * scale)), max(1, round(h * scale))
+    small = cv2.resize(image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    kept = np.full((size, size), image.min(), np.uint8)
+    y, x = (size - high) // 2, (size - wide) // 2
+    kept[y : y + high, x : x + wide] = small
+    return kept
