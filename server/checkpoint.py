@@ -1,0 +1,147 @@
+"""A run's state after a round, on disk, so that killing the coordinator at any moment costs at most the round it was in.
+
+``checkpoints/<stage>-<round>.safetensors`` holds the weights, ``.optimiser.safetensors`` the server optimiser's arrays, ``.json`` the rest
+and the checksums of both. The JSON is written last: a checkpoint exists only when it is complete. The newest two are kept, and the best of
+each, so that going back by one never finds its best gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as tensors_from_bytes
+from safetensors.numpy import save as tensors_to_bytes
+
+from common.errors import ConsiliumError
+
+Arrays = dict[str, NDArray[Any]]
+
+WEIGHTS, OPTIMISER = ".safetensors", ".optimiser.safetensors"
+KEPT = 2
+
+
+@dataclass
+class State:
+    """Everything a run needs to go on after `round` of `stage` as if it had never stopped."""
+
+    stage: str
+    round: int
+    weights: Arrays
+    optimiser: Arrays = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON: finished stages, history, random state, "best": {"stage", "round", "value"}
+    note: str = ""  # of `load_latest`: why this is not the newest
+
+
+def weights_path(run_dir: Path, stage: str, round: int) -> Path:
+    """Where the weights after this round lie, if they are kept."""
+    return Path(run_dir) / "checkpoints" / f"{quote(stage, safe='')}-{round:05d}{WEIGHTS}"
+
+
+def save(run_dir: Path, state: State) -> Path:
+    """Writes the state, whole or not at all, removes what is no longer kept, returns the weights' path. Raises ConsiliumError."""
+    weights = weights_path(run_dir, state.stage, state.round)
+    folder, name = weights.parent, weights.name.removesuffix(WEIGHTS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = _headers(folder)
+        (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
+        sums = {}
+        for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser)):
+            data = tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
+            _write(folder / f"{name}{suffix}", data)
+            sums[suffix] = hashlib.sha256(data).hexdigest()
+        number = 1 + max((header["number"] for header in known.values()), default=0)
+        header = {"number": number, "stage": state.stage, "round": state.round, "sha256": sums, "facts": state.facts}
+        _write(folder / f"{name}.json", json.dumps(header).encode())
+        _tidy(folder, {**known, name: header})
+    except OSError as error:
+        raise ConsiliumError(f"the checkpoint cannot be written to {folder}: {error.strerror}") from error
+    return weights
+
+
+def load_latest(run_dir: Path) -> State | None:
+    """The newest complete state; None where the run has none yet.
+
+    One whose files do not match their checksums is passed over, and `note` says so. Raises ConsiliumError where none is left: beginning
+    anew is for a person to decide.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    torn = []
+    for name, header in sorted(_headers(folder).items(), key=lambda item: item[1]["number"], reverse=True):
+        try:
+            weights, optimiser = (_verified(folder / f"{name}{suffix}", header["sha256"][suffix]) for suffix in (WEIGHTS, OPTIMISER))
+        except (OSError, SafetensorError, ValueError):
+            torn.append(name)
+            continue
+        note = f"checkpoint {' and '.join(torn)} is damaged; went on from {name}" if torn else ""
+        return State(header["stage"], header["round"], weights, optimiser, header["facts"], note)
+    if torn:
+        raise ConsiliumError(f"no checkpoint in {folder} is intact (damaged: {', '.join(torn)}); restore the folder or start a new run")
+    return None
+
+
+def load_weights(path: Path) -> Arrays:
+    """The arrays of a safetensors file by name. Raises ConsiliumError."""
+    try:
+        return tensors_from_bytes(Path(path).read_bytes())
+    except OSError as error:
+        raise ConsiliumError(f"the weights {path} cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
+        raise ConsiliumError(f"the weights {path} are no intact safetensors file: {error}") from error
+
+
+def _headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """{checkpoint's name: its JSON}. One that cannot be parsed was torn by something worse than a kill, and does not count."""
+    found = {}
+    for path in folder.glob("*.json"):
+        try:
+            header = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "facts"} <= header.keys():
+            found[path.stem] = header
+    return found
+
+
+def _verified(path: Path, sha256: str) -> Arrays:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError("checksum")
+    return tensors_from_bytes(data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it under this name, or nothing, even when the power fails."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def _tidy(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Removes all but the newest checkpoints, the best that each of them names, and what a killed save left behind."""
+    newest = sorted(headers, key=lambda name: headers[name]["number"], reverse=True)[:KEPT]
+    bests = [best for name in newest if (best := headers[name]["facts"].get("best"))]
+    kept = {*newest, *(weights_path(folder.parent, best["stage"], best["round"]).name.removesuffix(WEIGHTS) for best in bests)}
+    files = [path for path in folder.iterdir() if path.name.removesuffix(".part").endswith((".json", WEIGHTS))]
+    for path in sorted(files, key=lambda path: path.suffix != ".json"):  # the JSON first: what is half removed must not look complete
+        name = path.name.removesuffix(".json").removesuffix(OPTIMISER).removesuffix(WEIGHTS)
+        if name not in kept:
+            path.unlink(missing_ok=True)
