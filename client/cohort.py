@@ -1,0 +1,225 @@
+"""A cohort: a centre's table of scans and labels, one row a scan.
+
+Columns: `scan` (unique), `path` (relative to the table's folder, or absolute), `patient`, `source`, `split` (train | val | test), then any
+labels (numbers or class names; empty = missing), and optionally `window_low`/`window_high` (shown as 0..255, in the image's units) and
+`series` (a SeriesInstanceUID, where a folder holds several). What identifies a patient stands in this table and nowhere else: sentences
+made here count, they never quote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from client.gather import Skipped, gather, split_word
+from common.errors import ConsiliumError
+from common.schema import Task
+
+__all__ = ["Skipped", "build_cohort", "check", "label_columns", "label_counts", "load_cohort", "save_cohort", "split_of", "target"]
+
+SPLITS = ("train", "val", "test")
+FIRST = ["scan", "path", "patient", "source", "split"]
+OPTIONAL = ["window_low", "window_high", "series"]
+
+
+def split_of(patient: str, seed: int = 0, shares: Sequence[float] = (0.7, 0.15, 0.15)) -> str:
+    """The split of a patient: a hash of (seed, patient) and of nothing else, so that scans added later move nobody."""
+    place = int.from_bytes(hashlib.sha256(f"{seed}/{patient}".encode()).digest()[:8], "big") / 2**64
+    return SPLITS[int(np.searchsorted(np.cumsum(shares)[:-1], place * sum(shares), side="right"))]
+
+
+def build_cohort(
+    folder: Path, centre: str, seed: int = 0, shares: Sequence[float] = (0.7, 0.15, 0.15)
+) -> tuple[pd.DataFrame, list[Skipped]]:
+    """The cohort of a folder (DICOM, NIfTI, pictures, the COV19-CT-DB layout) or of a manifest (CSV, parquet), and what was left out.
+
+    Paths are absolute. A split that is given is kept; the other patients are divided by `split_of`.
+    Raises ConsiliumError when nothing is found or one patient is given two splits.
+    """
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise ConsiliumError(f"the shares of train, val and test are {tuple(shares)}; give three numbers, none below 0")
+    table, skipped = gather(Path(folder))
+    if table.empty:
+        why = f" ({len(skipped)} skipped, the first because: {skipped[0].reason})" if skipped else ""
+        raise ConsiliumError(f"{folder} holds no scan{why}; it must hold DICOM, NIfTI, folders of slices or pictures, or be a manifest")
+    table["source"] = table.get("source", centre)
+    given = table["split"] if "split" in table else pd.Series(np.nan, index=table.index, dtype=object)
+    by_patient = given.groupby(table["patient"]).first()  # the first that is not missing
+    table["split"] = [by_patient[p] if isinstance(by_patient[p], str) else split_of(p, seed, shares) for p in table["patient"]]
+    torn = int((given.groupby(table["patient"]).nunique() > 1).sum())
+    if torn:
+        raise ConsiliumError(f"{folder}: {torn} patients are given more than one split; a patient's scans must stay together")
+    labels = [c for c in table.columns if c not in FIRST and c not in OPTIONAL]
+    return table[FIRST + labels + [c for c in OPTIONAL if c in table]].reset_index(drop=True), skipped
+
+
+def save_cohort(df: pd.DataFrame, path: Path) -> None:
+    """Write the table as `.csv` or `.parquet`; paths below its folder become relative, so that the folder can move."""
+    base = Path(path).resolve().parent
+    base.mkdir(parents=True, exist_ok=True)
+    out = df.copy()
+    out["path"] = [_relative(Path(p), base) for p in df["path"]]
+    if Path(path).suffix == ".parquet":
+        out.to_parquet(path, index=False)
+    else:
+        out.to_csv(path, index=False)
+
+
+def _relative(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix() if path.is_absolute() and path.is_relative_to(base) else str(path)
+
+
+def load_cohort(path: Path, centre: str) -> pd.DataFrame:
+    """Read and check a cohort table: `.csv`, `.parquet`, or a folder that holds `cohort.csv` or `cohort.parquet`.
+
+    `source` defaults to the centre, `patient` to the scan. Raises ConsiliumError, without path or identifier (the sentence may be
+    sent to the coordinator), when the table is missing, unreadable, empty, lacks columns, or names a scan or split wrongly.
+    """
+    path, at = Path(path), f"centre '{centre}'"
+    if path.is_dir():
+        path = next((path / name for name in ("cohort.csv", "cohort.parquet") if (path / name).is_file()), path / "cohort.csv")
+    if not path.is_file():
+        raise ConsiliumError(
+            f"{at}: its cohort table is not there; check the data path in site.yaml, or make it with `consilium-centre cohort`"
+        )
+    names = [*FIRST, "series"]
+    try:
+        df = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, dtype=dict.fromkeys(names, str), skipinitialspace=True)
+        )
+    except pd.errors.EmptyDataError:
+        df = pd.DataFrame()
+    except Exception as error:  # pandas and pyarrow fail in many ways, and their texts quote the file
+        raise ConsiliumError(
+            f"{at}: its cohort table cannot be read ({type(error).__name__}); write it as CSV (UTF-8) or parquet"
+        ) from None
+    missing = [c for c in ("scan", "path", "split") if c not in df]
+    if missing and len(df.columns):
+        raise ConsiliumError(f"{at}: its cohort table lacks the column {missing[0]}; make it with `consilium-centre cohort`")
+    if df.empty:
+        raise ConsiliumError(f"{at}: its cohort table is empty; it must hold at least one scan")
+    for column in (c for c in names if c in df):
+        df[column] = df[column].astype(object).where(df[column].notna(), np.nan).map(lambda v: str(v).strip(), na_action="ignore")
+    df["patient"] = df["patient"].fillna(df["scan"]) if "patient" in df else df["scan"]
+    df["source"] = df.get("source", centre)
+    for column in ("scan", "path"):
+        if df[column].isna().any():
+            raise ConsiliumError(f"{at}: row {_row(df[column].isna())} of its cohort table has no {column}; fill it in or remove the row")
+    if df["scan"].duplicated().any():
+        raise ConsiliumError(
+            f"{at}: {int(df['scan'].duplicated().sum())} scans stand twice in its cohort table; each needs a name of its own"
+        )
+    df["split"] = df["split"].map(split_word, na_action="ignore")
+    wrong = ~df["split"].isin(SPLITS)
+    if wrong.any():
+        raise ConsiliumError(
+            f"{at}: the split in row {_row(wrong)} of its cohort table is not train, val or test ({int(wrong.sum())} such rows)"
+        )
+    torn = int((df.groupby("patient")["split"].nunique() > 1).sum())
+    if torn:
+        raise ConsiliumError(
+            f"{at}: {torn} patients stand in more than one split of its cohort table; a patient's scans must stay together"
+        )
+    for column in ("window_low", "window_high"):
+        if column in df:
+            df[column] = pd.to_numeric(df[column], errors="coerce")
+    if ("window_low" in df) != ("window_high" in df):
+        raise ConsiliumError(f"{at}: its cohort table has one of window_low and window_high; give both or none")
+    if "window_low" in df and (df["window_low"] >= df["window_high"]).any():
+        raise ConsiliumError(
+            f"{at}: row {_row(df['window_low'] >= df['window_high'])} of its cohort table has window_low not below window_high"
+        )
+    for column in label_columns(df):
+        if df[column].dtype == bool or pd.api.types.is_numeric_dtype(df[column]):
+            df[column] = df[column].astype(float)
+    return df
+
+
+def _row(wrong: pd.Series) -> int:
+    """The first wrong row as a spreadsheet counts: the header is row 1."""
+    return int(np.flatnonzero(wrong.to_numpy())[0]) + 2
+
+
+def label_columns(df: pd.DataFrame) -> list[str]:
+    """The columns that may be labels: all that have no meaning of their own."""
+    return [c for c in df.columns if c not in FIRST and c not in OPTIONAL]
+
+
+def target(df: pd.DataFrame, column: str, classes: Sequence[str] = ()) -> NDArray[np.float64]:
+    """The class of each scan, `[N]`, NaN = missing. Binary (no `classes`): 0 or 1; else the index of the class, found by name or number.
+
+    A column that is not there is missing throughout. Raises ConsiliumError for a value that is no class.
+    """
+    out = np.full(len(df), np.nan)
+    if column not in df:
+        return out
+    values = df[column]
+    given = values.notna().to_numpy()
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
+    if not classes:
+        wrong = given & ~np.isin(numbers, (0.0, 1.0))
+        if wrong.any():
+            raise ConsiliumError(f"column '{column}' has {int(wrong.sum())} values that are neither 0 nor 1; write 0, 1 or nothing")
+        return numbers
+    index = {name: k for k, name in enumerate(classes)}
+    named = np.array([index.get(_name(v), -1) if g else -1 for v, g in zip(values, given, strict=True)], dtype=int)
+    if given.any() and (named[given] < 0).all() and np.isin(numbers[given], range(len(classes))).all():
+        return numbers  # the file holds the classes' numbers
+    wrong = given & (named < 0)
+    if wrong.any():
+        known = ", ".join(classes)
+        raise ConsiliumError(f"column '{column}' has {int(wrong.sum())} values that are no class of this task; the classes are: {known}")
+    out[given] = named[given]
+    return out
+
+
+def _name(value: object) -> str:
+    """`1.0` in a column that became float is the class "1"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def label_counts(df: pd.DataFrame, column: str, classes: Sequence[str] = ()) -> NDArray[np.int64]:
+    """Scans of each class, `[K]` (K = 2 for a binary task)."""
+    found = target(df, column, classes)
+    return np.bincount(found[~np.isnan(found)].astype(int), minlength=len(classes) or 2).astype(np.int64)
+
+
+def check(df: pd.DataFrame, tasks: Mapping[str, Task]) -> list[str]:
+    """What a person should know before training on this cohort, as sentences without identifiers.
+
+    Raises ConsiliumError when the cohort is empty or labels no task at all.
+    """
+    if df.empty:
+        raise ConsiliumError("the cohort is empty; it must hold at least one scan")
+    said: list[str] = []
+    labelled = 0
+    for split in SPLITS:
+        if not (df["split"] == split).any():
+            said.append(f"no scan is in the {split} split")
+    if len(df) > 9 and df["patient"].nunique() == 1:
+        said.append("every scan names the same patient, so all fall into one split; give the patients in labels.csv")
+    for name, task in tasks.items():
+        column = task.label or name
+        classes = list(task.classes)
+        if task.kind == "multiclass" and not classes and column in df:
+            classes = sorted({_name(v) for v in df[column].dropna()})
+        found = {split: label_counts(df[df["split"] == split], column, classes) for split in SPLITS}
+        if not sum(int(c.sum()) for c in found.values()):
+            said.append(f"no scan has a label for task '{name}' (column '{column}'); this centre will not train it")
+            continue
+        labelled += 1
+        for split, count in found.items():
+            if count.sum() and (count > 0).sum() == 1 and column != "source":  # one source a centre is the rule
+                only = classes[int(count.argmax())] if classes else str(int(count.argmax()))
+                said.append(f"task '{name}' has one class only in {split} ({only}); it has no AUC there")
+    if tasks and not labelled:
+        columns = ", ".join(sorted({t.label or n for n, t in tasks.items()}))
+        raise ConsiliumError(f"the cohort has no label for any task; fill at least one of the columns: {columns}")
+    return said

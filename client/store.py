@@ -1,0 +1,133 @@
+"""The centre's store of preprocessed slices: uint8 arrays on local disk, memory-mapped, each under a key made of what it was made from.
+
+The key is a hash of the preprocessing settings, the scan's own window and the content of its files, so a changed setting or file is
+computed anew and an unchanged one never is. A file is content-hashed only when its size or times have changed since the last look.
+Entries appear whole or not at all (written beside, flushed, renamed); two writers of one key write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.schema import Preprocess
+
+ALGORITHM = 1  # raise it when readers, lungs, selection or resizing give other pixels: every stored slice is then computed anew
+
+
+class Store:
+    """Slices by key in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def _at(self, key: str, suffix: str) -> Path:
+        return self.folder / key[:2] / (key + suffix)
+
+    def key(self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None) -> str:
+        """The key of a scan's slices. Raises FileNotFoundError when the scan is not there."""
+        made_from = {
+            "algorithm": ALGORITHM,
+            "settings": asdict(settings),
+            "window": window,
+            "series": series,
+            "content": self._content(path),
+        }
+        return _hash(json.dumps(made_from, sort_keys=True).encode())
+
+    def _content(self, path: Path) -> str:
+        """A hash of the scan's files, names and bytes; the bytes are read only when a size or a time has changed."""
+        looks = [(name, f.stat()) for name, f in _files(path)]
+        quick = _hash(json.dumps([str(path.resolve()), [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in looks]]).encode())
+        note = self._at(quick, ".content")
+        with contextlib.suppress(OSError):
+            known = note.read_text()
+            if len(known) == 40:
+                return known
+        whole = hashlib.blake2b(digest_size=20)
+        for name, file in _files(path):
+            whole.update(json.dumps([name, _hash(file.read_bytes())]).encode())
+        _write(note, whole.hexdigest().encode())
+        return whole.hexdigest()
+
+    def get(self, key: str, verify: bool = True) -> NDArray[np.uint8] | None:
+        """The slices `[S, H, W]` uint8, read-only and memory-mapped, or None when they are not there or damaged.
+
+        `verify` also compares the pixels' checksum, which reads them.
+        """
+        try:
+            facts = json.loads(self._at(key, ".json").read_text())
+            slices = np.load(self._at(key, ".npy"), mmap_mode="r", allow_pickle=False)
+            whole = slices.dtype == np.uint8 and list(slices.shape) == facts["shape"]
+            return slices if whole and (not verify or zlib.crc32(slices.data) == facts["crc32"]) else None
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return None
+
+    def put(self, key: str, slices: NDArray[np.uint8], facts: dict[str, Any]) -> None:
+        """Keep slices `[S, H, W]` under the key, with facts for a person (chosen indices, box, notes) in a JSON file beside them."""
+        if slices.dtype != np.uint8 or slices.ndim != 3:
+            raise ValueError(f"slices are {slices.dtype} {slices.shape}; the store keeps uint8 [S, H, W]")
+        slices = np.ascontiguousarray(slices)
+        with _beside(self._at(key, ".npy")) as file:
+            np.save(file, slices, allow_pickle=False)
+        _write(self._at(key, ".json"), json.dumps({**facts, "shape": slices.shape, "crc32": zlib.crc32(slices.data)}).encode())
+
+    def facts(self, key: str) -> dict[str, Any]:
+        """What was kept beside the slices; empty when there is nothing."""
+        try:
+            return dict(json.loads(self._at(key, ".json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=20).hexdigest()
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """The scan's files with their names below it, hidden ones left out, in a fixed order."""
+    if not path.is_dir():
+        return [(path.name, path)]
+    found = []
+    for root, folders, names in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [(os.path.relpath(os.path.join(root, n), path), Path(root, n)) for n in sorted(names) if not n.startswith(".")]
+    return found
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Any]:
+    """A file to write that becomes `target` in one step once it is on the disk; a process killed on the way leaves no target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write(target: Path, data: bytes) -> None:
+    with _beside(target) as file:
+        file.write(data)
