@@ -62,7 +62,8 @@ def one_a_bin(level: Floats, count: int, where: Floats, rng: np.random.Generator
     middles = (np.arange(count) + 0.5) / count
     cost = np.abs(level[None, :] - middles[:, None])  # [count, n]
     if rng is None:
-        chosen: Indices = linear_sum_assignment(cost)[1].astype(np.int64)
+        ranks = np.lexsort((where, level))  # so that nothing but levels decides, whichever way the slices run
+        chosen: Indices = ranks[linear_sum_assignment(cost[:, ranks])[1]].astype(np.int64)
     else:
         chosen = np.full(count, -1, dtype=np.int64)
         bins = np.minimum((level * count).astype(np.int64), count - 1)

@@ -38,11 +38,16 @@ def slices_of(volume: Volume, settings: Preprocess, window: tuple[float, float] 
         box = radiograph_box(volume.voxels[0]) if settings.crop != "none" else (0, H, 0, W)
     else:
         paper = settings.selection == "kds_paper"
-        chest = lungs.look(volume.voxels)
-        areas = lungs.paper_areas(volume, shades) if paper else lungs.areas_of(chest, volume.spacing)
+        if paper:
+            outlines, boxes = lungs.paper_body(volume, shades)
+            areas = outlines * volume.spacing[1] * volume.spacing[2]
+        if not paper or settings.crop == "lungs":
+            chest = lungs.look(volume.voxels)
+        if not paper:
+            areas = lungs.areas_of(chest, volume.spacing)
         indices = kds.select(areas, settings.slices, settings.selection, volume.positions)
         if areas.max() <= 0:
-            notes.append("No lung was found: slices were taken at even distances.")
+            notes.append(f"No {'body' if paper else 'lung'} was found: slices were taken at even distances.")
         if len(volume.voxels) < settings.slices:
             notes.append(f"Only {len(volume.voxels)} of the {settings.slices} slices wanted: some are repeated.")
         if settings.crop == "none":
@@ -50,7 +55,7 @@ def slices_of(volume: Volume, settings: Preprocess, window: tuple[float, float] 
         elif settings.crop == "lungs":
             box = lungs.lung_box_of(chest, volume.spacing)
         else:
-            box = lungs.paper_box(volume, shades) if paper else lungs.body_box_of(chest)
+            box = lungs.paper_box_of(boxes, volume) if paper else lungs.body_box_of(chest)
     y0, y1, x0, x1 = box
     slices = np.stack([square(lungs.shown(volume.voxels[i, y0:y1, x0:x1], shades), settings.size) for i in indices])
     return Kept(slices, indices, areas, box, notes)

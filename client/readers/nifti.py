@@ -33,9 +33,8 @@ def _values(data: NDArray[Any]) -> tuple[NDArray[np.int16] | NDArray[np.uint8], 
         return data.astype(np.uint8), ["Values run from 0 to 255, not Hounsfield units: taken as grey values."]
     bottom, top = (float(v) for v in np.percentile(data[:: max(1, len(data) // 32)], (0.5, 99.5)))
     grey = np.clip((data.astype(np.float32) - bottom) * (255.0 / max(top - bottom, 1e-6)), 0, 255).astype(np.uint8)
-    return grey, [
-        f"Values run from {low:.0f} to {high:.0f}, not Hounsfield units: scaled to grey values; store the scan in Hounsfield units to use a window."
-    ]
+    said = f"Values run from {low:.0f} to {high:.0f}, not Hounsfield units: scaled to grey values."
+    return grey, [said]
 
 
 def read_nifti(path: Path) -> Volume:
