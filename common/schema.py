@@ -7,10 +7,18 @@ from `configs/` and the command line; a centre receives them resolved. A value o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar, dataclass_transform
 
+T = TypeVar("T")
 Mode = Literal["federated", "central", "local"]
 Personal = Literal["batch_norm", "heads", "all"]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass that pydantic, where it is used, lets no unknown key into."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclass(frozen=True)(cls)
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -18,7 +26,7 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-@dataclass(frozen=True)
+@settings
 class Preprocess:
     """What is kept of a scan. Everything here is part of the store's key: a changed value is recomputed."""
 
@@ -34,7 +42,7 @@ class Preprocess:
         _require(self.window[0] < self.window[1], f"preprocess.window is {self.window}; the first value must be the lower one")
 
 
-@dataclass(frozen=True)
+@settings
 class Task:
     """One thing to predict: a head, a loss, its metrics and its weight in the stage's loss."""
 
@@ -47,6 +55,7 @@ class Task:
     tau: float = 1.0
     dropout: float = 0.0
     head: Literal["local", "anchored", "moments"] = "local"
+    anchor_lr: float = 0.1  # anchored: the head's step on the sum of its gradients over a round
     grad_scale: float = 1.0  # of the gradient that flows from this head into the backbone; negative: gradient reversal
     inference: bool = True  # false: the head is dropped when predicting
 
@@ -57,7 +66,7 @@ class Task:
         _require(self.kind == "multiclass" or self.head != "moments", "head: moments needs kind: multiclass")
 
 
-@dataclass(frozen=True)
+@settings
 class Augment:
     """Random changes of each training slice on its own; `p_*` are probabilities, 0 switches one off."""
 
@@ -81,7 +90,7 @@ class Augment:
             _require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
 
 
-@dataclass(frozen=True)
+@settings
 class Optimiser:
     """The centres' optimiser, made afresh each round so that a round depends on nothing but weights, data and seed."""
 
@@ -100,7 +109,7 @@ class Optimiser:
         _require(self.clip >= 0, f"optimiser.clip is {self.clip}; it must be 0 or more")
 
 
-@dataclass(frozen=True)
+@settings
 class Stage:
     """Tasks + initial weights + what is frozen, reset or kept personal + optimiser + number of rounds."""
 
@@ -130,7 +139,7 @@ class Stage:
         _require(self.proximal >= 0, f"stage.proximal is {self.proximal}; it must be 0 or more")
 
 
-@dataclass(frozen=True)
+@settings
 class Backbone:
     """A timm encoder by name, applied to every slice alone."""
 
@@ -138,15 +147,15 @@ class Backbone:
     weights: str = "random"  # random | timm (the coordinator fetches them) | a file of the coordinator's
     pool: Literal["mean", "max"] = "mean"  # over the slices of a scan
     norm: Literal["batch", "group"] = "batch"  # group: every BatchNorm2d replaced by GroupNorm
-    mean: float = 0.449  # of a grey image in [0, 1]: ImageNet's three channels averaged
-    std: float = 0.226
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the three (equal) channels of a picture in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.std > 0, f"backbone.std is {self.std}; it must be above 0")
+        _require(min(self.std) > 0, f"backbone.std is {self.std}; each must be above 0")
 
 
-@dataclass(frozen=True)
+@settings
 class Aggregation:
     """How contributions become the next weights."""
 
@@ -167,7 +176,7 @@ class Aggregation:
         _require(self.outlier > 1, f"aggregation.outlier is {self.outlier}; it must be above 1")
 
 
-@dataclass(frozen=True)
+@settings
 class Phantom:
     """The made-up hospitals: counts scaled from the first paper's true ones."""
 
@@ -182,7 +191,7 @@ class Phantom:
         _require(self.pixels >= 64, f"federation.phantom.pixels is {self.pixels}; it must be 64 or more")
 
 
-@dataclass(frozen=True)
+@settings
 class Federation:
     """Who takes part, and when a round closes."""
 
@@ -204,7 +213,7 @@ class Federation:
         _require(self.retries >= 0, f"federation.retries is {self.retries}; it must be 0 or more")
 
 
-@dataclass(frozen=True)
+@settings
 class Evaluation:
     """How models are scored and the best one is chosen (on validation only)."""
 
@@ -221,7 +230,7 @@ class Evaluation:
         _require(8 <= self.bins <= 4096 and self.bins % 2 == 0, f"evaluation.bins is {self.bins}; it must be even, 8 to 4096")
 
 
-@dataclass(frozen=True)
+@settings
 class Config:
     """A run, resolved: what the coordinator writes to `config.yaml` and sends to the centres."""
 

@@ -1,0 +1,219 @@
+"""The centre's answers to the coordinator's requests: plain functions, no Flower. `answer` is the only door, and it never raises."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from client import personal
+from client.cohort import Skipped, load_cohort, target
+from client.dataset import Scans, batches, steps_in_round
+from client.phantom import write_centre
+from client.preprocess import preprocess, stack
+from client.queries import QUERIES, Question, class_counts
+from client.site import Site, data_root, holdings, name_of, state_folder
+from client.store import Store
+from client.trainer import train
+from common.compose import config_from
+from common.errors import ConsiliumError, Refused
+from common.fingerprint import fingerprint
+from common.imbalance import logit_adjustment
+from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Reply, Request, Train
+from common.model import Model, make_model
+from common.schema import Config, Stage
+from common.seeds import derive
+from common.weights import Weights, flatten, layout_of, load
+
+log = logging.getLogger("consilium.centre")
+SPLITS = ("train", "val", "test")
+
+
+def answer(site: Site, request: Request) -> Reply:
+    """Do what the request asks, or say why not. An unexpected error is named by type and place only: its text may hold a path or a name."""
+    centre = site.centre or f"node {site.index}"
+    try:
+        config = config_from(request.config)
+        centre = name_of(site, config) or centre
+        if isinstance(request, Hello):
+            return hello(site, config)
+        if not holdings(site, config):
+            raise Refused(f"node {site.index} has no part in this run")
+        return train_round(site, config, request) if isinstance(request, Train) else query(site, config, request)
+    except Refused as refused:
+        return Refusal(centre, str(refused))
+    except ConsiliumError as error:  # its sentence may name a file: that stays here
+        log.error("%s", error)
+        return Refusal(centre, f"{_where(error)}; the sentence is in the centre's log")
+    except Exception as error:
+        log.exception("unexpected")
+        return Refusal(centre, f"{type(error).__name__} in {_where(error)}; the centre's log has the rest")
+
+
+def _where(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).stem}.{frame.name}, line {frame.lineno}"
+
+
+def hello(site: Site, config: Config) -> Presence:
+    """Make everything ready, and say what there is."""
+    own = holdings(site, config)
+    held, skipped = read_scans(site, config) if own else ({}, [])
+    tables = [cohort_of(site, config, centre, path) for centre, path in own.items()]
+    columns = sorted({c for table in tables for c in table.columns})
+    sources = sorted({str(s) for table in tables for s in table["source"]})
+    for name, task in config.tasks.items():
+        if own and (task.label or name) not in columns:
+            log.warning("no column '%s' for task '%s': this centre adds nothing to it", task.label or name, name)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "flwr")} | {"python": platform.python_version()}
+    return Presence(
+        centre=name_of(site, config),
+        cohorts=list(own),
+        fingerprint=fingerprint(),
+        sources=sources,
+        columns=columns,
+        scans={split: len(scans) for split, scans in held.items()},
+        skipped=dict(Counter(s.reason for s in skipped)),
+        versions=versions,
+        device=str(site.torch_device()),
+    )
+
+
+def query(site: Site, config: Config, request: Query) -> Answer:
+    """One additive query (client/queries.py)."""
+    if request.name not in QUERIES:
+        raise Refused(f"query '{request.name}' is not one this centre answers: {', '.join(QUERIES)}")
+    began = time.perf_counter()
+    scans, _ = read_scans(site, config)
+    stage = config.stages[request.stage] if request.stage else next(iter(config.stages.values()))
+    model = None
+    if request.weights is not None:
+        model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
+    with threads(site):
+        sums = QUERIES[request.name](
+            Question(scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device())
+        )
+    return Answer(name_of(site, config), sums, time.perf_counter() - began)
+
+
+def train_round(site: Site, config: Config, request: Train) -> Contribution:
+    """One round of local training from the received weights."""
+    began = time.perf_counter()
+    centre, stage = name_of(site, config), config.stages[request.stage]
+    tasks = {t: config.tasks[t] for t in (stage.tasks or list(config.tasks))}
+    scans = read_scans(site, config)[0]["train"]
+    labelled = {t: int(np.isfinite(scans.targets[t]).sum()) for t in tasks}
+    if not len(scans) or not any(labelled.values()):
+        raise Refused(f"{len(scans)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
+    adjustments = {}
+    for name, task in tasks.items():
+        if task.prior != "none":
+            counts = request.global_counts[name] if task.prior == "global" else class_counts(scans.targets[name], task)[:-1]
+            adjustments[name] = torch.tensor(logit_adjustment(counts, task.tau, task.adjust), dtype=torch.float32)
+
+    model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
+    steps = steps_in_round(scans, stage)
+    seed = derive(config.seed, request.stage, request.round, centre)
+    with threads(site):
+        report = train(
+            model,
+            batches(scans, list(tasks), stage, steps, seed),
+            stage,
+            tasks,
+            adjustments,
+            progress=((request.round - 1) / stage.rounds, request.round / stage.rounds),
+            steps=steps,
+            seed=seed,
+            device=site.torch_device(),
+        )
+    layout = layout_of(model)
+    after = flatten(model, layout)
+    delta = after.floats - request.weights.floats
+    if stage.personal:
+        folder = personal_folder(site, config)
+        personal.save(folder, request.run, request.stage, request.round, after, personal.mask_of(layout, stage.personal))
+        personal.forget(folder, request.run, stage, request.stage, [*request.keep, request.round])
+        if "all" in stage.personal:
+            delta = np.empty(0, np.float32)
+    return Contribution(
+        centre,
+        delta,
+        after.integers,
+        report.scans,
+        report.steps,
+        {t: list(v) for t, v in report.losses.items()},
+        time.perf_counter() - began,
+    )
+
+
+def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, run: str, own: list[tuple[str, int]]) -> Model:
+    """The model with the received weights and this centre's personal ones laid over."""
+    model = make_model(config.backbone, config.tasks, 0, stage.channels_last, stage.checkpointing)
+    load(model, layout_of(model), personal.lay_over(personal_folder(site, config), run, [(s, int(r)) for s, r in own], weights))
+    return model
+
+
+def read_scans(site: Site, config: Config) -> tuple[dict[str, Scans], list[Skipped]]:
+    """This site's scans by split, preprocessed where the store lacks them; and those that could not be read."""
+    found = {split: Scans([], {t: np.empty(0) for t in config.tasks}, []) for split in SPLITS}
+    skipped: list[Skipped] = []
+    for centre, path in holdings(site, config).items():
+        table = cohort_of(site, config, centre, path)
+        store = Store(state_folder(site, path) / "slices")
+        keys, failed = preprocess(table, path if path.is_dir() else path.parent, config.preprocess, store, site.workers, progress=False)
+        skipped += failed
+        read = np.array([key != "" for key in keys])
+        slices = stack(store, [key for key in keys if key])
+        table = table[read].reset_index(drop=True)
+        for split, scans in found.items():
+            rows = np.flatnonzero(table["split"].to_numpy() == split)
+            scans.slices += [slices[i] for i in rows]
+            scans.cohort += [centre] * len(rows)
+            for name, task in config.tasks.items():
+                column = task.label or name
+                values = target(table, column, task.classes) if column in table.columns else np.full(len(table), np.nan)
+                scans.targets[name] = np.append(scans.targets[name], values[rows])
+    if not len(found["train"]):
+        raise Refused(
+            f"no training scan could be read ({len(skipped)} were skipped); run `consilium-centre preprocess` there and read its list"
+        )
+    return found, skipped
+
+
+def cohort_of(site: Site, config: Config, centre: str, path: Path) -> pd.DataFrame:
+    """The cohort's table; a phantom federation's is written when it is not there yet."""
+    if config.federation.phantom and not site.centre:
+        write_centre(data_root(config), centre, config.federation.phantom)
+    if not path.exists():
+        where = f"federation.root/{centre}" if not site.centre else "the `data` of site.yaml"
+        raise Refused(f"centre '{centre}' has no data: {where} does not exist; write a cohort there with `consilium-centre cohort`")
+    return load_cohort(path, centre)
+
+
+def personal_folder(site: Site, config: Config) -> Path:
+    """Where this site's personal weights lie; the pooled site's with the first centre."""
+    first = next(iter(holdings(site, config).values()))
+    return state_folder(site, first) / ("pooled" if config.federation.mode == "central" else "personal")
+
+
+class threads:
+    """PyTorch's thread count as the site sets it; the same number gives the same bits."""
+
+    def __init__(self, site: Site) -> None:
+        self.wanted = site.threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        if self.wanted:
+            torch.set_num_threads(self.wanted)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)

@@ -1,0 +1,53 @@
+"""Weights that a centre keeps as its own, on its own disk, by run, stage and round: batch norms (FedBN), heads, or all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from client.site import safe
+from common.schema import Personal, Stage
+from common.weights import Layout, Weights
+
+
+def mask_of(layout: Layout, personal: list[Personal]) -> NDArray[np.bool_]:
+    """True [P] where a float weight is personal (Li et al., "FedBN", ICLR 2021, for batch norms)."""
+    mask = np.zeros(layout.size, dtype=bool)
+    for e in layout.floats:
+        own = "all" in personal or ("batch_norm" in personal and e.batch_norm) or ("heads" in personal and e.group != "backbone")
+        mask[e.where] = own
+    return mask
+
+
+def save(folder: Path, run: str, stage: str, round: int, weights: Weights, mask: NDArray[np.bool_]) -> None:
+    """Keep the personal part of the weights after a round; written whole or not at all."""
+    path = folder / safe(run) / safe(stage) / f"{round:05d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"where": np.packbits(mask), "floats": weights.floats[mask], "integers": weights.integers}, temporary)
+    os.replace(temporary, path)
+
+
+def lay_over(folder: Path, run: str, personal: list[tuple[str, int]], weights: Weights) -> Weights:
+    """The received weights with the centre's own laid over: for each (stage, round) the newest kept up to that round."""
+    merged = weights.copy()
+    for stage, last in personal:
+        kept = sorted((folder / safe(run) / safe(stage)).glob("*.safetensors"))
+        due = [path for path in kept if int(path.stem) <= last]
+        if due:
+            own = load_file(due[-1])
+            mask = np.unpackbits(own["where"], count=merged.floats.size).astype(bool)
+            merged.floats[mask], merged.integers[:] = own["floats"], own["integers"]
+    return merged
+
+
+def forget(folder: Path, run: str, stage: Stage, name: str, keep: list[int]) -> None:
+    """Delete the stage's personal weights of rounds that nobody will ask for again."""
+    if stage.personal:
+        for path in (folder / safe(run) / safe(name)).glob("*.safetensors"):
+            if int(path.stem) not in keep:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""What is this centre's own: its name, data, device, state folder and smallest reportable cell. The coordinator cannot set any of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.errors import ConsiliumError, Refused, nearest
+from common.schema import Config
+
+
+@dataclass(frozen=True)
+class Site:
+    """`site.yaml`, or Flower's node configuration. In simulation `centre` is empty and `index` says which of the federation's centres this is."""
+
+    centre: str = ""
+    data: str = ""  # folder with cohort.csv, or a cohort table
+    state: str = ""  # folder for slices and personal weights; empty: `.consilium` beside the data
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+    workers: int = 1  # processes that read scans
+    threads: int = 0  # of PyTorch; 0: its own choice
+    smallest_cell: int = 1  # counts below this are reported as this
+    index: int = 0
+
+    def torch_device(self) -> torch.device:
+        """The device to train on. Raises Refused when the named one is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise Refused(f"device '{self.device}' is set in site.yaml, but this machine shows no GPU; set device: cpu or auto")
+        return torch.device(self.device)
+
+
+def site_from(values: Mapping[str, Any]) -> Site:
+    """From Flower's node configuration, which may name a `site` file; what is set directly comes first.
+
+    Raises ConsiliumError for an unknown key or a wrong type.
+    """
+    known = {f.name: type(f.default) for f in fields(Site)}
+    given: dict[str, Any] = {}
+    if "site" in values:
+        path = Path(str(values["site"]))
+        try:
+            given = dict(yaml.safe_load(path.read_text()) or {})
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise ConsiliumError(
+                f"site file {path} cannot be read ({type(error).__name__}); it is YAML with keys {', '.join(known)}"
+            ) from error
+        for key in given:
+            if key not in known:
+                raise ConsiliumError(f"site file {path}: unknown key '{key}'{nearest(key, known)}")
+    given.update({k: v for k, v in values.items() if k in known})
+    if "partition-id" in values:
+        given["index"] = int(values["partition-id"])
+    try:
+        return Site(**{k: known[k](v) for k, v in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ConsiliumError(
+            f"site settings: {error}; expected types: {', '.join(f'{k} {t.__name__}' for k, t in known.items())}"
+        ) from error
+
+
+def data_root(config: Config) -> Path:
+    """The federation's folder in simulation: `federation.root`, else `$CONSILIUM_DATA/<name>`, else `~/.cache/consilium/<name>`."""
+    if config.federation.root:
+        return Path(config.federation.root).expanduser().resolve()
+    base = os.environ.get("CONSILIUM_DATA") or str(Path.home() / ".cache" / "consilium")
+    return Path(base).resolve() / config.federation.name
+
+
+def holdings(site: Site, config: Config) -> dict[str, Path]:
+    """{centre: its data} that this site answers for: its own cohort, or in simulation's central mode all of them at the first node.
+
+    Empty for a node that has no part in this run. Raises Refused when a hospital is asked to pool.
+    """
+    if site.centre:
+        if config.federation.mode == "central":
+            raise Refused("mode 'central' pools patients' data and is for simulation only; use federation.mode=federated")
+        if not site.data:
+            raise Refused(f"centre '{site.centre}' has no data path; set `data` in site.yaml")
+        return {site.centre: Path(site.data)}
+    centres, root = config.federation.centres, data_root(config)
+    if config.federation.mode == "central":
+        return {c: root / c for c in centres} if site.index == 0 else {}
+    return {c: root / c for c in centres[site.index : site.index + 1]}
+
+
+def name_of(site: Site, config: Config) -> str:
+    """The name this site answers under: its centre's, or `pooled` in central mode."""
+    own = holdings(site, config)
+    return "pooled" if len(own) > 1 or config.federation.mode == "central" else next(iter(own), "")
+
+
+def state_folder(site: Site, data: Path) -> Path:
+    """Where this site keeps slices and personal weights."""
+    return Path(site.state) if site.state else (data if data.is_dir() else data.parent) / ".consilium"
+
+
+def safe(name: str) -> str:
+    """A run's or stage's name as a file name; the coordinator chooses it, so it must not reach out of the state folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise Refused(f"'{name[:40]}' is not a name for a run or a stage: letters, digits, '.', '_' and '-', at most 100")
+    return name

@@ -1,0 +1,175 @@
+"""Local training and inference: a model, batches, tasks, a stage. Knows nothing of federation, files or Flower."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from client.augment import augment
+from common.errors import ConsiliumError
+from common.model import Model
+from common.schema import Optimiser, Stage, Task
+from common.tasks import stage_loss
+
+
+@dataclass
+class Batch:
+    """`slices` uint8 [B, S, H, W]; `targets` {task: float [B], NaN = missing}."""
+
+    slices: Tensor
+    targets: dict[str, Tensor]
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """The batch cut into at most `count` parts of nearly equal size."""
+        for rows in torch.arange(len(self.slices)).tensor_split(min(count, len(self.slices))):
+            yield Batch(self.slices[rows], {t: y[rows] for t, y in self.targets.items()})
+
+
+@dataclass
+class Report:
+    """What a round of local training did: optimiser steps, scans seen, {task: [summed loss, labelled scans]}."""
+
+    steps: int = 0
+    scans: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+
+def train(
+    model: Model,
+    batches: Iterable[Batch],
+    stage: Stage,
+    tasks: Mapping[str, Task],
+    adjustments: Mapping[str, Tensor],
+    *,
+    progress: tuple[float, float] = (0.0, 1.0),
+    steps: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """Train in place on `steps` batches.
+
+    `adjustments` [K] by task are added to the logits (common/imbalance.py); `progress` is the share of the stage done before and after this
+    round, which the learning rate's schedule follows. The head of a task with `head: anchored` stays where it is while its gradient is summed;
+    it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of the deltas is a gradient step over all centres.
+    A head with `head: moments` is fitted by the server and never moves here. Raises ConsiliumError when the loss is not finite.
+    """
+    device = torch.device(device)
+    model.to(device).train()
+    heads = {t: list(model.heads[t].parameters()) for t in tasks}
+    fixed = {id(p) for t, task in tasks.items() if task.head != "local" for p in heads[t]}
+    idle = {id(p) for t, head in model.heads.items() if t not in tasks for p in head.parameters()}
+    for name, p in model.named_parameters():
+        p.requires_grad_(id(p) not in idle and not any(fnmatch(name, pattern) for pattern in stage.freeze))
+    movable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
+    optimiser = make_optimiser(movable, stage.optimiser)
+    start = [p.detach().clone() for _, p in movable] if stage.proximal else []
+    anchored = [p for t, task in tasks.items() if task.head == "anchored" for p in heads[t]]
+    anchor_rates = [task.anchor_lr for t, task in tasks.items() if task.head == "anchored" for _ in heads[t]]
+    anchor_sum = [torch.zeros_like(p) for p in anchored]
+
+    adjust = {t: a.to(device) for t, a in adjustments.items()}
+    scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
+    draws = torch.Generator().manual_seed(seed)
+    report = Report(losses={t: [0.0, 0.0] for t in tasks})
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)  # dropout
+        for step, batch in enumerate(batches):
+            lr = learning_rate(stage.optimiser, progress[0] + (progress[1] - progress[0]) * step / max(steps, 1))
+            for group in optimiser.param_groups:
+                group["lr"] = lr * group["scale"]
+            labelled = {t: int(torch.isfinite(batch.targets[t]).sum()) for t in tasks}
+            model.zero_grad(set_to_none=True)
+            for part in batch.parts(stage.accumulate):
+                b, s, h, w = part.slices.shape
+                x = part.slices.to(device, non_blocking=True).float().div_(255)
+                x = augment(x.view(b * s, h, w), stage.augment, draws).view(b, s, h, w)
+                with autocast(device, stage.precision):
+                    outputs = model(x, list(tasks))
+                losses = stage_loss(tasks, outputs, {t: y.to(device) for t, y in part.targets.items()}, adjust, labelled)
+                if not torch.isfinite(losses.total):
+                    raise ConsiliumError(
+                        f"the loss became {float(losses.total)} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
+                    )
+                for t, (value, n) in losses.sums.items():
+                    report.losses[t][0] += value
+                    report.losses[t][1] += n
+                if losses.total.requires_grad:
+                    scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+            for total, p, rate in zip(anchor_sum, anchored, anchor_rates, strict=True):
+                if p.grad is not None:
+                    total.add_(p.grad, alpha=rate / scaler.get_scale())  # 1 when no scaling is on
+            _step(optimiser, scaler, stage, [p for _, p in movable], start)
+            report.steps += 1
+            report.scans += len(batch.slices)
+    with torch.no_grad():
+        for total, p in zip(anchor_sum, anchored, strict=True):
+            p.sub_(total)
+    return report
+
+
+def _step(
+    optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, stage: Stage, movable: list[nn.Parameter], start: list[Tensor]
+) -> None:
+    """One optimiser step with FedProx's pull towards the received weights (Li et al., MLSys 2020: mu/2 |w - w_global|^2)."""
+    scaler.unscale_(optimiser)
+    if stage.proximal:
+        for p, origin in zip(movable, start, strict=True):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - origin, alpha=stage.proximal)
+    if stage.optimiser.clip:
+        nn.utils.clip_grad_norm_(movable, stage.optimiser.clip)
+    scaler.step(optimiser)
+    scaler.update()
+
+
+def make_optimiser(parameters: list[tuple[str, nn.Parameter]], settings: Optimiser) -> torch.optim.Optimizer:
+    """The stage's optimiser; heads (`heads.*`) have `head_lr` times its learning rate; weight decay spares vectors (biases and norms)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in parameters:
+        decay = settings.weight_decay if p.ndim > 1 or settings.name != "adamw" else 0.0
+        groups.setdefault((settings.head_lr if name.startswith("heads.") else 1.0, decay), []).append(p)
+    made = [{"params": ps, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
+    made = made or [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "scale": 0.0}]  # a stage that trains nothing but an anchored head
+    if settings.name == "sgd":
+        return torch.optim.SGD(made, momentum=settings.momentum)
+    return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW)(made)
+
+
+def learning_rate(settings: Optimiser, done: float) -> float:
+    """The learning rate when the share `done` in [0, 1] of the stage is behind."""
+    return settings.lr if settings.schedule == "constant" else settings.lr * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision of the forward pass; fp16 exists on GPUs only and is bf16 elsewhere."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    half = torch.float16 if precision == "fp16" and device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, dtype=half)
+
+
+@torch.no_grad()
+def infer(
+    model: Model,
+    batches: Iterable[Tensor],
+    outputs: Callable[[Model, Tensor], Mapping[str, Tensor]],
+    *,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """`outputs(model, slices in [0, 1])` on batches of uint8 slices [B, S, H, W], in evaluation mode, stacked over all scans [N, ...] on the CPU."""
+    device = torch.device(device)
+    model.to(device).eval()
+    found: dict[str, list[Tensor]] = {}
+    for slices in batches:
+        with autocast(device, precision):
+            result = outputs(model, slices.to(device, non_blocking=True).float().div_(255))
+        for name, value in result.items():
+            found.setdefault(name, []).append(value.float().cpu())
+    return {name: torch.cat(values) for name, values in found.items()}

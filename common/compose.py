@@ -1,0 +1,127 @@
+"""From `configs/` and the command line to a checked `Config`: Hydra composes, pydantic checks against the schema.
+
+One override syntax, Hydra's: `group=choice` picks a file (`backbone=efficientnet_b7`), `path.to.key=value` sets a value. `stage.x=v` sets x for
+every stage of the recipe, `stages.<name>.x=v` for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from common.errors import ConsiliumError, nearest
+from common.schema import Config, Stage
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS) -> Config:
+    """The configuration of a run. Raises ConsiliumError for an unknown choice or key (with the nearest valid one) or a value out of range."""
+    given = list(overrides)
+    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in configs.iterdir() if p.is_dir()}
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=os.fspath(configs), version_base="1.3"):
+            base = hydra_compose("config", overrides=[o for o in given if o.partition("=")[0] in groups and _override(o, groups)])
+            for o in given:  # a misspelt task would else be a new one
+                where, _, name = o.partition("=")[0].rpartition(".")[0].partition(".")
+                name = name.partition(".")[0]
+                if where in ("tasks", "stages") and name not in base.get(where, {}):
+                    raise ConsiliumError(f"override '{o}': the recipe has no {where[:-1]} '{name}'{nearest(name, base.get(where, {}))}")
+            composed = hydra_compose("config", overrides=[_override(o, groups) for o in given])
+        values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConsiliumError(f"the configuration cannot be composed: {' '.join(str(error).split())[:300]}") from error
+    common = values.pop("stage", {})
+    forced = {key for o in given if (key := o.lstrip("+~").partition("=")[0]).startswith("stage.")}
+    every = OmegaConf.create({"stage": common})
+    stages = {}
+    for name, own in (values.get("stages") or {"main": {}}).items():
+        merged = OmegaConf.merge({"stage": common}, {"stage": own or {}})
+        for key in forced:
+            OmegaConf.update(merged, key, OmegaConf.select(every, key))
+        stages[name] = OmegaConf.to_container(merged)["stage"]  # type: ignore[call-overload, index]
+    return check(config_from({**values, "stages": stages}))
+
+
+def _override(text: str, groups: Mapping[str, list[str]]) -> str:
+    """An override as Hydra wants it: keys that no file mentions may be set too (`++`); the schema refuses the unknown ones afterwards."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConsiliumError(f"override '{text}' has no '='; write key=value, e.g. aggregation.tau=0.5")
+    if key in groups:
+        if value not in groups[key]:
+            raise ConsiliumError(f"{key} '{value}' is unknown{nearest(value, groups[key])}")
+        return text
+    return text if text.startswith(("+", "~")) else f"++{text}"
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """A Config from plain values, as they stand in `config.yaml` or came in a message. Raises ConsiliumError, one sentence."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(p) for p in first["loc"]]
+        where = ".".join(path)
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConsiliumError(f"unknown key '{where}'{nearest(path[-1], _names(path[:-1]))}") from error
+        if first["type"] == "value_error":
+            raise ConsiliumError(str(first["ctx"]["error"])) from error
+        raise ConsiliumError(f"{where}={first['input']!r} is refused: {first['msg']}") from error
+
+
+def _names(path: list[str]) -> list[str]:
+    """The schema's field names at a path of keys."""
+    kind: Any = Config
+    for key in path:
+        hint = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
+        kind = (
+            next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), hint) if typing.get_origin(hint) is not dict else hint
+        )
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def check(config: Config) -> Config:
+    """What one value alone cannot tell: names that point at other names. Raises ConsiliumError."""
+    if not config.tasks:
+        raise ConsiliumError("the recipe has no tasks; it needs at least one under `tasks:`")
+    for name, stage in config.stages.items():
+        for task in stage.tasks:
+            if task not in config.tasks:
+                raise ConsiliumError(f"stages.{name}.tasks names '{task}', which the recipe lacks{nearest(task, config.tasks)}")
+        anchored = [t for t in active(config, stage) if config.tasks[t].head != "local"]
+        if anchored and "all" in stage.personal:
+            raise ConsiliumError(
+                f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"
+            )
+    if config.evaluation.task not in config.tasks:
+        raise ConsiliumError(f"evaluation.task '{config.evaluation.task}' is not a task{nearest(config.evaluation.task, config.tasks)}")
+    if config.federation.mode == "local":
+        stages = {n: dataclasses.replace(s, personal=["all"]) for n, s in config.stages.items()}
+        tasks = {n: dataclasses.replace(t, head="local") for n, t in config.tasks.items()}
+        return dataclasses.replace(config, stages=stages, tasks=tasks)
+    return config
+
+
+def active(config: Config, stage: Stage) -> list[str]:
+    """The tasks of a stage."""
+    return stage.tasks or list(config.tasks)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values: what travels and what `config.yaml` holds."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,163 @@
+"""Everything that crosses a hospital's wall, and nothing else. To send more, a field must be added here.
+
+No pixel, no identifier, no per-scan score or prediction has a field. Arrays and facts are kept apart (`pack`, `unpack`); `common/records.py`
+puts them into Flower's records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.weights import Weights
+
+Sums = dict[str, NDArray[np.float64]]
+
+
+# --- from the coordinator -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hello:
+    """Who are you, and what have you got? The first message of a run."""
+
+    run: str
+    config: dict[str, Any]  # common.schema.Config, resolved
+
+
+@dataclass
+class Query:
+    """An additive query: `name` says which sums over its scans the centre shall answer with (client/queries.py)."""
+
+    run: str
+    config: dict[str, Any]
+    name: str  # counts | scores | moments
+    stage: str
+    split: str = "train"
+    task: str = ""  # moments: of this task's classes
+    weights: Weights | None = None
+    personal: list[tuple[str, int]] = field(default_factory=list)  # (stage, round) of the centre's own weights to lay over, in this order
+
+
+@dataclass
+class Train:
+    """Train a round from these weights."""
+
+    run: str
+    config: dict[str, Any]
+    stage: str
+    round: int
+    weights: Weights
+    global_counts: dict[str, list[float]] = field(default_factory=dict)  # {task: training scans per class, all centres}
+    personal: list[tuple[str, int]] = field(default_factory=list)
+    keep: list[int] = field(default_factory=list)  # rounds of this stage whose personal weights may still be asked for
+
+
+# --- from a centre --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Presence:
+    """The answer to Hello."""
+
+    centre: str
+    cohorts: list[str]  # the centres whose cohorts it holds: its own name, or all of them when data are pooled
+    fingerprint: str  # of the code it runs
+    sources: list[str]
+    columns: list[str]  # label columns it has
+    scans: dict[str, int]  # {split: scans ready}
+    skipped: dict[str, int]  # {reason: scans that could not be read}
+    versions: dict[str, str]
+    device: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Answer:
+    """The answer to a Query: sums over scans, keyed `cohort/task/what`. Sums of all centres are added key by key."""
+
+    centre: str
+    sums: Sums
+    seconds: float = 0.0
+
+
+@dataclass
+class Contribution:
+    """What a centre sends back in a round."""
+
+    centre: str
+    delta: NDArray[np.float32]  # [P] weights after minus weights received; empty when the stage keeps all weights personal
+    integers: NDArray[np.int64]  # [Q] counters after
+    scans: int
+    steps: int
+    losses: dict[str, list[float]]  # {task: [summed loss, labelled scans seen]}
+    seconds: float
+
+
+@dataclass
+class Refusal:
+    """The centre will not or cannot answer. `reason` holds no path, name or identifier."""
+
+    centre: str
+    reason: str
+
+
+Request = Hello | Query | Train
+Reply = Presence | Answer | Contribution | Refusal
+KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Hello, Query, Train, Presence, Answer, Contribution, Refusal)}
+
+
+def pack(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
+    """(arrays, facts): every array by its field (`field/key` inside a dict), the rest as JSON-able facts with the message's kind."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    facts: dict[str, Any] = {"kind": type(message).__name__}
+    for f in dataclasses.fields(message):
+        value = getattr(message, f.name)
+        if isinstance(value, np.ndarray):
+            arrays[f.name] = value
+        elif isinstance(value, Weights):
+            arrays[f"{f.name}.floats"], arrays[f"{f.name}.integers"] = value.floats, value.integers
+        elif f.name == "sums":
+            arrays.update({f"sums/{key}": array for key, array in value.items()})
+        else:
+            facts[f.name] = value
+    return arrays, facts
+
+
+def unpack(arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, Any]) -> Request | Reply:
+    """The inverse of `pack`. Raises KeyError or TypeError for a record that is none of ours."""
+    facts = dict(facts)
+    cls = KINDS[facts.pop("kind")]
+    for f in dataclasses.fields(cls):
+        if f"{f.name}.floats" in arrays:
+            floats, integers = arrays[f"{f.name}.floats"], arrays[f"{f.name}.integers"]
+            facts[f.name] = Weights(np.asarray(floats, np.float32), np.asarray(integers, np.int64))
+        elif f.name == "sums":
+            facts["sums"] = {key[5:]: array for key, array in arrays.items() if key.startswith("sums/")}
+        elif f.name in arrays:
+            facts[f.name] = arrays[f.name]
+    message: Request | Reply = cls(**facts)
+    return message
+
+
+def facts_json(facts: Mapping[str, Any]) -> str:
+    """Facts as they travel: one JSON text, keys sorted."""
+    return json.dumps(facts, sort_keys=True)
+
+
+def add(total: Sums, sums: Sums) -> Sums:
+    """`total += sums`, key by key: the server's half of an additive query. Raises ValueError when shapes differ."""
+    for key, array in sums.items():
+        if key not in total:
+            total[key] = np.array(array, dtype=np.float64)
+        elif total[key].shape != array.shape:
+            raise ValueError(f"'{key}' has shape {array.shape}, others sent {total[key].shape}")
+        else:
+            total[key] += array
+    return total

@@ -1,0 +1,27 @@
+"""Our messages in Flower's records: arrays in an ArrayRecord, facts as one JSON text in a ConfigRecord."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from common.messages import Reply, Request, facts_json, pack, unpack
+
+
+def to_records(message: Request | Reply) -> RecordDict:
+    """A fresh RecordDict (Flower shares and mutates records between messages when they are reused)."""
+    arrays, facts = pack(message)
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}),
+            "facts": ConfigRecord({"json": facts_json(facts)}),
+        }
+    )
+
+
+def from_records(content: RecordDict) -> Request | Reply:
+    """The message inside. Raises KeyError, TypeError or ValueError for a record that is none of ours."""
+    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    return unpack(arrays, json.loads(str(content.config_records["facts"]["json"])))

@@ -1,0 +1,147 @@
+"""A model's weights as one flat float32 buffer and one int64 buffer, with a layout that both sides derive from the configuration.
+
+One buffer instead of a thousand tensors: nothing to name on the wire, and the server's sum is one pass over memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from common.errors import ConsiliumError
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's place in its buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: str  # "backbone", or the head's task
+    parameter: bool  # false: a buffer (batch-norm statistics), kept out of norms
+    batch_norm: bool
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`floats` float32 [P], `integers` int64 [Q] in a layout's order."""
+
+    floats: NDArray[np.float32]
+    integers: NDArray[np.int64]
+
+    def copy(self) -> Weights:
+        return Weights(self.floats.copy(), self.integers.copy())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a model lies. Two models of one configuration have equal layouts."""
+
+    floats: list[Entry] = field(default_factory=list)
+    integers: list[Entry] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.floats[-1].stop if self.floats else 0
+
+    @property
+    def integer_size(self) -> int:
+        return self.integers[-1].stop if self.integers else 0
+
+    def digest(self) -> str:
+        """Equal for equal layouts: names, shapes and order."""
+        text = "\n".join(f"{e.name} {e.shape}" for e in (*self.floats, *self.integers))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def groups(self) -> dict[str, list[slice]]:
+        """Contiguous runs of each group in the float buffer."""
+        runs: dict[str, list[slice]] = {}
+        for entry in self.floats:
+            own = runs.setdefault(entry.group, [])
+            if own and own[-1].stop == entry.start:
+                own[-1] = slice(own[-1].start, entry.stop)
+            else:
+                own.append(entry.where)
+        return runs
+
+    def parameters(self) -> NDArray[np.bool_]:
+        """True [P] where a value is a parameter: batch-norm statistics are 0.5 % of the values and nearly all of an update's norm."""
+        mask = np.zeros(self.size, dtype=bool)
+        for entry in self.floats:
+            mask[entry.where] = entry.parameter
+        return mask
+
+    def matching(self, patterns: Sequence[str]) -> list[Entry]:
+        """Entries whose name matches any fnmatch pattern. Raises ConsiliumError for a pattern that matches nothing."""
+        found = {e.name: e for p in patterns for e in (*self.floats, *self.integers) if fnmatch.fnmatch(e.name, p)}
+        for pattern in patterns:
+            if not any(fnmatch.fnmatch(name, pattern) for name in found):
+                raise ConsiliumError(
+                    f"pattern '{pattern}' matches no weight; names look like '{self.floats[0].name}', '{self.floats[-1].name}'"
+                )
+        return list(found.values())
+
+    def named(self, weights: Weights) -> dict[str, Array]:
+        """{tensor name: array}: what a state dict and a safetensors file hold."""
+        out: dict[str, Array] = {e.name: weights.floats[e.where].reshape(e.shape) for e in self.floats}
+        out.update({e.name: weights.integers[e.where].reshape(e.shape) for e in self.integers})
+        return out
+
+    def flat(self, named: Mapping[str, Array]) -> Weights:
+        """The inverse of `named`. Raises ConsiliumError naming a tensor that is missing or has another shape."""
+        weights = Weights(np.empty(self.size, np.float32), np.empty(self.integer_size, np.int64))
+        for entries, buffer in ((self.floats, weights.floats), (self.integers, weights.integers)):
+            for e in entries:
+                if e.name not in named:
+                    raise ConsiliumError(f"the weights lack '{e.name}'; they belong to another backbone or recipe")
+                if tuple(named[e.name].shape) != e.shape:
+                    raise ConsiliumError(f"'{e.name}' has shape {tuple(named[e.name].shape)}, the model wants {e.shape}")
+                buffer[e.where] = np.asarray(named[e.name]).reshape(-1)  # type: ignore[index]
+        return weights
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model whose heads are called `heads.<task>`; everything else is backbone."""
+    norms = {name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    parameters = {name for name, _ in model.named_parameters()}
+    layout = Layout()
+    for name, tensor in model.state_dict().items():
+        entries = layout.floats if tensor.is_floating_point() else layout.integers
+        start = entries[-1].stop if entries else 0
+        group = name.split(".")[1] if name.startswith("heads.") else "backbone"
+        batch_norm = name.rpartition(".")[0] in norms
+        entries.append(Entry(name, tuple(tensor.shape), start, start + tensor.numel(), group, name in parameters, batch_norm))
+    return layout
+
+
+def flatten(model: nn.Module, layout: Layout) -> Weights:
+    """A copy of the model's weights."""
+    return layout.flat({name: t.detach().cpu().numpy() for name, t in model.state_dict().items()})
+
+
+@torch.no_grad()
+def load(model: nn.Module, layout: Layout, weights: Weights) -> None:
+    """Copy the weights into the model, whatever its device or memory format."""
+    if weights.floats.shape != (layout.size,) or weights.integers.shape != (layout.integer_size,):
+        raise ConsiliumError(
+            f"{weights.floats.size} weights came, the model has {layout.size}; the two sides run different recipes or code"
+        )
+    state = model.state_dict()
+    for entries, buffer in ((layout.floats, weights.floats), (layout.integers, weights.integers)):
+        for e in entries:
+            state[e.name].copy_(torch.from_numpy(np.ascontiguousarray(buffer[e.where]).reshape(e.shape)))  # type: ignore[index]

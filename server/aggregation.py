@@ -1,0 +1,124 @@
+"""From contributions to the next weights: check, spool, screen, weigh, sum, step.
+
+Contributions are spooled to disk as they arrive and summed in the order of the centres' names when the round closes: memory does not grow with
+their number, and the sum has the same bits whatever the order of arrival, which a resumed run depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from common.imbalance import centre_weights
+from common.messages import Contribution
+from common.schema import Aggregation
+from common.weights import Layout, Weights
+
+
+@dataclass
+class Spooled:
+    """A contribution on disk: `delta` float32 [P], with what is needed to judge it."""
+
+    centre: str
+    path: Path
+    integers: NDArray[np.int64]
+    norm: float  # L2 over parameters; buffers would drown it
+
+    def delta(self) -> NDArray[np.float32]:
+        return np.load(self.path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def fault(contribution: Contribution, layout: Layout, empty: bool) -> str:
+    """Why a contribution cannot be used, or "". `empty`: the stage keeps all weights at the centres, nothing should come."""
+    expected = 0 if empty else layout.size
+    if contribution.delta.shape != (expected,):
+        return f"wrong shape: {contribution.delta.size} weights instead of {expected}"
+    if contribution.integers.shape != (layout.integer_size,):
+        return f"wrong shape: {contribution.integers.size} counters instead of {layout.integer_size}"
+    if not np.isfinite(contribution.delta).all():
+        return "not finite"
+    return ""
+
+
+def spool(contribution: Contribution, layout: Layout, folder: Path) -> Spooled:
+    """Put a contribution that has no fault on disk, so that its memory can go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{contribution.centre}.npy"
+    np.save(path, contribution.delta)
+    parameters = layout.parameters()
+    norm = float(np.linalg.norm(contribution.delta[parameters].astype(np.float64))) if contribution.delta.size else 0.0
+    return Spooled(contribution.centre, path, contribution.integers, norm)
+
+
+def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
+    """{centre: reason} of those whose norm exceeds `factor` times the median of the others' norms."""
+    found = {}
+    for centre, norm in norms.items():
+        others = [n for c, n in norms.items() if c != centre]
+        if others and median(others) > 0 and norm > factor * median(others):
+            found[centre] = f"norm {norm:.3g} is {norm / median(others):.0f} times the others' median (limit {factor:g})"
+    return found
+
+
+def group_weights(counts: Mapping[str, Mapping[str, ArrayLike]], settings: Aggregation, tasks: list[str]) -> dict[str, dict[str, float]]:
+    """{"backbone" or head: {centre: weight}} from each centre's training counts {task: [K + 1]}, the last cell being the unlabelled.
+
+    The backbone goes by the first task's cells, the unlabelled scans being a cell of their own; a head by its labelled cells alone, so that a
+    centre without labels for a task never dilutes that head.
+    """
+
+    def weigh(cells: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        whole = {c: n.sum(keepdims=True) for c, n in cells.items()} if settings.count == "scans" else cells
+        return centre_weights(whole, settings.tau)
+
+    cells = {task: {c: np.asarray(by[task], dtype=np.float64) for c, by in counts.items()} for task in tasks}
+    return {"backbone": weigh(cells[tasks[0]])} | {t: weigh({c: n[:-1] for c, n in cells[t].items()}) for t in tasks}
+
+
+def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:
+    """`sum_c w_c delta_c` in float32 [P], each group of weights by its own w. A group without weights does not move."""
+    total = torch.zeros(layout.size)
+    for one in sorted(spooled, key=lambda s: s.centre):
+        delta = torch.from_numpy(np.array(one.delta()))
+        for group, runs in layout.groups().items():
+            w = weights.get(group, {}).get(one.centre, 0.0)
+            for run in runs if w else []:
+                total[run].add_(delta[run], alpha=w)
+    return total.numpy()
+
+
+def step(
+    weights: Weights,
+    update: NDArray[np.float32],
+    spooled: list[Spooled],
+    settings: Aggregation,
+    layout: Layout,
+    state: dict[str, NDArray[np.float32]],
+) -> Weights:
+    """The next weights; `state` (the server optimiser's moments) changes in place.
+
+    FedAvg adds `lr * update`. FedAdam and FedYogi (Reddi et al., ICLR 2021, algorithm 2) scale it by moments; batch-norm statistics are
+    plain averages in every method. Counters are the largest of the centres' and keep their type.
+    """
+    after = weights.copy()
+    if settings.method == "fedavg":
+        moved = settings.lr * update
+    else:
+        m = state.setdefault("m", np.zeros_like(update))
+        v = state.setdefault("v", np.full_like(update, settings.eps**2))
+        square = update**2
+        m += (1 - settings.beta1) * (update - m)
+        v += (1 - settings.beta2) * (square - v if settings.method == "fedadam" else square * np.sign(square - v))
+        moved = settings.lr * m / (np.sqrt(v) + settings.eps)
+    parameters = layout.parameters()
+    after.floats[parameters] += moved[parameters]
+    after.floats[~parameters] += update[~parameters]
+    if spooled and layout.integer_size:
+        np.max([s.integers for s in spooled], axis=0, out=after.integers)
+    return after

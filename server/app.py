@@ -1,0 +1,127 @@
+"""Flower's ServerApp: the run's configuration in, `server/runs.py` to do it, Flower's grid as transport."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+from flwr.app import Context, Message, MessageType
+from flwr.serverapp import Grid, ServerApp
+
+from common.compose import compose
+from common.errors import ConsiliumError
+from common.messages import Hello, Presence, Refusal, Reply, Request, Train, pack
+from common.records import from_records, to_records
+from server.runs import begin, open_ledger, resume, runs_folder
+from server.transport import Received
+
+app = ServerApp()
+log = logging.getLogger("consilium.server")
+
+REASONS = {  # of Flower's error codes, in words an operator can act on
+    2: "the client application failed; the centre's log has the reason",
+    3: "the node's message was lost",
+    5: "the centre's connection was lost",
+}
+
+
+class FlowerTransport:
+    """server/transport.py over Flower's grid. Replies are pulled one at a time: the others wait at the SuperLink, not in this memory."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.nodes: dict[str, int] = {}
+        self.silent: set[int] = set()  # nodes that have no part in this run
+
+    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
+        until = time.monotonic() + wait
+        pending: dict[str, int] = {}
+        while True:
+            known = {*self.nodes.values(), *pending.values(), *self.silent}
+            for node in self.grid.get_node_ids():
+                if node not in known:
+                    pending[self._push(request, node, 3600.0)] = node
+            for message_id in list(pending):
+                for message in self.grid.pull_messages([message_id]):
+                    node = pending.pop(message_id)
+                    reply = _reply(message)
+                    if isinstance(reply, Presence) and reply.centre:
+                        self.nodes[reply.centre] = node
+                        yield Received(reply.centre, reply)
+                    else:
+                        self.silent.add(node)
+                        if isinstance(reply, Refusal):
+                            yield Received(reply.centre or f"node {node}", reply)
+            ready = all(c in self.nodes for c in expected)
+            # A node that is preparing its scans is not absent: wait for it beyond `wait`, which is for nodes to appear.
+            if ready or (not pending and (time.monotonic() > until or self._all_heard(expected))):
+                return
+            time.sleep(0.3)
+
+    def _all_heard(self, expected: list[str]) -> bool:
+        """Every node that could be a missing centre has said that it is not, and there are as many as expected."""
+        return len(self.silent) > 0 and len(self.nodes) + len(self.silent) >= len(expected)
+
+    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
+        until = time.monotonic() + deadline
+        online = set(self.grid.get_node_ids())
+        pending: dict[str, str] = {}
+        down: dict[str, int] = {}
+        for centre, request in requests.items():
+            if self.nodes.get(centre) not in online:
+                yield Received(centre, Refusal(centre, "not connected"))
+                continue
+            down[centre] = sum(a.nbytes for a in pack(request)[0].values())
+            pending[self._push(request, self.nodes[centre], deadline)] = centre
+        while pending and time.monotonic() < until:
+            for message_id, centre in list(pending.items()):
+                for message in self.grid.pull_messages([message_id]):
+                    del pending[message_id]
+                    reply = _reply(message)
+                    yield Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down[centre])
+            time.sleep(0.05)
+        for centre in pending.values():
+            yield Received(centre, Refusal(centre, f"no reply within {deadline:.0f} s"))
+
+    def _push(self, request: Request, node: int, ttl: float) -> str:
+        kind = MessageType.TRAIN if isinstance(request, Train) else MessageType.QUERY
+        message = Message(content=to_records(request), message_type=kind, dst_node_id=node, ttl=ttl)
+        return next(iter(self.grid.push_messages([message])))
+
+
+def _reply(message: Message) -> Reply:
+    """A message's reply; Flower's own errors and anything malformed become a Refusal."""
+    if message.has_error():
+        return Refusal("", REASONS.get(message.error.code, f"Flower error {message.error.code}"))
+    try:
+        reply = from_records(message.content)
+    except (KeyError, TypeError, ValueError) as error:
+        return Refusal("", f"a malformed reply ({type(error).__name__}: {error})")
+    return Refusal("", "a request instead of a reply") if isinstance(reply, Hello | Train) else reply  # type: ignore[return-value]
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, new or resumed."""
+    settings = {key: str(value) for key, value in context.run_config.items()}
+    logging.getLogger("consilium").setLevel(logging.INFO)
+    if not logging.getLogger("consilium").handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("consilium  %(message)s"))
+        logging.getLogger("consilium").addHandler(handler)
+    try:
+        runs = runs_folder(settings["runs"])
+        ledger = open_ledger(runs, settings["ledger"])
+        transport = FlowerTransport(grid)
+        if settings["resume"]:
+            resume(settings["resume"], transport, runs, ledger)
+        else:
+            config = compose([f"recipe={settings['recipe']}", *shlex.split(settings["overrides"])])
+            begin(config, transport, runs, ledger, settings["run"])
+    except ConsiliumError as error:
+        log.error("error: %s", error)
+        sys.tracebacklimit = 0  # Flower logs what ends a run with its stack; the sentence is all a person needs
+        raise

@@ -1,0 +1,425 @@
+"""The round loop: send weights, train at the centres, aggregate, evaluate at the centres; checkpoint and ledger after every round.
+
+A round closes when every expected centre replied, or at its deadline with at least the quorum; below the quorum it is retried, then the run
+pauses. What a resumed run needs is in the checkpoint alone, and every draw comes from `common.seeds`, so that it goes on as if it had
+never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from common.compose import active, check, to_dict
+from common.errors import ConsiliumError, nearest
+from common.fingerprint import fingerprint
+from common.imbalance import effective_number
+from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Request, Sums, Train, add
+from common.schema import Config, Stage
+from common.tasks import outputs_of
+from common.weights import Layout, Weights, flatten, layout_of
+from server import checkpoint, scores
+from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
+from server.initial import initial_model
+from server.ledger import Ledger
+from server.source_head import balanced_discriminant
+from server.transport import Transport
+
+log = logging.getLogger("consilium.server")
+
+
+class Paused(ConsiliumError):
+    """Too few centres, again and again: the run waits for a person and can be resumed."""
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    id: str
+    config: Config
+    folder: Path
+    transport: Transport
+    ledger: Ledger
+    layout: Layout = field(default_factory=Layout)
+    weights: Weights = field(default_factory=lambda: Weights(np.empty(0, np.float32), np.empty(0, np.int64)))
+    moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser
+    presence: dict[str, Presence] = field(default_factory=dict)
+    counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
+    result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
+
+    @property
+    def expected(self) -> list[str]:
+        return ["pooled"] if self.config.federation.mode == "central" else self.config.federation.centres
+
+    @property
+    def quorum(self) -> int:
+        return max(1, math.ceil(self.config.federation.quorum * len(self.expected)))
+
+
+def conduct(run: Run) -> dict[str, Any]:
+    """Carry a new or interrupted run to its end; returns the result that `metrics.json` holds.
+
+    Raises ConsiliumError when it cannot go on, Paused when it can go on later.
+    """
+    began = time.perf_counter()
+    state = checkpoint.load_latest(run.folder)
+    if state:
+        run.result = state.facts["result"]
+        run.config = replace(run.config, tasks=_with_sources(run.config, run.result["sources"]).tasks)
+    greet(run)
+    model = initial_model(run.config)
+    run.layout = layout_of(model)
+    if state:
+        run.weights, run.moments = run.layout.flat(state.weights), dict(state.optimiser)
+        if state.note:
+            run.result["notes"].append(state.note)
+        log.info("resumed after round %d of stage '%s'", state.round, state.stage)
+    else:
+        run.weights = flatten(model, run.layout)
+    for name, stage in run.config.stages.items():
+        done = next((s for s in run.result["stages"] if s["name"] == name), None)
+        if done is None:
+            done = enter(run, name, stage)
+        if not done["finished"]:
+            play(run, name, stage, done)
+    test(run)
+    run.result["seconds"] += time.perf_counter() - began
+    run.result["status"] = "finished"
+    return run.result
+
+
+def greet(run: Run) -> None:
+    """Meet the centres at the start: enough of them, with a column for every task. Raises Paused or ConsiliumError."""
+    refused = meet(run, run.expected, run.config.federation.wait)
+    if len(run.presence) < run.quorum:
+        absent = [c for c in run.expected if c not in run.presence]
+        why = "; ".join(f"{c}: {refused[c]}" for c in absent if c in refused)
+        help_ = (
+            f"nothing heard from {', '.join(absent)}; start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
+        )
+        raise Paused(f"{len(run.presence)} of {len(run.expected)} centres are ready, {run.quorum} are needed ({why or help_})")
+    columns = sorted({c for p in run.presence.values() for c in p.columns})
+    for name, task in run.config.tasks.items():
+        if (task.label or name) not in columns:
+            raise ConsiliumError(f"no centre has a column '{task.label or name}' for task '{name}'{nearest(task.label or name, columns)}")
+    if not run.result:
+        sources = sorted({s for p in run.presence.values() for s in p.sources})
+        run.config = _with_sources(run.config, sources)
+        count(run, list(run.presence))
+        for name in active(run.config, next(iter(run.config.stages.values()))):
+            if not any(n[:-1].sum() for key, n in run.counts.items() if key.endswith(f"/train/{name}")):
+                raise ConsiliumError(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
+        run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
+        run.result["sources"] = sources
+    else:
+        count(run, list(run.presence))
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config), sort_keys=False))
+
+
+def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
+    """Hear who is there, up to `wait` seconds; a centre that runs other code has no part. Returns {centre: why it was refused}."""
+    refused: dict[str, str] = {}
+    for received in run.transport.greet(Hello(run.id, to_dict(run.config)), centres, wait):
+        reply = received.reply
+        if not isinstance(reply, Presence):
+            refused[received.centre] = reason_of(reply)
+        elif reply.fingerprint != fingerprint():
+            refused[received.centre] = f"runs other code ({reply.fingerprint}, here {fingerprint()}); install the same version"
+        elif received.centre in centres:
+            run.presence[received.centre] = reply
+    for centre, why in refused.items():
+        run.ledger.event(run.id, "refused", why, centre)
+        log.warning("%s: %s", centre, why)
+    return refused
+
+
+def count(run: Run, centres: list[str]) -> None:
+    """Ask how many scans of each class there are; prior and centre weights come from these counts."""
+    requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres}
+    run.counts |= ask(run, requests)
+    for centre in centres:
+        said = run.presence[centre]
+        held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}
+        facts = {"counts": held, "sources": said.sources, "versions": said.versions, "skipped": said.skipped, "device": said.device}
+        run.ledger.add_centre(run.id, centre, facts)
+
+
+def readmit(run: Run) -> None:
+    """A centre that was away and is back takes part again."""
+    absent = [c for c in run.expected if c not in run.presence]
+    if absent:
+        meet(run, absent, 0.0)
+        back = [c for c in absent if c in run.presence]
+        if back:
+            count(run, back)
+
+
+def _with_sources(config: Config, sources: list[str]) -> Config:
+    """The configuration with the federation's sources as the classes of every task that names none."""
+    tasks = {n: replace(t, classes=sources) if t.kind == "multiclass" and not t.classes else t for n, t in config.tasks.items()}
+    return check(replace(config, tasks=tasks))
+
+
+def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
+    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
+    answers: dict[str, Sums] = {}
+    for received in run.transport.ask(requests, run.config.federation.deadline):
+        if isinstance(received.reply, Answer):
+            answers[received.centre] = received.reply.sums
+        else:
+            leave_out(run, "", 0, received.centre, reason_of(received.reply))
+    if not answers:
+        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
+    total: Sums = {}
+    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
+        add(total, answers[centre])
+    return total
+
+
+def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> None:
+    """Note who was left out, and why."""
+    log.warning("%s left out: %s", centre, reason)
+    run.ledger.event(run.id, "left_out", reason, centre)
+    if run.result:
+        run.result["left_out"].append({"stage": stage, "round": round, "centre": centre, "reason": reason})
+
+
+def reason_of(reply: object) -> str:
+    """A refusal's reason; any other unexpected reply is one."""
+    return reply.reason if isinstance(reply, Refusal) else f"answered with a {type(reply).__name__}"
+
+
+# --- stages and rounds ----------------------------------------------------------------------------------------------------------------
+
+
+def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
+    """Begin a stage from the best weights of the one before; round 0 is the score of what it starts from."""
+    if run.result["stages"]:
+        run.weights = best_weights(run)
+    run.moments = {}
+    if stage.reset:
+        fresh = flatten(initial_model(replace(run.config, seed=run.config.seed + 1)), run.layout)
+        for entry in run.layout.matching(stage.reset):
+            ours, theirs = (run.weights.integers, fresh.integers) if entry in run.layout.integers else (run.weights.floats, fresh.floats)
+            ours[entry.where] = theirs[entry.where]  # type: ignore[index]
+    if stage.freeze:
+        run.layout.matching(stage.freeze)
+    place: dict[str, Any] = {"name": name, "rounds": [], "best": {}, "personal": "all" in stage.personal, "finished": False}
+    run.result["stages"].append(place)
+    log.info("stage '%s': %d rounds", name, stage.rounds)
+    fit_heads(run, name, stage)
+    val = evaluate(run, name, stage, place, "val")
+    entry = {"round": 0, "seconds": 0.0, "bytes_up": 0, "bytes_down": 0, "weights": {}, "effective": {}, "centres": {}, "val": val}
+    close(run, place, stage, entry, datetime.now(UTC), "start")
+    return place
+
+
+def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
+    """The stage's remaining rounds."""
+    for round in range(len(place["rounds"]), stage.rounds + 1):
+        started, began = datetime.now(UTC), time.perf_counter()
+        readmit(run)
+        entry, because = train_round(run, name, stage, place, round)
+        fit_heads(run, name, stage)
+        entry["val"] = evaluate(run, name, stage, place, "val", round)
+        entry["seconds"] = time.perf_counter() - began
+        close(run, place, stage, entry, started, because)
+        evaluation = run.config.evaluation
+        text = scores.line(entry["val"], evaluation.task, evaluation.metric)
+        log.info("%s round %d/%d  %5.1f s  %s", name, round, stage.rounds, entry["seconds"], text)
+        if evaluation.patience and all(round - b["round"] >= evaluation.patience for b in _bests(place)):
+            run.result["notes"].append(f"stage '{name}' ended after round {round}: no better validation in {evaluation.patience} rounds")
+            break
+    place["finished"] = True
+    save(run, name, len(place["rounds"]) - 1)
+
+
+def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round: int) -> tuple[dict[str, Any], str]:
+    """One round's training and aggregation, retried below the quorum. Returns the report's entry and why the round closed. Raises Paused."""
+    for attempt in range(run.config.federation.retries + 1):
+        folder = run.folder / "spool"
+        shutil.rmtree(folder, ignore_errors=True)
+        facts: dict[str, dict[str, Any]] = {}
+        arrived: dict[str, Spooled] = {}
+        bytes_up = bytes_down = 0
+        globals_ = global_counts(run)
+        requests: dict[str, Request] = {
+            c: Train(
+                run.id, to_dict(run.config), name, round, run.weights, globals_, chain(run, place, c, round - 1), keep(place, c, round)
+            )
+            for c in run.expected
+        }
+        for received in run.transport.ask(requests, run.config.federation.deadline):
+            bytes_up, bytes_down = bytes_up + received.bytes_up, bytes_down + received.bytes_down
+            reply = received.reply
+            if not isinstance(reply, Contribution):
+                facts[received.centre] = {"accepted": False, "reason": reason_of(reply)}
+                continue
+            summed = sum(v for v, n in reply.losses.values())
+            labelled = sum(n for _, n in reply.losses.values())
+            facts[received.centre] = {
+                "accepted": True, "reason": "", "scans": reply.scans, "steps": reply.steps, "seconds": reply.seconds,
+                "loss": summed / labelled if labelled else None, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down,
+            }  # fmt: skip
+            why = fault(reply, run.layout, place["personal"])
+            if why:
+                facts[received.centre].update(accepted=False, reason=why)
+            else:
+                arrived[received.centre] = spool(reply, run.layout, folder)
+                facts[received.centre]["norm"] = arrived[received.centre].norm
+        for centre, why in outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier).items():
+            facts[centre].update(accepted=False, reason=why)
+            del arrived[centre]
+        for centre, said in facts.items():
+            if not said["accepted"]:
+                leave_out(run, name, round, centre, said["reason"])
+        if len(arrived) >= run.quorum:
+            break
+        log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), run.quorum, attempt + 1)
+        run.ledger.event(run.id, "below_quorum", f"stage {name} round {round}: {len(arrived)} of {run.quorum} needed")
+    else:
+        why = "; ".join(f"{c}: {said['reason']}" for c, said in sorted(facts.items()) if not said["accepted"])
+        raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {run.quorum} needed ({why}); mend it, then resume")
+    weights: dict[str, dict[str, float]] = {}
+    if not place["personal"]:
+        counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
+        weights = group_weights(counts, run.config.aggregation, active(run.config, stage))
+        update = weighted_sum(list(arrived.values()), weights, run.layout)
+        run.weights = step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments)
+    shutil.rmtree(folder, ignore_errors=True)
+    because = "all replied" if len(arrived) == len(run.expected) else f"{len(arrived)} of {len(run.expected)}, quorum {run.quorum}"
+    effective = {group: effective_number(w) for group, w in weights.items()}
+    return {
+        "round": round,
+        "bytes_up": bytes_up,
+        "bytes_down": bytes_down,
+        "weights": weights,
+        "effective": effective,
+        "centres": facts,
+    }, because
+
+
+def counted(run: Run, centre: str, task: str) -> Any:
+    """A centre's training scans [K + 1] for a task, all its cohorts together."""
+    width = (2 if run.config.tasks[task].kind == "binary" else outputs_of(run.config.tasks[task])) + 1
+    cohorts = run.presence[centre].cohorts if centre in run.presence else [centre]
+    return sum((run.counts.get(f"{c}/train/{task}", np.zeros(width)) for c in cohorts), np.zeros(width))
+
+
+def global_counts(run: Run) -> dict[str, list[float]]:
+    """{task: labelled training scans per class, all centres}: the global prior."""
+    return {t: np.sum([counted(run, c, t) for c in run.presence], axis=0)[:-1].tolist() for t in run.config.tasks}
+
+
+def fit_heads(run: Run, name: str, stage: Stage) -> None:
+    """Fit the heads with `head: moments` on the centres' class moments of the present features."""
+    for task in active(run.config, stage):
+        if run.config.tasks[task].head == "moments":
+            requests: dict[str, Request] = {
+                c: Query(run.id, to_dict(run.config), "moments", name, "train", task, run.weights) for c in run.expected
+            }
+            weight, bias = balanced_discriminant(ask(run, requests))
+            for entry in run.layout.floats:
+                if entry.group == task:
+                    run.weights.floats[entry.where] = (weight if len(entry.shape) == 2 else bias).reshape(-1)
+
+
+# --- evaluation, the best round -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, name: str, stage: Stage, place: dict[str, Any], split: str, round: int = 0) -> dict[str, Any]:
+    """Scores of the present weights on a split, as the report shows them: {task: {centres, macro, pooled, worst, spread}}."""
+    requests: dict[str, Request] = {
+        c: Query(run.id, to_dict(run.config), "scores", name, split, "", run.weights, chain(run, place, c, round)) for c in run.expected
+    }
+    return scores.table(ask(run, requests), run.config, active(run.config, stage))
+
+
+def chain(run: Run, place: dict[str, Any], centre: str, round: int) -> list[tuple[str, int]]:
+    """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
+    before = [s for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    return [(s["name"], best_of(s, centre)["round"]) for s in before] + [(place["name"], round)]
+
+
+def keep(place: dict[str, Any], centre: str, round: int) -> list[int]:
+    """Rounds of a stage whose personal weights may still be asked for: the last two (a resume repeats a round) and the best."""
+    return [round - 1, round - 2, best_of(place, centre).get("round", 0)]
+
+
+def best_of(place: dict[str, Any], centre: str) -> dict[str, Any]:
+    """The best round so far: each centre's own when nothing is exchanged, else one for all."""
+    best: dict[str, Any] = place["best"]
+    return best.get(centre, {}) if place["personal"] else best
+
+
+def _bests(place: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(place["best"].values()) if place["personal"] else [place["best"]]
+
+
+def close(run: Run, place: dict[str, Any], stage: Stage, entry: dict[str, Any], started: datetime, because: str) -> None:
+    """A round is over: the best is kept, ledger and checkpoint are written (in this order: a round is never missing in the ledger)."""
+    place["rounds"].append(entry)
+    evaluation = run.config.evaluation
+    in_stage = evaluation.task in entry["val"]
+
+    def better(best: dict[str, Any], value: float | None) -> dict[str, Any]:
+        # Without a value to compare (one class only, another task) the latest round is as good as can be said.
+        if value is None or not best or best["value"] is None or value > best["value"]:
+            return {"stage": place["name"], "round": entry["round"], "value": value}
+        return best
+
+    if place["personal"]:
+        for centre in run.expected:
+            value = (
+                scores.own(entry["val"], evaluation, run.presence[centre].cohorts if centre in run.presence else [centre])
+                if in_stage
+                else None
+            )
+            place["best"][centre] = better(place["best"].get(centre, {}), value)
+    else:
+        place["best"] = better(place["best"], scores.chosen(entry["val"], evaluation) if in_stage else None)
+    run.ledger.add_round(
+        run.id, place["name"], entry["round"], started=started, seconds=entry["seconds"], closed_because=because,
+        contributions=entry["centres"], weights=entry["weights"], scores=scores.without_sums(entry["val"]),
+    )  # fmt: skip
+    save(run, place["name"], entry["round"])
+
+
+def save(run: Run, stage: str, round: int) -> None:
+    """Checkpoint what the run is."""
+    place = run.result["stages"][-1]
+    facts = {"result": run.result, "best": {} if place["personal"] else place["best"]}
+    checkpoint.save(run.folder, checkpoint.State(stage, round, dict(run.layout.named(run.weights)), run.moments, facts))
+
+
+def best_weights(run: Run) -> Weights:
+    """The global weights of the last stage's best round; where nothing is exchanged they never changed."""
+    place = run.result["stages"][-1]
+    if place["personal"]:
+        return run.weights
+    return run.layout.flat(checkpoint.load_weights(checkpoint.weights_path(run.folder, place["name"], place["best"]["round"])))
+
+
+def test(run: Run) -> None:
+    """The test split, touched once, by the best round on validation."""
+    place = run.result["stages"][-1]
+    name = place["name"]
+    stage = run.config.stages[name]
+    run.weights = best_weights(run)
+    requests: dict[str, Request] = {}
+    for c in run.expected:
+        personal = chain(run, place, c, best_of(place, c)["round"])
+        requests[c] = Query(run.id, to_dict(run.config), "scores", name, "test", "", run.weights, personal)
+    run.result["test"] = scores.table(ask(run, requests), run.config, active(run.config, stage), with_sums=True)
+    run.ledger.add_metrics(run.id, name, place["rounds"][-1]["round"], "test", scores.without_sums(run.result["test"]))

@@ -1,0 +1,102 @@
+"""A run from its folder's point of view: made or taken up again, carried out, its results written, its end noted whatever it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.numpy import save_file
+
+from common.compose import config_from, to_dict
+from common.errors import ConsiliumError, nearest
+from common.fingerprint import fingerprint
+from common.schema import Config
+from server.coordinator import Paused, Run, conduct
+from server.ledger import Ledger
+from server.report import write_report
+from server.transport import Transport
+
+log = logging.getLogger("consilium.server")
+
+
+def runs_folder(given: str = "") -> Path:
+    """Where runs are kept: as given, else `$CONSILIUM_RUNS`, else `runs` in the working directory."""
+    return Path(given or os.environ.get("CONSILIUM_RUNS") or "runs").expanduser().resolve()
+
+
+def open_ledger(runs: Path, given: str = "") -> Ledger:
+    """The ledger: as given, else `$CONSILIUM_LEDGER`, else SQLite in the runs folder."""
+    return Ledger(given or os.environ.get("CONSILIUM_LEDGER") or f"sqlite:///{runs / 'ledger.db'}")
+
+
+def new_id(config: Config) -> str:
+    """A name for a run that sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.recipe or 'run'}-{config.federation.mode}-{secrets.token_hex(2)}"
+
+
+def find(runs: Path, run: str) -> Path:
+    """The folder of a run by id or `latest`. Raises ConsiliumError."""
+    folder = (runs / run).resolve()
+    if not (folder / "config.yaml").is_file():
+        known = [p.parent.name for p in runs.glob("*/config.yaml")]
+        raise ConsiliumError(f"no run '{run}' in {runs}{nearest(run, known)}")
+    return folder
+
+
+def begin(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str = "") -> dict[str, Any]:
+    """Carry out a new run. Returns its result; raises ConsiliumError."""
+    run = run or new_id(config)
+    folder = runs / run
+    if folder.exists():
+        raise ConsiliumError(f"{folder} exists already; give the new run another id, or resume this one")
+    ledger.start_run(run, recipe=config.recipe, mode=config.federation.mode, config=to_dict(config), code=fingerprint())
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    link = runs / f".latest-{os.getpid()}"
+    link.symlink_to(run)
+    link.replace(runs / "latest")
+    return _carry_out(Run(run, config, folder, transport, ledger))
+
+
+def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[str, Any]:
+    """Go on with an interrupted or paused run, with the configuration it was started with. Raises ConsiliumError."""
+    folder = find(runs, run)
+    if (folder / "metrics.json").exists():
+        raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
+    config = config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+    ledger.event(folder.name, "resumed")
+    return _carry_out(Run(folder.name, config, folder, transport, ledger))
+
+
+def _carry_out(run: Run) -> dict[str, Any]:
+    try:
+        result = conduct(run)
+        _write_results(run, result)
+    except Paused as pause:
+        run.ledger.event(run.id, "paused", str(pause))
+        raise ConsiliumError(f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}`") from pause
+    except Exception as error:
+        run.ledger.event(run.id, "failed", str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}")
+        raise
+    run.ledger.event(run.id, "finished")
+    log.info("results in %s", run.folder)
+    return result
+
+
+def _write_results(run: Run, result: dict[str, Any]) -> None:
+    if all(stage["personal"] for stage in result["stages"]):
+        result["notes"].append("nothing was exchanged: every centre kept its own model, and there is no common one to save")
+    else:
+        save_file(
+            dict(run.layout.named(run.weights)), run.folder / "model.safetensors", metadata={"config": json.dumps(to_dict(run.config))}
+        )
+    write_report(run.folder / "report.html", result)
+    part = run.folder / "metrics.json.part"  # last, and whole: its presence says that the run is finished
+    part.write_text(json.dumps(result, indent=1))
+    part.replace(run.folder / "metrics.json")
