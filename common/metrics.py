@@ -72,7 +72,7 @@ def binary_metrics(hist: Array, threshold: float = 0.5) -> Metrics:
         "f1": _f1(tp, fp, fn),
         "sensitivity": sensitivity,
         "specificity": specificity,
-        "precision": _ratio(tp, tp + fp),
+        "precision": _ratio(tp, tp + fp) if negatives and positives else None,  # with one class it would be 0 or 1 whatever the model
         "balanced_accuracy": (sensitivity + specificity) / 2 if both else None,  # type: ignore[operator]
         "accuracy": _ratio(tp + tn, negatives + positives),
         "ece": _ratio(float((n * np.abs(predicted - observed)).sum()), negatives + positives),
@@ -92,7 +92,7 @@ def reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
     else:
         why = ""
     undefined = [name for name, value in binary_metrics(hist, threshold).items() if value is None]
-    return {name: "no scan was called positive" if name == "precision" and tn + fn > 0 else why for name in undefined}
+    return {name: why or "no scan was called positive" for name in undefined}
 
 
 def multiclass_metrics(confusion: Array) -> Metrics:

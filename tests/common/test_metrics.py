@@ -115,9 +115,8 @@ def test_a_score_that_is_not_a_number_is_one_sentence() -> None:
 def test_one_class_has_no_auc_and_says_why() -> None:
     hist = histogram(np.array([-2.0, 1.0, -3.0]), np.zeros(3))
     got, why = binary_metrics(hist), reasons(hist)
-    assert [got[name] for name in ("auc", "f1", "sensitivity", "balanced_accuracy")] == [None] * 4
+    assert [got[name] for name in ("auc", "f1", "sensitivity", "precision", "balanced_accuracy")] == [None] * 5
     assert got["specificity"] == pytest.approx(2 / 3)
-    assert got["precision"] == 0
     assert why["auc"] == "one class only (no positive scan among 3)"
     assert set(why) == {name for name, value in got.items() if value is None}
     assert reasons(histogram(np.array([1.0]), np.ones(1)))["specificity"] == "one class only (no negative scan among 1)"

@@ -1,0 +1,202 @@
+"""The report's figures: plotly's data and layout as plain dicts. Colours are variables of the page, see `server/page.py`.
+
+A centre keeps its colour, dash and mark in every figure; what is over all centres is bold in the colour of the text.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.metrics import calibration, roc
+
+Result = Mapping[str, Any]
+Figure = dict[str, Any]
+Rounds = list[tuple[int, str, Result]]  # (number over all stages from 1, stage, round)
+
+NAMES = {
+    "n": "scans",
+    "positives": "positive",
+    "auc": "ROC-AUC",
+    "f1": "F1",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "precision": "precision",
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "ece": "calibration error",
+    "brier": "Brier score",
+}
+COLOURS, DASHES = 7, ("solid", "dash", "dot", "dashdot")
+LEGEND = {"showlegend": True, "legend": {"orientation": "h", "y": 1.07, "yanchor": "bottom", "x": 0}, "margin": {"t": 44}}  # in the figure
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
+
+
+def score_figures(task: str, hists: Mapping[str, Any], names: Sequence[str]) -> list[Figure]:
+    arrays = {centre: np.asarray(hist, float) for centre, hist in hists.items()}
+    curves, points = [], []
+    diagonal = {"x": [0, 1], "y": [0, 1], "mode": "lines", "line": {"color": "var(--line)", "width": 1}, "hoverinfo": "skip"}
+    for centre, hist in (*arrays.items(), ("pooled", np.sum(list(arrays.values()), axis=0))):
+        own = centre in arrays
+        fpr, tpr = roc(hist)
+        if fpr.size:
+            hover = f"{html.escape(centre)}<br>1 − specificity %{{x:.3f}}<br>sensitivity %{{y:.3f}}<extra></extra>"
+            curves.append(_trace(centre, names, fpr, tpr, hover, own, markers=False))
+        if hist.sum():
+            predicted, observed, n = calibration(hist)
+            hover = f"{html.escape(centre)}<br>predicted %{{x:.3f}}<br>observed %{{y:.3f}}<br>%{{customdata}} scans<extra></extra>"
+            trace = _trace(centre, names, predicted, observed, hover, own)
+            trace["marker"]["size"] = [round(4 + 10 * math.sqrt(k / n.max()), 1) for k in n]
+            trace["marker"]["opacity"] = 0.8
+            points.append({**trace, "customdata": [int(k) for k in n]})
+    square = {"range": [-0.02, 1.02], "dtick": 0.2}
+    figures = []
+    for title, data, x, y in (
+        (f"{task}: ROC on the test scans; pooled bold", curves, "1 − specificity", "sensitivity"),
+        (f"{task}: calibration on the test scans; pooled bold", points, "mean predicted probability", "observed share of positives"),
+    ):
+        layout = {"xaxis": {**square, "title": {"text": x}}, "yaxis": {**square, "title": {"text": y}}}
+        figures.append({"title": title, "data": [diagonal, *data], "layout": layout})
+    return figures
+
+
+def round_figures(rounds: Rounds, names: Sequence[str], chosen: str, metric: str) -> list[Figure]:
+    """Validation by centre for every task, then the loss."""
+    figures = []
+    tasks = dict.fromkeys(task for _, _, r in rounds for task in r.get("val", {}))
+    for task in sorted(tasks, key=lambda name: name != chosen):
+        known = {name for _, _, r in rounds for name, v in r.get("val", {}).get(task, {}).get("macro", {}).items() if v is not None}
+        shown = metric if task == chosen else next((m for m in ("auc", "balanced_accuracy", "accuracy") if m in known), "accuracy")
+        lines = {
+            name: [finite(r.get("val", {}).get(task, {}).get("centres", {}).get(name, {}).get(shown)) for _, _, r in rounds]
+            for name in names
+        }
+        mean = [finite(r.get("val", {}).get(task, {}).get("macro", {}).get(shown)) for _, _, r in rounds]
+        label = NAMES.get(shown, shown)
+        figures.append(
+            _over_rounds(f"{task}: {label} on validation; mean of centres bold", label, rounds, names, lines, {"mean of centres": mean})
+        )
+    losses = {name: [finite(r.get("centres", {}).get(name, {}).get("loss")) for _, _, r in rounds] for name in names}
+    figures.append(_over_rounds("Training loss", "loss", rounds, names, losses))
+    return [figure for figure in figures if figure["data"]]
+
+
+def weight_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
+    parts = list(dict.fromkeys(part for _, _, r in rounds for part in r.get("weights", {})))
+    figures = []
+    for part in parts:
+        lines = {name: [finite(r.get("weights", {}).get(part, {}).get(name)) for _, _, r in rounds] for name in names}
+        figure = _over_rounds(f"Share in {part}", "weight", rounds, names, lines)
+        figure["layout"]["yaxis"]["rangemode"] = "tozero"
+        figures.append(figure)
+    effective = {part: [finite(r.get("effective", {}).get(part)) for _, _, r in rounds] for part in parts}
+    figure = _over_rounds("Effective number of centres", "centres", rounds, names, {}, effective)
+    figure["layout"] |= LEGEND
+    figure["layout"]["yaxis"]["rangemode"] = "tozero"
+    return [f for f in (*figures, figure) if f["data"]]
+
+
+def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
+    x = [i for i, _, _ in rounds]
+    if not x:
+        return []
+    seconds = {name: [finite(r.get("centres", {}).get(name, {}).get("seconds")) for _, _, r in rounds] for name in names}
+    time = _over_rounds("Time a round (bars) and training at each centre (lines)", "time, s", rounds, names, seconds)
+    bar = {"type": "bar", "x": x, "y": [finite(r.get("seconds")) for _, _, r in rounds], "marker": {"color": "var(--line)"}}
+    time["data"].insert(0, {**bar, "hovertemplate": "round %{x}<br>%{y:.1f} s in all<extra></extra>"})
+    traffic = _over_rounds("Traffic of a round, all centres", "MB", rounds, names, {})
+    for key, label, colour in (("bytes_down", "to the centres", "var(--soft)"), ("bytes_up", "from the centres", "var(--accent)")):
+        y = [None if r.get(key) is None else r[key] / 1e6 for _, _, r in rounds]
+        hover = f"round %{{x}}<br>%{{y:.2f}} MB {label}<extra></extra>"
+        traffic["data"].append({**bar, "y": y, "name": label, "marker": {"color": colour}, "hovertemplate": hover})
+    traffic["layout"] |= LEGEND
+    return [time, traffic]
+
+
+def _over_rounds(
+    title: str,
+    label: str,
+    rounds: Rounds,
+    names: Sequence[str],
+    lines: Mapping[str, Sequence[float | None]],
+    bold: Mapping[str, Sequence[float | None]] | None = None,
+) -> Figure:
+    """Lines over all rounds, stages one after the other; `lines` are centres', `bold` are over all of them."""
+    x = [i for i, _, _ in rounds]
+    where = [f"{html.escape(str(stage))}, round {r['round']}" for _, stage, r in rounds]
+    data = []
+    for own, some in ((True, lines), (False, bold or {})):
+        for k, (name, y) in enumerate(some.items()):
+            if any(v is not None for v in y):
+                hover = f"{html.escape(name)}<br>%{{customdata}}<br>{label} %{{y:.4g}}<extra></extra>"
+                trace = _trace(name, names, x, y, hover, own)
+                if not own and len(bold or {}) > 1:
+                    trace["line"] |= {"dash": DASHES[k % len(DASHES)], "width": 1.5}
+                    trace["marker"] |= {"symbol": SYMBOLS[k % len(SYMBOLS)]}
+                data.append({**trace, "customdata": where})
+    starts = [(i, stage) for k, (i, stage, _) in enumerate(rounds) if k == 0 or rounds[k - 1][1] != stage]
+    several = len(starts) > 1
+    shapes = [
+        {
+            "type": "line",
+            "x0": i - 0.5,
+            "x1": i - 0.5,
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "line": {"color": "var(--soft)", "width": 1, "dash": "dot"},
+        }
+        for i, _ in starts[1:]
+    ]
+    texts = [
+        {
+            "x": i - 0.4,
+            "y": 1,
+            "yref": "paper",
+            "yanchor": "bottom",
+            "xanchor": "left",
+            "showarrow": False,
+            "text": html.escape(str(stage))[:24],
+        }
+        for i, stage in starts
+    ]
+    ticks: dict[str, Any] = {"dtick": 1} if len(x) <= 16 else {}
+    xaxis = {
+        "title": {"text": "round, stages one after the other" if several else "round"},
+        "range": [0.5, max(x, default=1) + 0.5],
+        **ticks,
+    }
+    layout: dict[str, Any] = {"xaxis": xaxis, "yaxis": {"title": {"text": label}}}
+    if several:
+        layout |= {"shapes": shapes, "annotations": texts, "margin": {"t": 22}}
+    return {"title": title, "data": data, "layout": layout}
+
+
+def _trace(
+    name: str, names: Sequence[str], x: Iterable[Any], y: Iterable[Any], hover: str, own: bool, markers: bool = True
+) -> dict[str, Any]:
+    """A centre's line in its colour, dash and mark, or (not `own`) a bold one over all centres. The legend's buttons hide by `meta`."""
+    i = list(names).index(name) if own else 0
+    colour = f"var(--c{i % COLOURS})" if own else "var(--ink)"
+    trace = {
+        "x": list(x),
+        "y": list(y),
+        "name": html.escape(name),  # plotly reads a little HTML in names
+        "mode": "lines+markers" if markers else "lines",
+        "line": {"color": colour, "width": 1.5 if own else 2.5, "dash": dash(i) if own else "solid"},
+        "marker": {"color": colour, "size": 5, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+        "hovertemplate": hover,
+    }
+    return {**trace, "meta": i} if own else trace
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def dash(i: int) -> str:
+    return DASHES[i // COLOURS % len(DASHES)]

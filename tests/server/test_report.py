@@ -1,0 +1,273 @@
+"""The report and the terminal's table from a result with every part, with few parts, and with hostile names."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from common.metrics import binary_metrics, challenge_score, histogram, multiclass_metrics, multiclass_reasons, reasons, summary
+from server.report import table, write_report
+
+CENTRES = ("north", "east", "south", "west")
+STAGES = (("pretraining", 3), ("main", 6))
+
+
+def scored(hists: dict[str, Any]) -> dict[str, Any]:
+    """A binary task's part of a result."""
+    per_centre = {centre: binary_metrics(hist) for centre, hist in hists.items()}
+    views = summary(per_centre, binary_metrics(np.sum(list(hists.values()), axis=0)))
+    shown = {centre: {**values, "reasons": reasons(hists[centre])} for centre, values in per_centre.items()}
+    return {
+        "centres": shown,
+        **views,
+        "hist": {c: h.tolist() for c, h in hists.items()},
+        "challenge_score": challenge_score(hists.values()),
+    }
+
+
+def sourced(centres: tuple[str, ...], right: float) -> dict[str, Any]:
+    """The source task's part: each centre sees one class."""
+    confusions = {}
+    for k, centre in enumerate(centres):
+        confusions[centre] = np.zeros((len(centres), len(centres)))
+        confusions[centre][k, [k, (k + 1) % len(centres)]] = [30 * right, 30 * (1 - right)]
+    per_centre = {centre: multiclass_metrics(c) for centre, c in confusions.items()}
+    views = summary(per_centre, multiclass_metrics(np.sum(list(confusions.values()), axis=0)))
+    return {"centres": {c: {**v, "reasons": multiclass_reasons(confusions[c])} for c, v in per_centre.items()}, **views}
+
+
+def sample(centres: tuple[str, ...] = CENTRES) -> dict[str, Any]:
+    """A finished federated run's result, as saved in metrics.json: every part that a report may show. The third centre has one class."""
+    bits = np.random.default_rng(4)
+
+    def scores(skill: float) -> dict[str, Any]:
+        hists = {}
+        for k, centre in enumerate(centres):
+            truth = bits.integers(0, 2, 60).astype(float) * (k != 2)
+            hists[centre] = histogram(bits.normal(0, 2, 60) + skill * (1 - 0.15 * (k % 4)) * (2 * truth - 1), truth)
+        return scored(hists)
+
+    stages = []
+    for stage, (name, count) in enumerate(STAGES):
+        rounds = []
+        for r in range(1, count + 1):
+            there = [c for k, c in enumerate(centres) if (stage, r, k) != (1, 3, 1)]  # east drops out of a round
+            replies: dict[str, dict[str, Any]] = {}
+            for k, c in enumerate(there):
+                replies[c] = {"loss": 0.7 / (r + stage) + 0.05 * (k % 5), "scans": 30 + k, "steps": 4, "seconds": 2.0 + 0.7 * (k % 6)}
+                replies[c] |= {"norm": 0.4, "accepted": True, "reason": None}
+            if (stage, r) == (1, 5):
+                replies[centres[-1]] |= {"accepted": False, "reason": "update not finite", "loss": float("nan")}
+            used = [c for c in there if replies[c]["accepted"]]
+            share = {c: (2.0 if c == centres[0] else 1.0) / (len(used) + 1) for c in used}
+            weights = {"backbone": share, "covid": share, "source": dict.fromkeys(used, 1 / len(used))}
+            val = scores(0.4 + 0.25 * r + stage)
+            del val["hist"]
+            rounds.append(
+                {
+                    "round": r,
+                    "seconds": 7.5 + 0.3 * r,
+                    "bytes_up": 9_400_000 * len(there),
+                    "bytes_down": 9_400_000 * len(centres),
+                    "weights": weights,
+                    "effective": {part: 1 / sum(w * w for w in of.values()) for part, of in weights.items()},
+                    "centres": replies,
+                    "val": {"covid": val, "source": sourced(centres, 0.5 + 0.05 * r)},
+                }
+            )
+        stages.append({"name": name, "rounds": rounds, "best": {"stage": name, "round": count - 1, "value": 0.91}})
+    counts = {"train": 338, "val": 88, "test": 60}
+    return {
+        "run": "2026-03-01-multisource-7f3a",
+        "recipe": "multisource",
+        "mode": "federated",
+        "seed": 1,
+        "status": "finished",
+        "started": "2026-03-01 12:00 UTC",
+        "seconds": 154.2,
+        "config": {"recipe": "multisource", "evaluation": {"task": "covid", "metric": "auc"}, "aggregation": {"tau": 1.0}},
+        "centres": {
+            c: {
+                "counts": {
+                    s: {
+                        "covid": {"0": n - 3 * k % n, "1": 0 if k == 2 else n // 2},
+                        "source": {other: n if other == c else 0 for other in centres},
+                    }
+                    for s, n in counts.items()
+                },
+                "sources": [c],
+                "skipped": {"no pixel data": k} if k else {},
+                "versions": {"consilium": "0.1.0", "torch": "2.15"},
+                "device": "cpu",
+            }
+            for k, c in enumerate(centres)
+        },
+        "stages": stages,
+        "test": {"covid": scores(1.6), "source": sourced(centres, 0.8)},
+        "left_out": [
+            {"stage": "main", "round": 3, "centre": centres[1], "reason": "no reply before the deadline of 60 s"},
+            {"stage": "main", "round": 5, "centre": centres[-1], "reason": "update not finite"},
+        ],
+        "notes": ["Resumed once, after round 2 of main."],
+    }
+
+
+class Page(HTMLParser):
+    """What a reader sees: the text, the tables' cells, and which elements there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.inside: list[str] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.inside.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop() == tag  # well-formed
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.inside:
+            self.scripts[-1] += data
+        elif "style" not in self.inside:
+            self.text += data
+            if "td" in self.inside or "th" in self.inside:
+                self.rows[-1][-1] += data
+
+
+def page(result: dict[str, Any], folder: Path) -> Page:
+    saved = json.loads(json.dumps(result))  # made again from metrics.json
+    write_report(folder / "report.html", saved)
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def printed(result: dict[str, Any], width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(result))
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_report_shows_what_is_in_the_result(tmp_path: Path) -> None:
+    result = sample()
+    got = page(result, tmp_path)
+    covid = result["test"]["covid"]
+    for view in ("macro", "pooled", "spread"):
+        assert f"{covid[view]['auc']:.3f}" in got.text
+    worst = covid["worst"]["auc"]
+    (row,) = [r for r in got.rows if r[0] == "worst centre" and len(r) > 8]
+    assert f"{worst['value']:.3f} {worst['centre']}" in row
+    row = next(r for r in got.rows if r[0] == "north")
+    assert row[1] == "60"
+    assert row[3] == f"{covid['centres']['north']['auc']:.3f}"
+    assert ["main", "3", "east", "no reply before the deadline of 60 s"] in got.rows
+    assert "Resumed once" in got.text
+    assert "tau: 1.0" in got.text
+    assert "finished" in got.text
+    figures = json.loads(got.scripts[1])
+    assert len(figures) == 2 + 3 + 4 + 2  # ROC and calibration; two tasks and the loss; three parts and the effective number; time, traffic
+    plots = {attrs["id"] for tag, attrs in got.elements if attrs.get("class") == "plot"}
+    assert plots == set(figures)
+
+
+def test_an_undefined_metric_is_never_a_number(tmp_path: Path) -> None:
+    result = sample()
+    got = page(result, tmp_path)
+    row = next(r for r in got.rows if r[0] == "south")
+    assert row[3] == "undefined: one class only"
+    assert (
+        "south: ROC-AUC, F1, sensitivity, precision, balanced accuracy undefined: one class only (no positive scan among 60)." in got.text
+    )
+    roc_names = {trace.get("name") for trace in next(iter(json.loads(got.scripts[1]).values()))["data"]}
+    assert roc_names == {None, "north", "east", "west", "pooled"}  # the diagonal has no name
+    shown = printed(result)
+    assert "one class only" in shown
+    assert not re.search(r"\bnan\b", shown + got.text, re.IGNORECASE)
+
+
+def test_it_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
+    got = page(sample(), tmp_path)
+    for tag, attrs in got.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert not {"src", "href", "srcset", "action"} & attrs.keys()
+    assert any(
+        attrs.get("http-equiv") == "Content-Security-Policy" and "default-src 'none'" in str(attrs["content"]) for _, attrs in got.elements
+    )
+    assert "@import" not in got.text
+    assert len(got.scripts) == 3
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&[bold]{{ 7*7 }}"
+    result = sample((evil, "a" * 120, "south", "west"))
+    result["notes"].append(evil)
+    result["config"]["federation"] = {"name": evil}
+    result["run"] = evil
+    result["left_out"][0]["reason"] = evil
+    result["stages"][0]["name"] = evil
+    got = page(result, tmp_path)
+    assert len(got.scripts) == 3
+    assert "img" not in {tag for tag, _ in got.elements}
+    assert not any(name.startswith("on") for _, attrs in got.elements for name in attrs)
+    assert got.text.count(evil) >= 10
+    figures = json.loads(got.scripts[1])
+    # plotly reads a little HTML, so what it gets is escaped once more
+    texts = [
+        str(v) for f in figures.values() for t in (*f["data"], *f["layout"].get("annotations", [])) for v in (t.get("name"), t.get("text"))
+    ]
+    assert any("&lt;/script&gt;" in text for text in texts)
+    assert not any("<img" in text for text in texts)
+    assert "[bold]" in printed(result, width=2000)
+
+
+@pytest.mark.parametrize("missing", ["test", "stages", "centres", "config", "left_out", "notes", "seconds", "started"])
+def test_a_part_that_is_missing_is_no_error(tmp_path: Path, missing: str) -> None:
+    result = sample()
+    del result[missing]
+    got = page(result, tmp_path)
+    printed(result)
+    if missing == "test":
+        assert "There are no test results" in got.text
+        assert "covid, validation" in printed(result)
+
+
+def test_a_run_that_failed_at_once_has_a_report(tmp_path: Path) -> None:
+    got = page({"run": "r1", "recipe": "multisource", "mode": "local", "status": "failed", "notes": ["No centre appeared."]}, tmp_path)
+    assert "No centre appeared." in got.text
+    assert json.loads(got.scripts[1]) == {}
+    printed({"run": "r1"})
+
+
+def test_many_centres_keep_apart(tmp_path: Path) -> None:
+    result = sample(tuple(f"centre {i:02d}" for i in range(24)))
+    got = page(result, tmp_path)
+    figure = json.loads(got.scripts[1])["figure2"]
+    looks = {(t["line"]["color"], t["line"]["dash"]) for t in figure["data"] if "meta" in t}
+    assert len(looks) == 23  # of 24, one of which has no AUC
+    assert sum(tag == "button" for tag, _ in got.elements) == 24
+
+
+def test_the_terminal_table_has_a_row_a_centre_and_the_views() -> None:
+    lines = printed(sample()).splitlines()
+    first = [line.strip("│ ").split("│")[0].strip() for line in lines if line.startswith("│")]
+    assert first == [*CENTRES, "mean of centres", "pooled", "worst centre", "spread"]
