@@ -52,7 +52,7 @@ def score_figures(task: str, hists: Mapping[str, Any], names: Sequence[str]) -> 
             trace = _trace(centre, names, predicted, observed, hover, own)
             trace["marker"]["size"] = [round(4 + 10 * math.sqrt(k / n.max()), 1) for k in n]
             trace["marker"]["opacity"] = 0.8
-            points.append({**trace, "customdata": [int(k) for k in n]})
+            points.append({**trace, "cliponaxis": False, "customdata": [int(k) for k in n]})
     square = {"range": [-0.02, 1.02], "dtick": 0.2}
     figures = []
     for title, data, x, y in (

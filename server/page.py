@@ -13,7 +13,7 @@ PAGE = """\
 <th{% if h.span > 1 %} colspan="{{ h.span }}" class="group"{% elif h.number %} class="n"{% endif %} scope="col">{{ h.text }}</th>
 {%- endfor %}</tr>{% endfor %}</thead>
 <tbody>{% for row in t.rows %}<tr{% if row.kind %} class="{{ row.kind }}"{% endif %}>{% for c in row.cells -%}
-{% if loop.first %}<th scope="row">{{ c.text }}</th>{% else -%}
+{% if loop.first %}<th scope="row"><span>{{ c.text }}</span></th>{% else -%}
 <td{% if c.kind %} class="{{ c.kind }}"{% endif %}{% if c.title %} title="{{ c.title }}"{% endif %}>{{ c.text }}
 {%- if c.small %} <small>{{ c.small }}</small>{% endif %}</td>{% endif %}
 {%- endfor %}</tr>{% endfor %}</tbody></table></div>
@@ -40,9 +40,9 @@ body { margin:0 auto; padding:28px 24px 60px; max-width:1180px; background:var(-
 h1 { font-size:22px; line-height:1.25; margin:0; font-weight:600; overflow-wrap:anywhere }
 h2 { font-size:16px; margin:38px 0 8px; padding-top:10px; border-top:1px solid var(--line); font-weight:600 }
 h3 { font-size:14px; margin:20px 0 6px; font-weight:600; overflow-wrap:anywhere }
-p { margin:4px 0 10px; max-width:78ch; overflow-wrap:anywhere }
+p { margin:4px 0 10px; max-width:96ch; overflow-wrap:anywhere }
 small, .note, .meta, caption, figcaption { color:var(--soft) }
-.note { font-size:12.5px } .meta { margin:6px 0 0; overflow-wrap:anywhere }
+.note { font-size:12.5px } .meta { margin:6px 0 0; max-width:none }
 .status { display:inline-block; margin-right:8px; padding:1px 9px; border:1px solid var(--soft); border-radius:9px; color:var(--ink) }
 .status.finished { border-color:var(--accent); color:var(--accent) }
 .numbers { display:flex; flex-wrap:wrap; gap:10px 34px; margin:22px 0 4px }
@@ -51,14 +51,16 @@ small, .note, .meta, caption, figcaption { color:var(--soft) }
 .wide { overflow-x:auto; margin:6px 0 }
 table { border-collapse:collapse; min-width:min(100%, 420px) }
 caption { text-align:left; padding:0 0 4px; font-size:13px }
-th, td { padding:3px 12px 3px 0; text-align:left; vertical-align:baseline; border-bottom:1px solid var(--line); font-weight:400 }
+th, td { padding:3px 9px 3px 0; text-align:left; vertical-align:baseline; border-bottom:1px solid var(--line); font-weight:400 }
 thead th { color:var(--soft); font-size:12.5px; vertical-align:bottom; border-bottom-color:var(--soft) }
 th.group { text-align:center; border-bottom:1px solid var(--line) }
-tbody th { max-width:300px; overflow-wrap:anywhere; min-width:90px }
-td.n, th.n { text-align:right; padding-left:14px; white-space:nowrap }
-td.n small { display:block; white-space:normal; overflow-wrap:anywhere; max-width:130px; margin-left:auto; line-height:1.2 }
-td.none { text-align:right; color:var(--soft); font-style:italic; font-size:12px; padding-left:14px; min-width:92px; line-height:1.2 }
-td.text { max-width:520px; overflow-wrap:anywhere }
+thead tr:not(:last-child) th:not(.group) { border:0 }
+tbody th span { display:block; max-width:270px; overflow-wrap:break-word }
+td.n, th.n { text-align:right; padding-left:9px } td.n { white-space:nowrap }
+td.n small { display:block; white-space:normal; overflow-wrap:break-word; max-width:120px; margin-left:auto; line-height:1.2 }
+td.none { text-align:right; color:var(--soft); font-style:italic; font-size:12px; padding-left:9px; min-width:86px; line-height:1.2 }
+td.text, th:not(:first-child):not(.n):not(.group) { padding-left:9px }
+td.text { max-width:520px; overflow-wrap:anywhere; min-width:70px }
 tr.view th { white-space:nowrap }
 tr.view th, tr.view td { background:var(--wash) }
 tr.first th, tr.first td { border-top:1px solid var(--soft) }
@@ -71,6 +73,7 @@ figure { margin:8px 0 0; min-width:0 } figcaption { font-size:13px; overflow-wra
 .legend button:hover { background:var(--wash) } .legend button[aria-pressed=false] { opacity:.35; text-decoration:line-through }
 .legend button:focus-visible { outline:2px solid var(--accent) }
 .legend i { display:inline-block; width:22px; margin-right:5px; vertical-align:middle; border-top:3px solid }
+.legend i[style*=double] { border-top-width:5px }
 pre { background:var(--wash); padding:12px 14px; overflow:auto; max-height:560px; font-size:12.5px; line-height:1.4 }
 summary { cursor:pointer; color:var(--accent) }
 @media print { .legend { position:static } body { max-width:none; padding:0 } }

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment
 from markupsafe import Markup
+from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 from rich.table import Table
 from rich.text import Text
@@ -229,17 +230,24 @@ def _labels(result: Result) -> list[Grid]:
             if any(split in of for of in counts.values())
         ]
         keys = list(dict.fromkeys(k for of in counts.values() for split in of.values() for k in split.get(task, {})))
-        shown = {k: {"0": "negative", "1": "positive"}.get(str(k), str(k)) if len(keys) <= 2 else str(k) for k in keys}
-        rows, total = [], np.zeros(len(splits) * len(keys))
+        named = {k: {"0": "negative", "1": "positive"}.get(str(k), str(k)) if len(keys) <= 2 else str(k) for k in keys}
+        wide = len(keys) > 8  # then sizes instead of every class
+        columns = ["scans", "classes"] if wide else [named[key] for key in keys]
+        rows, every = [], []
         for centre, of in counts.items():
-            cells = [of.get(split, {}).get(task, {}).get(key, 0) for split in splits for key in keys]
-            total += np.array(cells, float)
-            rows.append(Line([Cell(centre), *(Cell(_text(n, 0) or "–", "n") for n in cells)]))
-        rows.append(Line([Cell("all"), *(Cell(_text(float(n), 0) or "–", "n") for n in total)], "view first"))
-        groups = [Head("", False), *(Head(SPLITS.get(split, split), span=len(keys)) for split in splits)]
-        head = [Head("centre", False), *(Head(shown[key]) for _ in splits for key in keys)]
+            every.append(np.array([[of.get(split, {}).get(task, {}).get(key, 0) for key in keys] for split in splits], float))
+            rows.append(Line([Cell(centre), *_counts(every[-1], wide)]))
+        rows.append(Line([Cell("all"), *_counts(np.sum(every, axis=0), wide)], "view first"))
+        groups = [Head("", False), *(Head(SPLITS.get(split, split), span=len(columns)) for split in splits)]
+        head = [Head("centre", False), *(Head(column) for _ in splits for column in columns)]
         grids.append(Grid([groups, head], rows, f"{task}, scans with a label"))
     return grids
+
+
+def _counts(counts: NDArray[np.float64], wide: bool) -> list[Cell]:
+    """Of [splits, classes]; `wide`: scans and classes that have any."""
+    shown = np.stack([counts.sum(1), (counts > 0).sum(1)], axis=1) if wide else counts
+    return [Cell(_text(float(n), 0) or "", "n") for n in shown.ravel()]
 
 
 def _about(result: Result) -> Grid:
@@ -268,7 +276,7 @@ def _costs(rounds: Rounds) -> Grid:
         sums = {key: math.fsum(r.get(key) or 0 for r in some) for key in ("seconds", "bytes_down", "bytes_up")}
         cells = [Cell(str(len(some)), "n"), Cell(f"{sums['seconds']:.1f}", "n"), Cell(f"{sums['seconds'] / len(some):.1f}", "n")]
         rows.append(Line([Cell(stage), *cells, *(Cell(f"{sums[key] / 1e6:.1f}", "n") for key in ("bytes_down", "bytes_up"))]))
-    heads = ("rounds", "time, s", "time a round, s", "to centres, MB", "from centres, MB")
+    heads = ("rounds", "time, s", "time per round, s", "to centres, MB", "from centres, MB")
     return Grid([[Head("stage", False), *map(Head, heads)]], rows)
 
 
