@@ -88,7 +88,7 @@ def one_a_bin(level: Floats, count: int, where: Floats, rng: np.random.Generator
 
 def _scott(areas: Floats) -> float:
     """Scott's bandwidth in one dimension: sd * n^(-1/5)."""
-    return float(areas.std(ddof=1) * len(areas) ** -0.2)
+    return float(areas.std(ddof=1) * len(areas) ** -0.2) if len(areas) > 1 else 0.0
 
 
 def best_run(areas: Floats, length: int) -> int:
