@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import time
 import traceback
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from client.queries import QUERIES, Question, class_counts
 from client.site import Site, data_root, holdings, name_of, state_folder
 from client.store import Store
 from client.trainer import train
-from common.compose import config_from
+from common.compose import config_from, to_dict
 from common.errors import ConsiliumError, Refused
 from common.fingerprint import fingerprint
 from common.imbalance import logit_adjustment
@@ -50,9 +52,9 @@ def answer(site: Site, request: Request) -> Reply:
         return train_round(site, config, request) if isinstance(request, Train) else query(site, config, request)
     except Refused as refused:
         return Refusal(centre, str(refused))
-    except ConsiliumError as error:  # its sentence may name a file: that stays here
+    except ConsiliumError as error:  # its sentence may name a file: that stays in a hospital
         log.error("%s", error)
-        return Refusal(centre, f"{_where(error)}; the sentence is in the centre's log")
+        return Refusal(centre, str(error) if not site.centre else f"{_where(error)}; the sentence is in the centre's log")
     except Exception as error:
         log.exception("unexpected")
         return Refusal(centre, f"{type(error).__name__} in {_where(error)}; the centre's log has the rest")
@@ -65,6 +67,7 @@ def _where(error: Exception) -> str:
 
 def hello(site: Site, config: Config) -> Presence:
     """Make everything ready, and say what there is."""
+    _read_scans.cache_clear()
     own = holdings(site, config)
     held, skipped = read_scans(site, config) if own else ({}, [])
     tables = [cohort_of(site, config, centre, path) for centre, path in own.items()]
@@ -163,6 +166,12 @@ def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, r
 
 def read_scans(site: Site, config: Config) -> tuple[dict[str, Scans], list[Skipped]]:
     """This site's scans by split, preprocessed where the store lacks them; and those that could not be read."""
+    return _read_scans(site, json.dumps(to_dict(config), sort_keys=True))
+
+
+@lru_cache(maxsize=4)  # a process answers many messages of one run: the files are looked at once, again at the next Hello
+def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Skipped]]:
+    config = config_from(json.loads(config_json))
     found = {split: Scans([], {t: np.empty(0) for t in config.tasks}, []) for split in SPLITS}
     skipped: list[Skipped] = []
     for centre, path in holdings(site, config).items():
@@ -179,7 +188,8 @@ def read_scans(site: Site, config: Config) -> tuple[dict[str, Scans], list[Skipp
             scans.cohort += [centre] * len(rows)
             for name, task in config.tasks.items():
                 column = task.label or name
-                values = target(table, column, task.classes) if column in table.columns else np.full(len(table), np.nan)
+                known = column in table.columns and (task.kind == "binary" or task.classes)  # before the first answer, sources have no numbers
+                values = target(table, column, task.classes) if known else np.full(len(table), np.nan)
                 scans.targets[name] = np.append(scans.targets[name], values[rows])
     if not len(found["train"]):
         raise Refused(

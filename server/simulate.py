@@ -1,0 +1,183 @@
+"""A run in Flower's simulation, by `flwr run`, as one command that tells the truth about how it ended and leaves nothing running.
+
+`flwr run` exits 0 for failed runs, a SuperLink that it starts stays behind, and simulated clients import from the SuperLink's working directory:
+so this starts a SuperLink of its own in an empty folder with a home and a port of its own, submits the app, follows its log, reads the run's
+status and stops every process it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from common.compose import compose
+from common.errors import ConsiliumError
+from common.schema import Config
+from server.report import table
+from server.runs import find, new_id, runs_folder
+
+APP = Path(__file__).resolve().parent.parent
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+console = Console()
+
+
+def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0) -> Path:
+    """Run to the end and print the table per centre; returns the run's folder. Raises ConsiliumError when the run did not finish."""
+    folder = runs_folder(runs)
+    if resume:
+        kept = find(folder, resume)
+        config, run = compose_of(kept), kept.name
+        settings = {"resume": run}
+    else:
+        config = compose([f"recipe={recipe}", *overrides])  # refused here in a second rather than in the server in twenty
+        run = new_id(config)
+        settings = {"recipe": recipe, "overrides": " ".join(overrides), "run": run}
+    settings["runs"] = str(folder)
+    nodes = 1 if config.federation.mode == "central" else len(config.federation.centres)
+    federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with superlink() as (home, environment):
+        run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+        command = ["flwr", "run", str(APP), "local", "-c", run_config, "--federation-config", federation, "--format", "json"]
+        submitted = subprocess.run([_tool(command[0]), *command[1:]], env=environment, cwd=home, capture_output=True, text=True)
+        try:
+            run_id = str(json.loads(submitted.stdout)["run-id"])
+        except (ValueError, KeyError) as error:
+            raise ConsiliumError(f"flwr run refused the app: {(submitted.stdout + submitted.stderr).strip()[-600:]}") from error
+        console.print(f"run [bold]{run}[/]  ({nodes} node{'s' if nodes > 1 else ''}, Flower run {run_id})", highlight=False)
+        last = follow(run_id, home, environment, folder / f"{run}.log")
+        status = _status(run_id, home, environment)
+    metrics = folder / run / "metrics.json"
+    if not metrics.is_file():
+        raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {folder / f'{run}.log'}")
+    (folder / f"{run}.log").replace(folder / run / "flower.log")
+    console.print(table(json.loads(metrics.read_text())))
+    console.print(f"report: {folder / run / 'report.html'}", highlight=False, soft_wrap=True)
+    return folder / run
+
+
+def compose_of(folder: Path) -> Config:
+    """The configuration that a run was started with."""
+    import yaml
+
+    from common.compose import config_from
+
+    return config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+@contextlib.contextmanager
+def superlink() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A SuperLink in an empty folder; yields the folder and the environment that reaches it. Its whole process group ends with it."""
+    with tempfile.TemporaryDirectory(prefix="consilium-", ignore_cleanup_errors=True) as temporary:
+        home, empty = Path(temporary) / "flwr", Path(temporary) / "empty"
+        home.mkdir()
+        empty.mkdir()
+        port = _free_port()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        environment = (
+            os.environ
+            | QUIET
+            | {"FLWR_HOME": str(home), "RAY_TMPDIR": temporary, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        )
+        command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+        with (Path(temporary) / "superlink.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=empty, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", process, Path(temporary) / "superlink.log")
+            yield empty, environment
+        finally:
+            _stop(process, temporary)
+
+
+def follow(run_id: str, home: Path, environment: dict[str, str], log: Path) -> str:
+    """Stream the run's log to a file and our own lines of it to the terminal, until the run ends; returns the last error sentence."""
+    last = ""
+    command = [_tool("flwr"), "log", run_id, "local", "--stream"]
+    with (
+        log.open("a") as kept,
+        subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stream,
+    ):
+        for text in stream.stdout or []:
+            kept.write(text)
+            kept.flush()
+            if text.startswith("consilium  "):
+                sentence = text.removeprefix("consilium  ").rstrip()
+                if sentence.startswith("error: "):
+                    last = sentence.removeprefix("error: ")
+                else:
+                    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return last
+
+
+def _status(run_id: str, home: Path, environment: dict[str, str]) -> str:
+    command = [_tool("flwr"), "ls", "local", "--run-id", run_id, "--format", "json"]
+    listed = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    with contextlib.suppress(ValueError, KeyError, IndexError):
+        return str(json.loads(listed.stdout)["runs"][0]["status"])
+    return "unknown"
+
+
+def _tool(name: str) -> str:
+    """A command of the same environment as this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=1).is_success:
+                return
+        time.sleep(0.2)
+    raise ConsiliumError(f"Flower's SuperLink did not start: {log.read_text()[-400:].strip()}")
+
+
+def _stop(process: subprocess.Popen[bytes], marker: str) -> None:
+    """End the SuperLink's session, and what Ray put into sessions of its own: those carry our temporary folder in their environment."""
+    for signal_ in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _ours(marker, process.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal_)
+        until = time.monotonic() + (8 if signal_ is signal.SIGTERM else 3)
+        while time.monotonic() < until and _ours(marker, process.pid):
+            process.poll()
+            time.sleep(0.1)
+    process.wait()
+
+
+def _ours(marker: str, leader: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()
+                if state[0] != "Z" and (int(state[3]) == leader or f"RAY_TMPDIR={marker}".encode() in (entry / "environ").read_bytes()):
+                    found.append(int(entry.name))
+    return found
