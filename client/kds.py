@@ -60,7 +60,7 @@ def one_a_bin(level: Floats, count: int, where: Floats, rng: np.random.Generator
     bin takes the nearest that is left. Equal levels are told apart by `where` [n]: the item farthest from the others chosen.
     """
     middles = (np.arange(count) + 0.5) / count
-    cost = np.abs(level[None, :] - middles[:, None])  # [count, n]
+    cost = np.abs(level[None, :] - middles[:, None]).round(12)  # [count, n]; a sum's rounding must not decide
     if rng is None:
         ranks = np.lexsort((where, level))  # so that nothing but levels decides, whichever way the slices run
         chosen: Indices = ranks[linear_sum_assignment(cost[:, ranks])[1]].astype(np.int64)
@@ -78,7 +78,7 @@ def one_a_bin(level: Floats, count: int, where: Floats, rng: np.random.Generator
         return chosen
     for b in range(count):
         free = np.setdiff1d(np.arange(len(level)), np.delete(chosen, b))
-        tied = free[np.abs(cost[b, free] - cost[b, chosen[b]]) <= TIE]
+        tied = free[np.abs(level[free] - level[chosen[b]]) <= TIE]
         if len(tied) > 1:
             others = np.delete(where[chosen], b)
             apart = np.abs(where[tied][:, None] - others[None, :]).min(axis=1, initial=np.inf)
