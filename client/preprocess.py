@@ -96,7 +96,14 @@ def preprocess(
     bar: AbstractContextManager[Any] = Progress(*columns, console=Console(stderr=True)) if progress else nullcontext()
     with bar as shown:
         task = shown.add_task("", total=len(jobs)) if shown else None
-        for row, (key, reason) in _alone(jobs) if workers <= 1 else _together(jobs, workers, run_job):
+        done = {row: key for row, job in enumerate(jobs) if (key := store.ready(job.path, job.settings, job.window, job.series))}
+        for row, key in done.items():
+            keys[row] = key
+        if shown:
+            shown.advance(task, len(done))
+        missing = [row for row in range(len(jobs)) if row not in done]
+        workers = min(workers, len(missing))
+        for row, (key, reason) in _alone(jobs, missing) if workers <= 1 else _together(jobs, missing, workers, run_job):
             keys[row], reasons[row] = key, reason
             if shown:
                 shown.advance(task)
@@ -106,14 +113,16 @@ def preprocess(
     return keys, skipped
 
 
-def _alone(jobs: Sequence[Job]) -> Iterator[tuple[int, tuple[str, str]]]:
-    yield from ((row, run_job(job)) for row, job in enumerate(jobs))
+def _alone(jobs: Sequence[Job], rows: Sequence[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    yield from ((row, run_job(jobs[row])) for row in rows)
 
 
-def _together(jobs: Sequence[Job], workers: int, work: Callable[[Job], tuple[str, str]]) -> Iterator[tuple[int, tuple[str, str]]]:
+def _together(
+    jobs: Sequence[Job], rows: Sequence[int], workers: int, work: Callable[[Job], tuple[str, str]]
+) -> Iterator[tuple[int, tuple[str, str]]]:
     """(row, outcome) as they come. When a worker dies, its pool goes with it: what was under way is then tried one by one, each in a pool
     of its own, so that only the scan that kills is lost."""
-    todo, suspects = deque(range(len(jobs))), deque[int]()
+    todo, suspects = deque(rows), deque[int]()
     while todo or suspects:
         width = workers if todo else 1
         queue = todo or deque([suspects.popleft()])

@@ -37,24 +37,27 @@ class Store:
 
     def key(self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None) -> str:
         """The key of a scan's slices. Raises FileNotFoundError when the scan is not there."""
-        made_from = {
-            "algorithm": ALGORITHM,
-            "settings": asdict(settings),
-            "window": window,
-            "series": series,
-            "content": self._content(path),
-        }
-        return _hash(json.dumps(made_from, sort_keys=True).encode())
+        return _key(self._content(path), settings, window, series)
+
+    def ready(self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None) -> str | None:
+        """The key when the scan's files are as they were at the last look and its slices are in the store, whole; else None. Cheap."""
+        try:
+            key = _key(self._note(path).read_text(), settings, window, series)
+        except OSError:
+            return None
+        return key if self.get(key) is not None else None
+
+    def _note(self, path: Path) -> Path:
+        """Where the content's hash is noted for files of these names, sizes and times."""
+        looks = [(name, f.stat()) for name, f in _files(path)]
+        quick = [str(path.resolve()), [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in looks]]
+        return self._at(_hash(json.dumps(quick).encode()), ".content")
 
     def _content(self, path: Path) -> str:
         """A hash of the scan's files, names and bytes; the bytes are read only when a size or a time has changed."""
-        looks = [(name, f.stat()) for name, f in _files(path)]
-        quick = _hash(json.dumps([str(path.resolve()), [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in looks]]).encode())
-        note = self._at(quick, ".content")
+        note = self._note(path)
         with contextlib.suppress(OSError):
-            known = note.read_text()
-            if len(known) == 40:
-                return known
+            return note.read_text()
         whole = hashlib.blake2b(digest_size=20)
         for name, file in _files(path):
             whole.update(json.dumps([name, _hash(file.read_bytes())]).encode())
@@ -89,6 +92,11 @@ class Store:
             return dict(json.loads(self._at(key, ".json").read_text()))
         except (OSError, ValueError):
             return {}
+
+
+def _key(content: str, settings: Preprocess, window: tuple[float, float] | None, series: str | None) -> str:
+    made_from = {"algorithm": ALGORITHM, "settings": asdict(settings), "window": window, "series": series, "content": content}
+    return _hash(json.dumps(made_from, sort_keys=True).encode())
 
 
 def _hash(data: bytes) -> str:
