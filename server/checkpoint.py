@@ -54,12 +54,15 @@ def save(run_dir: Path, state: State) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         known = _headers(folder)
-        (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
-        sums = {}
-        for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser)):
-            data = tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
-            _write(folder / f"{name}{suffix}", data)
-            sums[suffix] = hashlib.sha256(data).hexdigest()
+        data = {
+            suffix: tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
+            for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser))
+        }
+        sums = {suffix: hashlib.sha256(some).hexdigest() for suffix, some in data.items()}
+        if name in known and known[name]["sha256"] != sums:
+            (folder / f"{name}.json").unlink()  # a round done again: its old JSON would vouch for the wrong arrays
+        for suffix, some in data.items():
+            _write(folder / f"{name}{suffix}", some)
         number = 1 + max((header["number"] for header in known.values()), default=0)
         header = {"number": number, "stage": state.stage, "round": state.round, "sha256": sums, "facts": state.facts}
         _write(folder / f"{name}.json", json.dumps(header).encode())

@@ -16,7 +16,7 @@ from common.metrics import calibration, roc
 
 Result = Mapping[str, Any]
 Figure = dict[str, Any]
-Rounds = list[tuple[int, str, Result]]  # (number over all stages from 1, stage, round)
+Rounds = list[tuple[int, str, Result]]  # (place over all stages, stage, round)
 
 NAMES = {
     "n": "scans",
@@ -30,6 +30,7 @@ NAMES = {
     "accuracy": "accuracy",
     "ece": "calibration error",
     "brier": "Brier score",
+    "loss": "loss",
 }
 COLOURS, DASHES = 7, ("solid", "dash", "dot", "dashdot")
 LEGEND = {"showlegend": True, "legend": {"orientation": "h", "y": 1.07, "yanchor": "bottom", "x": 0}, "margin": {"t": 44}}  # in the figure
@@ -102,16 +103,22 @@ def weight_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
 
 def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     x = [i for i, _, _ in rounds]
-    if not x:
+    if not any(r["round"] for _, _, r in rounds):
         return []
     seconds = {name: [finite(r.get("centres", {}).get(name, {}).get("seconds")) for _, _, r in rounds] for name in names}
     time = _over_rounds("Time a round (bars) and training at each centre (lines)", "time, s", rounds, names, seconds)
-    bar = {"type": "bar", "x": x, "y": [finite(r.get("seconds")) for _, _, r in rounds], "marker": {"color": "var(--line)"}}
-    time["data"].insert(0, {**bar, "hovertemplate": "round %{x}<br>%{y:.1f} s in all<extra></extra>"})
+    bar = {
+        "type": "bar",
+        "x": x,
+        "y": [finite(r.get("seconds")) if r["round"] else None for _, _, r in rounds],
+        "marker": {"color": "var(--line)"},
+    }
+    bar |= {"customdata": [f"{html.escape(str(stage))}, round {r['round']}" for _, stage, r in rounds]}
+    time["data"].insert(0, {**bar, "hovertemplate": "%{customdata}<br>%{y:.1f} s in all<extra></extra>"})
     traffic = _over_rounds("Traffic of a round, all centres", "MB", rounds, names, {})
     for key, label, colour in (("bytes_down", "to the centres", "var(--soft)"), ("bytes_up", "from the centres", "var(--accent)")):
-        y = [None if r.get(key) is None else r[key] / 1e6 for _, _, r in rounds]
-        hover = f"round %{{x}}<br>%{{y:.2f}} MB {label}<extra></extra>"
+        y = [r[key] / 1e6 if r["round"] and r.get(key) is not None else None for _, _, r in rounds]
+        hover = f"%{{customdata}}<br>%{{y:.2f}} MB {label}<extra></extra>"
         traffic["data"].append({**bar, "y": y, "name": label, "marker": {"color": colour}, "hovertemplate": hover})
     traffic["layout"] |= LEGEND
     return [time, traffic]
@@ -164,12 +171,9 @@ def _over_rounds(
         }
         for i, stage in starts
     ]
-    ticks: dict[str, Any] = {"dtick": 1} if len(x) <= 16 else {}
-    xaxis = {
-        "title": {"text": "round, stages one after the other" if several else "round"},
-        "range": [0.5, max(x, default=1) + 0.5],
-        **ticks,
-    }
+    shown = rounds[:: -(-len(rounds) // 16) or 1]  # as many numbers as there is room for; each stage counts its own rounds
+    ticks = {"tickvals": [i for i, _, _ in shown], "ticktext": [str(r["round"]) for _, _, r in shown]}
+    xaxis = {"title": {"text": "round"}, "range": [min(x, default=0) - 0.5, max(x, default=1) + 0.5], **ticks}
     layout: dict[str, Any] = {"xaxis": xaxis, "yaxis": {"title": {"text": label}}}
     if several:
         layout |= {"shapes": shapes, "annotations": texts, "margin": {"t": 22}}

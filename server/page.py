@@ -98,7 +98,7 @@ summary { cursor:pointer; color:var(--accent) }
 {% if weight_figures %}<h2>Weights of the centres</h2>
 <p>A centre's share in each part of the model. The effective number of centres is 1 / Σ w².</p>
 {{ plots(weight_figures) }}{{ grid(weights) }}{% endif %}
-<h2>Labelled scans</h2>
+<h2>Scans</h2>
 {% for t in labels %}{{ grid(t) }}{% else %}<p>No counts were reported.</p>{% endfor %}
 {% if about.rows %}<h3>The centres</h3>{{ grid(about) }}{% endif %}
 {% if cost_figures %}<h2>Time and traffic</h2>{{ plots(cost_figures) }}{{ grid(costs) }}{% endif %}

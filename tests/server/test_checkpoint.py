@@ -142,6 +142,7 @@ begun = load_latest(run)
 print(begun.round if begun else 0, flush=True)
 for round in range(begun.round + 1 if begun else 1, 99_999):
     save(run, state(round, best=round - round % 4 or None, size=200_000))
+    save(run, state(round, best=round - round % 4 or None, size=200_000))  # again, as at a stage's end: must not lose it meanwhile
 """
 
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from common.metrics import binary_metrics, challenge_score, histogram, multiclass_metrics, multiclass_reasons, reasons, summary
-from server.report import table, write_report
+from server.report import side_by_side, table, write_report
 
 CENTRES = ("north", "east", "south", "west")
 STAGES = (("pretraining", 3), ("main", 6))
@@ -24,7 +24,7 @@ def scored(hists: dict[str, Any]) -> dict[str, Any]:
     """A binary task's part of a result."""
     per_centre = {centre: binary_metrics(hist) for centre, hist in hists.items()}
     views = summary(per_centre, binary_metrics(np.sum(list(hists.values()), axis=0)))
-    shown = {centre: {**values, "reasons": reasons(hists[centre])} for centre, values in per_centre.items()}
+    shown = {centre: {**values, "loss": 0.4, "reasons": reasons(hists[centre])} for centre, values in per_centre.items()}
     return {
         "centres": shown,
         **views,
@@ -57,7 +57,8 @@ def sample(centres: tuple[str, ...] = CENTRES) -> dict[str, Any]:
 
     stages = []
     for stage, (name, count) in enumerate(STAGES):
-        rounds = []
+        start: dict[str, Any] = {"round": 0, "seconds": 0.0, "bytes_up": 0, "bytes_down": 0, "weights": {}, "effective": {}, "centres": {}}
+        rounds = [{**start, "val": {"covid": scores(0.3 + stage), "source": sourced(centres, 0.4)}}]
         for r in range(1, count + 1):
             there = [c for k, c in enumerate(centres) if (stage, r, k) != (1, 3, 1)]  # east drops out of a round
             replies: dict[str, dict[str, Any]] = {}
@@ -98,13 +99,14 @@ def sample(centres: tuple[str, ...] = CENTRES) -> dict[str, Any]:
             c: {
                 "counts": {
                     s: {
-                        "covid": {"0": n - 3 * k % n, "1": 0 if k == 2 else n // 2},
-                        "source": {other: n if other == c else 0 for other in centres},
+                        "covid": {"no covid": n - 3 * k % n, "covid": 0 if k == 2 else n // 2, "unlabelled": 0.0},
+                        "source": {**{other: n if other == c else 0 for other in centres}, "unlabelled": k},
                     }
                     for s, n in counts.items()
                 },
                 "sources": [c],
-                "skipped": {"no pixel data": k} if k else {},
+                "skipped": k,
+                "skipped_why": {"no pixel data": k} if k else {},
                 "versions": {"consilium": "0.1.0", "torch": "2.15"},
                 "device": "cpu",
             }
@@ -271,3 +273,23 @@ def test_the_terminal_table_has_a_row_a_centre_and_the_views() -> None:
     lines = printed(sample()).splitlines()
     first = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert [name for name in first if name] == [*CENTRES, "mean of centres", "pooled", "worst centre", "spread"]
+
+
+def test_runs_side_by_side() -> None:
+    results = {"federated": sample(), "local": sample()}
+    results["local"]["test"]["covid"]["centres"]["north"]["auc"] = 0.123
+    results["central"] = {**sample(), "test": {}}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(side_by_side(results))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert ["north", f"{results['federated']['test']['covid']['centres']['north']['auc']:.3f}", "0.123", "–"] in cells
+    assert next(row for row in cells if row[0] == "south") == ["south", "–", "–", "–"]  # one class
+    steps = 4 * sum(len(r["centres"]) for stage in results["local"]["stages"] for r in stage["rounds"])
+    assert ["optimiser steps, all centres", *[str(steps)] * 3] in cells
+
+
+def test_each_centre_may_have_its_own_best(tmp_path: Path) -> None:
+    result = sample()
+    result["stages"][-1]["best"] = {c: {"stage": "main", "round": k, "value": 0.8} for k, c in enumerate(CENTRES)}
+    assert "after each centre's own best round of main" in page(result, tmp_path).text
