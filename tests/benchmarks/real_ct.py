@@ -1,0 +1,201 @@
+"""Three real sources as three centres (3,810 CT slices): a table of settings x seeds, through the client and server code that a run uses.
+
+    .venv/bin/python -m tests.benchmarks.real_ct [--configs central,local] [--seeds 1,2,3] [--workers 2] [--out DIR]
+
+Every run trains on a centre's `train`, is chosen on `val` and touches `test` once at its end. What is finished is kept in DIR/results and
+not done again; a run that was interrupted is resumed. DIR/table.md is the table. What came out, and what it says: README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from client.cohort import save_cohort, split_of
+from client.preprocess import preprocess
+from client.site import Site
+from client.store import Store
+from common.compose import compose
+from common.errors import ConsiliumError
+from common.schema import Preprocess
+from server.ledger import Ledger
+from server.runs import begin, resume
+from tests.inprocess import InProcess
+
+ROOT = Path(__file__).resolve().parents[2]
+CENTRES = {"ucsd": "ucsd_covidct", "soares": "soares_saopaulo", "mosmed": "mosmed"}  # {centre: the manifest's source}
+WINDOWS = {"mosmed": (75.0, 175.0)}  # squeezed 8-bit pictures; the others' own 0..255 is their window
+PREPROCESS = Preprocess(slices=1, size=128, crop="body")  # the body fills the frame at every source
+BASE = [
+    "federation=folder",
+    f"federation.centres=[{','.join(CENTRES)}]",
+    "backbone=mobilenetv1_075",
+    f"preprocess.slices={PREPROCESS.slices}",
+    f"preprocess.size={PREPROCESS.size}",
+    f"preprocess.crop={PREPROCESS.crop}",
+    "stage.rounds=8",
+    "stage.batch=32",
+    "stage.optimiser.lr=3e-4",
+]
+COVID = ["stage.tasks=[covid]"]  # the source head off
+SETTINGS: dict[str, list[str]] = {
+    "central": ["federation.mode=central", *COVID],
+    "local": ["federation.mode=local", *COVID],
+    "tau 0 (FedAvg)": ["aggregation=fedavg", *COVID],
+    "tau 0.5": ["aggregation.tau=0.5", *COVID],
+    "tau 1": ["aggregation.tau=1", *COVID],
+    "tau 0, source head": ["aggregation=fedavg"],
+    "tau 0.5, source head": ["aggregation.tau=0.5"],
+    "tau 1, source head": ["aggregation.tau=1"],
+    "tau 1, FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
+}
+
+
+def data_folder() -> Path:
+    """The real data: `$CONSILIUM_REAL_DATA`, else `../shared/data` beside the repository. Raises ConsiliumError when there are none."""
+    folder = Path(os.environ.get("CONSILIUM_REAL_DATA") or ROOT.parent / "shared" / "data").expanduser().resolve()
+    if not (folder / "ct_multisource" / "manifest.csv").is_file():
+        raise ConsiliumError(f"{folder} holds no ct_multisource/manifest.csv; set CONSILIUM_REAL_DATA to the folder of the real data")
+    return folder
+
+
+def write_federation(data: Path, out: Path) -> Path:
+    """One subfolder a source with its cohort.csv. Each slice gets a folder of its own, so that it is read as a CT of one slice, not as a
+    radiograph, and its body is found. UCSD keeps its official split; the others are divided by the hash of the patient (soares: of the
+    picture, for it names no patients, so that slices of one patient may stand on both sides)."""
+    manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv", dtype=str)
+    root = out / "federation"
+    for centre, source in CENTRES.items():
+        rows = manifest[manifest["source"] == source].reset_index(drop=True)
+        places = []
+        for file in rows["file"]:
+            picture = data / "ct_multisource" / file
+            place = root / centre / "scans" / hashlib.sha256(file.encode()).hexdigest()[:16]
+            place.mkdir(parents=True, exist_ok=True)
+            link = place / f"slice{picture.suffix}"
+            if not link.is_symlink():
+                link.symlink_to(picture)
+            places.append(str(place))
+        patients = rows["patient"].str.strip().fillna(rows["file"])
+        splits = [given if isinstance(given, str) else split_of(p) for p, given in zip(patients, rows["split"], strict=True)]
+        low, high = WINDOWS.get(centre, (np.nan, np.nan))
+        table = {"scan": rows["file"], "path": places, "patient": patients, "source": centre, "split": splits, "covid": rows["label"]}
+        save_cohort(pd.DataFrame({**table, "window_low": low, "window_high": high}), root / centre / "cohort.csv")
+    return root
+
+
+def name_of(setting: str, seed: int, overrides: list[str]) -> str:
+    """A run's id; other overrides make it another run."""
+    plain = "".join(c if c.isalnum() else "-" for c in setting)
+    return f"{plain}-s{seed}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}"
+
+
+def run_one(job: tuple[str, int, str, str]) -> str:
+    """One (setting, seed, data, out), unless it is there already; returns its line for the screen."""
+    setting, seed, data, folder = job[0], job[1], Path(job[2]), Path(job[3])
+    overrides = [*BASE, f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth", f"federation.root={folder}/federation"]
+    overrides += [*SETTINGS[setting], f"seed={seed}"]
+    run = name_of(setting, seed, [*BASE, *SETTINGS[setting]])
+    kept = folder / "results" / f"{run}.json"
+    if not kept.exists():
+        torch.set_num_threads(1)
+        logging.basicConfig(filename=folder / "log.txt", format=f"%(asctime)s {run}  %(message)s", level=logging.INFO, force=True)
+        runs = folder / "runs"
+        transport = InProcess([Site(index=i, threads=1, device="cpu") for i in range(len(CENTRES))])
+        began, cpu = time.perf_counter(), time.process_time()
+        ledger = Ledger(f"sqlite:///{folder}/runs/{run}.db")
+        if (runs / run / "metrics.json").exists():
+            result = json.loads((runs / run / "metrics.json").read_text())
+        elif (runs / run / "checkpoints").exists():
+            result = resume(run, transport, runs, ledger)
+        else:
+            shutil.rmtree(runs / run, ignore_errors=True)
+            Path(f"{folder}/runs/{run}.db").unlink(missing_ok=True)
+            ledger = Ledger(f"sqlite:///{folder}/runs/{run}.db")
+            result = begin(compose(overrides), transport, runs, ledger, run)
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        val = result["stages"][-1]["best"]
+        facts = {"setting": setting, "seed": seed, "overrides": SETTINGS[setting], "test": auc_of(result["test"]), "best": val, **spent}
+        kept.with_suffix(".part").write_text(json.dumps(facts, indent=1))
+        kept.with_suffix(".part").replace(kept)
+    facts = json.loads(kept.read_text())
+    return (
+        f"{setting:28} seed {seed}  " + "  ".join(f"{k} {v:.3f}" for k, v in facts["test"].items()) + f"  {facts['cpu_seconds']:.0f} CPU-s"
+    )
+
+
+def auc_of(scores: dict[str, Any]) -> dict[str, float]:
+    """{centre: AUC} with macro and worst, of the covid task."""
+    own = {c: float(scores["covid"]["centres"][c]["auc"]) for c in CENTRES}
+    return {**own, "macro": float(np.mean(list(own.values()))), "worst": min(own.values())}
+
+
+def table(out: Path, settings: list[str], seeds: list[int]) -> str:
+    """The markdown table: test AUC, mean +- standard deviation over the seeds that are finished."""
+    columns = [*CENTRES, "macro", "worst"]
+    lines = [f"| setting | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
+    for setting in settings:
+        kept = [out / "results" / f"{name_of(setting, seed, [*BASE, *SETTINGS[setting]])}.json" for seed in seeds]
+        found = [json.loads(k.read_text())["test"] for k in kept if k.exists()]
+        if found:
+            cells = [np.array([f[c] for f in found]) for c in columns]
+            lines.append(f"| {setting} | " + " | ".join(_cell(v) for v in cells) + f" | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: np.ndarray) -> str:
+    spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}".replace("0.", ".")
+
+
+def main() -> None:
+    """The command; see the module docstring."""
+    parser = argparse.ArgumentParser(description="Three real CT sources as three centres: settings x seeds, test AUC.")
+    parser.add_argument(
+        "--configs", default=",".join(s.replace(",", ";") for s in SETTINGS), help="settings, comma between, ';' inside a name"
+    )
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "real_ct")
+    given = parser.parse_args()
+    settings = [s.strip().replace(";", ",") for s in given.configs.split(",")]
+    seeds = [int(s) for s in given.seeds.split(",")]
+    unknown = [s for s in settings if s not in SETTINGS]
+    if unknown:
+        raise ConsiliumError(f"setting '{unknown[0]}' is unknown; there are: {'; '.join(SETTINGS)}")
+    data, out = data_folder(), given.out.resolve()
+    for folder in ("results", "runs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    root = write_federation(data, out)
+    for centre in CENTRES:  # once, before the workers look
+        cohort = pd.read_csv(root / centre / "cohort.csv")
+        _, skipped = preprocess(cohort, root / centre, PREPROCESS, Store(root / centre / ".consilium" / "slices"), given.workers)
+        print(f"{centre}: {len(cohort)} scans, {len(skipped)} skipped", flush=True)
+    jobs = [(setting, seed, str(data), str(out)) for seed in seeds for setting in settings]
+    with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for line in pool.map(run_one, jobs):
+            print(line, flush=True)
+    text = table(out, list(SETTINGS), seeds)
+    (out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConsiliumError as error:
+        sys.exit(f"error: {error}")
