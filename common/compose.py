@@ -46,13 +46,15 @@ def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConsiliumError(f"the configuration cannot be composed: {' '.join(str(error).split())[:300]}") from error
     common = values.pop("stage", {})
-    forced = {key for o in given if (key := o.lstrip("+~").partition("=")[0]).startswith("stage.")}
+    keys = [o.lstrip("+~").partition("=")[0] for o in given]
+    forced = [key for key in dict.fromkeys(keys) if key.startswith("stage.")]
     every = OmegaConf.create({"stage": common})
     stages = {}
     for name, own in (values.get("stages") or {"main": {}}).items():
         merged = OmegaConf.merge({"stage": common}, {"stage": own or {}})
         for key in forced:
-            OmegaConf.update(merged, key, OmegaConf.select(every, key))
+            if f"stages.{name}.{key.removeprefix('stage.')}" not in keys:  # what names a stage comes before what names all
+                OmegaConf.update(merged, key, OmegaConf.select(every, key))
         stages[name] = OmegaConf.to_container(merged)["stage"]  # type: ignore[call-overload, index]
     return check(config_from({**values, "stages": stages}))
 
