@@ -39,7 +39,7 @@ from tests.inprocess import InProcess
 ROOT = Path(__file__).resolve().parents[2]
 CENTRES = {"ucsd": "ucsd_covidct", "soares": "soares_saopaulo", "mosmed": "mosmed"}  # {centre: the manifest's source}
 WINDOWS = {"mosmed": (75.0, 175.0)}  # squeezed 8-bit pictures; the others' own 0..255 is their window
-PREPROCESS = Preprocess(slices=1, size=128, crop="body")  # the body fills the frame at every source
+PREPROCESS = Preprocess(slices=1, size=96, crop="body")  # lungs as large as at 128 px without the crop
 BASE = [
     "federation=folder",
     f"federation.centres=[{','.join(CENTRES)}]",
@@ -47,7 +47,6 @@ BASE = [
     f"preprocess.slices={PREPROCESS.slices}",
     f"preprocess.size={PREPROCESS.size}",
     f"preprocess.crop={PREPROCESS.crop}",
-    "stage.rounds=8",
     "stage.batch=32",
     "stage.optimiser.lr=3e-4",
 ]
