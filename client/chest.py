@@ -131,12 +131,12 @@ def chest(
         filled = np.maximum(filled, lesion_weights(_spots(visit, lungs, rim, x, y, t, 5, 10, 1.0), x, y, t, 0 * texture))
     if visit.random() < (0.3 if covid else 0.45):  # dependent atelectasis: a grey band along the back
         band = np.clip((rim - visit.uniform(0.7, 0.85)) * 4, 0, 1) * (y > 0.3 * b) * np.clip(1.1 - u, 0, 1)[:, None, None]
-        filled = np.maximum(filled, visit.uniform(0.2, 0.45) * band * np.clip(1 + 0.3 * texture, 0.3, 1.5))
+        filled = np.maximum(filled, visit.uniform(0.1, 0.35) * band * np.clip(1 + 0.3 * texture, 0.3, 1.5))
     filled = np.maximum(filled, tubes / np.float32(255) * (0.7 if crowded else 0.8))
     lesion = np.zeros_like(filled)
     if covid:
-        strength = visit.uniform(0.25, 0.85)  # 0.3: ground glass of about -600 HU; 0.8: consolidation
-        found = [_spots(visit, lungs, rim, x, y, t, 8, 24, strength * visit.uniform(0.8, 1.15)) for _ in range(visit.integers(2, 7))]
+        strength = visit.uniform(0.35, 0.9)  # 0.35: ground glass of about -550 HU; 0.8: consolidation
+        found = [_spots(visit, lungs, rim, x, y, t, 14, 36, strength * visit.uniform(0.8, 1.15)) for _ in range(visit.integers(2, 7))]
         lesion = lesion_weights(np.concatenate(found), x, y, t, texture)
         filled = np.maximum(filled, np.minimum(lesion * np.clip(1 + 0.15 * texture, 0.5, 1.3), 0.95))
     hu = np.where(lungs, air + filled * (40 - air), hu)
@@ -171,4 +171,4 @@ def _spots(
     odds = rim[z, rows, columns] ** 2 * (1.2 - t[z])
     k = rng.choice(len(some), p=odds / odds.sum())
     place = (x[rows[k], columns[k]], y[rows[k], columns[k]], t[z[k]])
-    return np.array([[*place, *rng.uniform(low, high, 2), rng.uniform(0.05, 0.12), strength]])
+    return np.array([[*place, *rng.uniform(low, high, 2), rng.uniform(0.06, 0.15), strength]])

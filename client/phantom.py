@@ -1,9 +1,9 @@
 """Made-up hospitals: chest CTs drawn from ellipses, written as DICOM series, with the first paper's imbalance.
 
 What is the paper's (arXiv 2604.03320, true counts): scans and COVID scans per centre in training, 338/340/204/340 with
-175/175/39/175, and in validation, 88/90/45/87 with 43/43/-/42. What is ours: the third centre has 8 COVID of 45 in validation (the paper has
-none, which would leave that centre without an AUC), the test split copies the validation's counts, and every cell is scaled by
-`Phantom.scale` but keeps at least 4 scans of each class in training and 3 elsewhere. Nothing else is the paper's: no pixel is a patient's.
+175/175/39/175, and in validation, 88/90/45/87 with 43/43/-/42. What is ours: the third centre has 8 COVID of 45 in validation (the
+paper has none, which would leave that centre without an AUC), the test split copies the validation's counts, and every cell is scaled
+by `Phantom.scale` but keeps at least 4 scans of each class in training and 3 elsewhere. No pixel is a patient's.
 
 Hospitals differ as scanners do (noise, kernel, HU offset, spacing, field of view, positioning, slice order, compression), so that the
 source can be told from the pixels and the shift between centres is real.
@@ -67,7 +67,7 @@ def _rng(*names: object) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
 
 
-def _write_series(
+def write_series(
     folder: Path, voxels: np.ndarray, scanner: Scanner, names: tuple[object, ...], patient: str, rng: np.random.Generator
 ) -> None:
     """`voxels [Z, N, N]` int16 HU as CT Image Storage, one file a slice, file names shuffled."""
@@ -181,7 +181,7 @@ def write_centre(root: Path, centre: str, settings: Phantom, position: int | Non
             target.mkdir(parents=True)
             person, visit = _rng(settings.seed, centre, row.patient), _rng(*names)
             voxels, _ = chest(person, visit, hospital.scanner, bool(row.covid), settings.slices, settings.pixels)
-            _write_series(target, voxels, hospital.scanner, names, str(row.patient), visit)
+            write_series(target, voxels, hospital.scanner, names, str(row.patient), visit)
             if progress and bar is not None:
                 progress.advance(bar)
         table.to_csv(work / "cohort.csv", index=False)

@@ -90,6 +90,7 @@ def preprocess(
     `base` is the folder that relative paths start from. Only what is missing is computed. With `workers` > 1, that many processes; one
     that is killed costs no scan but the one that killed it.
     """
+    store.sweep()
     jobs = jobs_of(cohort, base, settings, store)
     keys, reasons = [""] * len(jobs), [""] * len(jobs)
     columns = (TextColumn("preprocess"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -120,17 +121,16 @@ def _alone(jobs: Sequence[Job], rows: Sequence[int]) -> Iterator[tuple[int, tupl
 def _together(
     jobs: Sequence[Job], rows: Sequence[int], workers: int, work: Callable[[Job], tuple[str, str]]
 ) -> Iterator[tuple[int, tuple[str, str]]]:
-    """(row, outcome) as they come. When a worker dies, its pool goes with it: what was under way is then tried one by one, each in a pool
-    of its own, so that only the scan that kills is lost."""
+    """(row, outcome) as they come. When a worker dies, its pool goes with it: what was under way is tried again at the end, one scan at a
+    time, so that only the one that kills is lost."""
     todo, suspects = deque(rows), deque[int]()
     while todo or suspects:
-        width = workers if todo else 1
-        queue = todo or deque([suspects.popleft()])
+        queue, width = (todo, workers) if todo else (suspects, 1)
         with ProcessPoolExecutor(width, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
             running: dict[Future[tuple[str, str]], int] = {}
             lost: list[int] = []
             while (queue and not lost) or running:
-                while queue and not lost and len(running) < 2 * width:
+                while queue and not lost and len(running) < width:
                     row = queue.popleft()
                     try:
                         running[pool.submit(work, jobs[row])] = row
@@ -142,7 +142,7 @@ def _together(
                         yield row, future.result()
                     except BrokenProcessPool:
                         lost.append(row)
-        if queue is not todo:
+        if queue is suspects:
             yield from ((row, ("", KILLED)) for row in lost)
         else:
             suspects.extend(lost)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from common.schema import Preprocess
 
 ALGORITHM = 1  # raise it when readers, lungs, selection or resizing give other pixels: every stored slice is then computed anew
+
+WRITING = ".writing-"
 
 
 class Store:
@@ -93,6 +96,13 @@ class Store:
         except (OSError, ValueError):
             return {}
 
+    def sweep(self) -> None:
+        """Remove what writers that were killed have left half written, once it is an hour old."""
+        for left in self.folder.glob(f"*/{WRITING}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
+
 
 def _key(content: str, settings: Preprocess, window: tuple[float, float] | None, series: str | None) -> str:
     made_from = {"algorithm": ALGORITHM, "settings": asdict(settings), "window": window, "series": series, "content": content}
@@ -118,7 +128,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
 def _beside(target: Path) -> Iterator[Any]:
     """A file to write that becomes `target` in one step once it is on the disk; a process killed on the way leaves no target."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=WRITING, dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

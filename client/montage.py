@@ -1,0 +1,147 @@
+"""A picture of what preprocessing keeps of one scan: the chosen slices with the lungs' outline, and the area curve they were chosen from.
+
+It shows a patient's pixels: it is written where a person at the centre asks for it, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from client import lungs
+from client.readers import Volume, read_scan
+from client.slices import Kept, slices_of, square
+from common.errors import ConsiliumError
+from common.schema import Preprocess
+
+WIDTH, MARGIN, GAP, HEAD, CURVE = 1200, 24, 8, 76, 190  # pixels
+PAGE, PANEL, INK, FAINT, LUNG, CHOSEN = "#10151b", "#171e26", "#e8edf2", "#8593a1", (64, 196, 208), "#ffb454"
+FINE = 3  # the curve is drawn so many times larger, then reduced: Pillow's lines have no smooth edges
+
+
+def montage(path: Path, settings: Preprocess, out: Path, window: tuple[float, float] | None = None, series: str | None = None) -> Path:
+    """Draw the scan at `path` as `settings` keep it, as a PNG at `out`; `window` is the cohort's own, in the image's units.
+
+    Raises ConsiliumError when the scan cannot be read or the picture cannot be written.
+    """
+    volume = read_scan(Path(path), series)
+    kept = slices_of(volume, settings, window)
+    page = draw(volume, kept, settings, window)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        page.save(out, format="PNG")
+    except OSError as error:
+        raise ConsiliumError(f"the montage cannot be written to {out} ({error.strerror}); choose another folder") from error
+    return Path(out)
+
+
+def draw(volume: Volume, kept: Kept, settings: Preprocess, window: tuple[float, float] | None = None) -> Image.Image:
+    """The montage as a picture of WIDTH pixels."""
+    S, radiograph = len(kept.slices), volume.modality == "XR"
+    columns = min(S, 4 if S <= 8 else 8)
+    side = min((WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns, 640)
+    rows = -(-S // columns)
+    notes = [line for note in kept.notes for line in textwrap.wrap(note, 150)]
+    curve = 0 if radiograph else CURVE + 20
+    height = HEAD + rows * (side + GAP) + curve + 22 * len(notes) + MARGIN
+    page = Image.new("RGB", (WIDTH, height), PAGE)
+    pen = ImageDraw.Draw(page)
+    pen.text((MARGIN, 18), "Radiograph" if radiograph else f"{S} of {len(volume.voxels)} slices, {settings.selection}", INK, _font(24))
+    pen.text((MARGIN, 48), _facts(volume, kept, settings, window), FAINT, _font(15))
+
+    masks = None if radiograph else lungs.lung_mask(volume.voxels)[kept.indices]
+    for k, picture in enumerate(kept.slices):
+        x, y = MARGIN + k % columns * (side + GAP), HEAD + k // columns * (side + GAP)
+        page.paste(_tile(picture, None if masks is None else masks[k], kept.box, side), (x, y))
+        if not radiograph:
+            _label(pen, (x + 8, y + side - 26), f"{kept.indices[k] + 1}", f"of {len(volume.voxels)}")
+    if not radiograph:
+        top = HEAD + rows * (side + GAP) + 8
+        page.paste(_curve(kept, WIDTH - 2 * MARGIN, CURVE, _unit(volume), _ends(volume), settings.selection), (MARGIN, top))
+    for k, line in enumerate(notes):
+        pen.text((MARGIN, height - MARGIN + 2 - 22 * (len(notes) - k)), line, CHOSEN, _font(14))
+    return page
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _facts(volume: Volume, kept: Kept, settings: Preprocess, window: tuple[float, float] | None) -> str:
+    H, W = volume.voxels.shape[1:]
+    z, y, x = volume.spacing
+    shades = window or (settings.window if volume.is_hounsfield else (0.0, 255.0))
+    size = f"{W} x {H} pixels" + (f" of {x:.2f} x {y:.2f} mm" if (y, x) != (1.0, 1.0) else "")
+    apart = f", slices {z:.2f} mm apart" if volume.modality == "CT" and z != 1.0 else ""
+    crop = f"crop {settings.crop} {kept.box[3] - kept.box[2]} x {kept.box[1] - kept.box[0]}"
+    return f"{size}{apart}   |   {crop}   |   window {shades[0]:g} to {shades[1]:g}   |   kept at {settings.size} x {settings.size}"
+
+
+def _tile(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, box: lungs.Box, side: int) -> Image.Image:
+    """One slice as the model sees it, `side` pixels wide, with the lungs' outline."""
+    tile = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC)
+    tile = np.repeat(tile[:, :, None], 3, axis=2)
+    if mask is not None and mask.any():
+        y0, y1, x0, x1 = box
+        lung = square(mask[y0:y1, x0:x1].astype(np.uint8) * 255, side) > 127
+        contours, _ = cv2.findContours(lung.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.polylines(tile, contours, True, LUNG, 1, cv2.LINE_AA)
+    return Image.fromarray(tile)
+
+
+def _label(pen: ImageDraw.ImageDraw, at: tuple[float, float], strong: str, faint: str) -> None:
+    """`12 of 24` on a dark plate, so that it reads on any slice."""
+    wide = pen.textlength(strong, _font(16)) + pen.textlength(faint, _font(12)) + 17
+    pen.rounded_rectangle((at[0] - 5, at[1] - 2, at[0] - 5 + wide, at[1] + 20), 5, PAGE)
+    pen.text(at, strong, CHOSEN, _font(16))
+    pen.text((at[0] + pen.textlength(strong, _font(16)) + 5, at[1] + 4), faint, FAINT, _font(12))
+
+
+def _unit(volume: Volume) -> tuple[float, str]:
+    return (100.0, "cm²") if volume.spacing[1:] != (1.0, 1.0) else (1000.0, "thousand pixels")
+
+
+def _ends(volume: Volume) -> tuple[str, str]:
+    return ("feet", "head") if volume.is_hounsfield else ("first", "last")
+
+
+def _curve(kept: Kept, width: int, height: int, unit: tuple[float, str], ends: tuple[str, str], selection: str) -> Image.Image:
+    """Area against slice number; the chosen slices as upright lines with a dot on the curve."""
+    left, right, top, bottom = 16, 16, 40, 30
+    areas = kept.areas / unit[0]
+    Z, peak = len(areas), max(float(areas.max()), 1e-9)
+    x = left + (np.arange(Z) + 0.5) / Z * (width - left - right)
+    y = height - bottom - areas / peak * (height - top - bottom)
+    panel = Image.new("RGB", (width * FINE, height * FINE), PANEL)
+    pen = ImageDraw.Draw(panel)
+    floor = height - bottom
+    points = [(FINE * a, FINE * b) for a, b in zip(x, y, strict=True)]
+    if Z > 1:
+        pen.polygon([(points[0][0], FINE * floor), *points, (points[-1][0], FINE * floor)], fill="#1f3a42")
+        pen.line(points, fill=LUNG, width=2 * FINE, joint="curve")
+    pen.line([(FINE * left, FINE * floor), (FINE * (width - right), FINE * floor)], fill="#3a4652", width=FINE)
+    for k in sorted(set(kept.indices.tolist())):
+        px, py = points[k]
+        pen.line([(px, FINE * floor), (px, py)], fill=CHOSEN, width=FINE)
+        pen.ellipse((px - 4.5 * FINE, py - 4.5 * FINE, px + 4.5 * FINE, py + 4.5 * FINE), fill=CHOSEN, outline=PANEL, width=FINE)
+    panel = panel.resize((width, height), Image.Resampling.LANCZOS)
+    pen = ImageDraw.Draw(panel)
+    what = "body area" if selection == "kds_paper" else "lung air area"
+    pen.text((left, 10), f"{what} by slice, largest {peak:.3g} {unit[1]}", INK, _font(14))
+    pen.text((left, floor + 8), f"1 ({ends[0]})", FAINT, _font(12))
+    last = f"({ends[1]}) {Z}"
+    pen.text((width - right - pen.textlength(last, _font(12)), floor + 8), last, FAINT, _font(12))
+    end = -100.0
+    for k in sorted(set(kept.indices.tolist())):  # numbers under the chosen, where there is room
+        text = str(k + 1)
+        wide = pen.textlength(text, _font(12))
+        at = x[k] - wide / 2
+        if at > max(end + 6, left + 60) and at + wide < width - right - 60:
+            pen.text((at, floor + 8), text, CHOSEN, _font(12))
+            end = at + wide
+    return panel

@@ -1,0 +1,259 @@
+"""Cohorts: who is in, under which label, source and split, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import nibabel
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client.chest import chest
+from client.cohort import build_cohort, check, label_counts, load_cohort, save_cohort, split_of, target
+from client.phantom import HOSPITALS, write_series
+from common.errors import ConsiliumError
+from common.schema import Task
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((20, 20), 90, np.uint8))
+
+
+def series(folder: Path, patient: str, *names: object, slices: int = 4) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    voxels, _ = chest(rng, rng, HOSPITALS["north"].scanner, True, slices, 64)
+    write_series(folder, voxels, HOSPITALS["north"].scanner, names, patient, rng)
+
+
+def table(**columns: object) -> pd.DataFrame:
+    n = len(next(iter(columns.values())))  # type: ignore[arg-type]
+    start = {"scan": [f"s{k}" for k in range(n)], "path": [f"p{k}" for k in range(n)], "split": ["train"] * n}
+    return pd.DataFrame({**start, **columns})
+
+
+def pharos(folder: Path) -> Path:
+    """Four scans of one name, as in COV19-CT-DB: only class and split tell them apart."""
+    for place in ("covid1", "covid2", "non-covid3", "validation/val/covid", "validation/val/non-covid"):
+        for z in range(3):
+            picture(folder / place / ("ct_scan_9" if place == "covid2" else "ct_scan_0") / f"{z}.jpg")
+    for name, text in {
+        "train_covid.csv": "ct_scan_name,data_centre\nct_scan_0,0\nct_scan_9,1\n",
+        "train_non_covid.csv": "ct_scan_name,data_centre\nct_scan_0,2\n",
+        "validation_covid.csv": "ct_scan_name,data_centre\nct_scan_0,3\n",
+        "validation_non_covid.csv": "ct_scan_name,data_centre\nct_scan_0,1\n",
+    }.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_colliding_names_keep_their_own_source(tmp_path: Path) -> None:
+    df, skipped = build_cohort(pharos(tmp_path / "data"), "greece")
+    found = {(row.covid, row.split, Path(row.path).name): row.source for row in df.itertuples()}
+    assert found == {
+        (1.0, "train", "ct_scan_0"): "0",
+        (1.0, "train", "ct_scan_9"): "1",
+        (0.0, "train", "ct_scan_0"): "2",
+        (1.0, "val", "ct_scan_0"): "3",
+        (0.0, "val", "ct_scan_0"): "1",
+    }
+    assert df["scan"].is_unique
+    assert not skipped
+
+
+def test_a_source_table_that_does_not_name_its_class_is_refused(tmp_path: Path) -> None:
+    folder = pharos(tmp_path / "data")
+    (folder / "train_covid.csv").rename(folder / "train.csv")
+    with pytest.raises(ConsiliumError, match="collide"):
+        build_cohort(folder, "greece")
+
+
+@given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=30), st.text(min_size=1, max_size=8), st.integers(0, 9))
+def test_a_patient_never_moves_when_others_come(others: list[str], patient: str, seed: int) -> None:
+    before = split_of(patient, seed)
+    assert before in ("train", "val", "test")
+    [split_of(other, seed) for other in others]
+    assert split_of(patient, seed) == before
+
+
+def test_shares_are_met_and_the_seed_matters() -> None:
+    drawn = pd.Series([split_of(f"P{k}", 3, (0.6, 0.3, 0.1)) for k in range(4000)]).value_counts(normalize=True)
+    assert drawn["train"] == pytest.approx(0.6, abs=0.03)
+    assert drawn["test"] == pytest.approx(0.1, abs=0.02)
+    assert [split_of(f"P{k}", 1) for k in range(50)] != [split_of(f"P{k}", 2) for k in range(50)]
+    assert {split_of(f"P{k}", 1, (1, 0, 0)) for k in range(50)} == {"train"}
+
+
+def test_dicom_folder_with_labels(tmp_path: Path) -> None:
+    root = tmp_path / "dicom"
+    series(root / "a" / "study1", "P1", "one")
+    series(root / "b" / "study2", "P1", "two")
+    series(root / "c", "P2", "three")
+    for file in (root / "c").iterdir():
+        file.rename(file.with_stem("first" + file.stem))
+    series(root / "c", "P3", "four", slices=6)  # a second study among the first one's files
+    (root / "c" / "notes.doc").write_text("hello")
+    (root / "c" / "empty.dcm").write_bytes(b"")
+    (root / "labels.csv").write_text("patient,covid,severity\nP1,1,mild\nP2,0,\nP9,1,severe\n")
+    df, skipped = build_cohort(root, "north")
+    assert sorted(df["patient"]) == ["P1", "P1", "P2", "P3"]
+    assert df.groupby("patient")["split"].nunique().max() == 1
+    by_patient = df.groupby("patient")["covid"].first()
+    assert by_patient["P1"] == 1
+    assert by_patient["P2"] == 0
+    assert np.isnan(df.loc[df["patient"] == "P3", "covid"]).all()
+    assert df.loc[df["path"].str.endswith("/c"), "series"].nunique() == 2
+    assert df.loc[df["patient"] == "P1", "series"].isna().all()
+    reasons = " ".join(s.reason for s in skipped)
+    assert ".doc" in reasons
+    assert "empty" in reasons
+    assert "1 of its rows" in reasons
+
+
+def test_other_series_of_a_study_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "dicom"
+    series(root / "thick", "P1", "one")
+    series(root / "thin", "P1", "two")
+    studies = [str(pydicom.dcmread(next((root / n).iterdir())).StudyInstanceUID) for n in ("thick", "thin")]
+    for file in (root / "thin").iterdir():
+        ds = pydicom.dcmread(file)
+        ds.StudyInstanceUID, ds.SliceThickness = studies[0], 1.0
+        ds.save_as(file)
+    df, skipped = build_cohort(root, "north")
+    assert [Path(p).name for p in df["path"]] == ["thin"]
+    assert [Path(s.path).name for s in skipped] == ["thick"]
+
+
+def test_nifti_and_pictures(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "nii" / "covid").mkdir(parents=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((5, 5, 4), np.int16), np.eye(4)), root / "nii" / "covid" / "one.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((5, 5, 4), np.uint8), np.eye(4)), root / "nii" / "covid" / "one_mask.nii.gz")
+    (root / "nii" / "bad.nii").write_bytes(b"not a scan")
+    for k in range(3):
+        picture(root / "slices" / "scan7" / f"IM{k}.png")  # one scan of three slices
+        picture(root / "normal" / f"{k}.png")  # three radiographs in a class's folder
+    picture(root / "xray" / "left.png")
+    picture(root / "xray" / "right.png")
+    (root / "labels.csv").write_text("scan,covid\none,0\nscan7,1\n")
+    df, skipped = build_cohort(root, "north")
+    covid = dict(zip(df["scan"], df["covid"], strict=True))
+    assert covid.pop("nii/covid/one.nii.gz") == 0  # labels.csv comes before the folder's name
+    assert covid.pop("slices/scan7") == 1
+    assert [covid.pop(f"normal/{k}.png") for k in range(3)] == [0, 0, 0]
+    assert sorted(covid) == ["xray/left.png", "xray/right.png"]
+    assert sorted(Path(s.path).name for s in skipped) == ["bad.nii", "one_mask.nii.gz"]
+
+
+def test_manifest_is_mapped_and_comes_back_the_same(tmp_path: Path) -> None:
+    for k in range(4):
+        picture(tmp_path / "img" / f"{k}.png")
+    rows = {"file": [f"img/{k}.png" for k in range(4)] + ["img/none.png", "img/0.png"], "label": [1, 0, None, 1, 1, 1]}
+    rows |= {"patient": ["007", "007", "8", None, "9", "9"], "split": ["valid", None, "test", None, None, None]}
+    pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
+    df, skipped = build_cohort(tmp_path, "north")
+    assert df["split"].tolist()[:3] == ["val", "val", "test"]  # the second scan follows its patient
+    assert df["covid"].tolist()[:2] == [1, 0]
+    assert np.isnan(df["covid"][2])
+    assert sorted(s.reason for s in skipped) == ["listed twice", "the file is not there"]
+    for name in ("cohort.csv", "cohort.parquet"):
+        save_cohort(df, tmp_path / name)
+        again = load_cohort(tmp_path / name, "north")
+        assert again["path"].tolist() == [f"img/{k}.png" for k in range(4)]
+        assert again["patient"].tolist() == df["patient"].tolist()
+        np.testing.assert_array_equal(again["covid"], df["covid"])
+    save_cohort(df, tmp_path / "elsewhere" / "cohort.csv")
+    assert all(os.path.isabs(p) for p in load_cohort(tmp_path / "elsewhere", "north")["path"])
+
+
+def test_a_patient_with_two_given_splits_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    picture(tmp_path / "2.png")
+    pd.DataFrame({"path": ["1.png", "2.png"], "patient": "Meier", "split": ["train", "test"]}).to_csv(tmp_path / "m.csv", index=False)
+    with pytest.raises(ConsiliumError, match="1 patients"):
+        build_cohort(tmp_path / "m.csv", "north")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("scan,path,split\n", "empty"),
+        ("scan,split\na,train\n", "lacks the column path"),
+        ("scan,path,split\nMeier,x,train\nMeier,y,train\n", "1 scans stand twice"),
+        ("scan,path,split\na,x,train\nb,y,Meier\n", "split in row 3"),
+        ("scan,path,patient,split\na,x,Meier,train\nb,y,Meier,test\n", "1 patients stand in more than one split"),
+        ("scan,path,split\na,,train\n", "row 2 of its cohort table has no path"),
+        ("scan,path,split,window_low\na,x,train,0\n", "one of window_low and window_high"),
+        ("scan,path,split,window_low,window_high\na,x,train,9,1\n", "not below"),
+        ('scan,path,split\n"a,b\n', "cannot be read"),
+    ],
+)
+def test_wrong_tables_get_one_sentence_without_identifiers(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "Meier_1950.csv").write_text(text)
+    with pytest.raises(ConsiliumError) as error:
+        load_cohort(tmp_path / "Meier_1950.csv", "north")
+    assert says in str(error.value)
+    assert "centre 'north'" in str(error.value)
+    assert "Meier" not in str(error.value)
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_missing_table_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match="consilium-centre cohort") as error:
+        load_cohort(tmp_path / "nowhere", "north")
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_nothing_found_says_what_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.exe").write_bytes(b"x")
+    with pytest.raises(ConsiliumError, match=r"holds no scan \(1 skipped"):
+        build_cohort(tmp_path, "north")
+    with pytest.raises(ConsiliumError, match="is not there"):
+        build_cohort(tmp_path / "none", "north")
+
+
+def test_targets_and_counts() -> None:
+    df = table(covid=[1, 0, None, 1], severity=["mild", "severe", None, "mild"], grade=[1.0, 2.0, None, 2.0], odd=[1, 2, 3, None])
+    np.testing.assert_array_equal(target(df, "covid"), [1, 0, np.nan, 1])
+    np.testing.assert_array_equal(target(df, "severity", ["severe", "mild"]), [1, 0, np.nan, 1])
+    np.testing.assert_array_equal(target(df, "grade", ["1", "2"]), [0, 1, np.nan, 1])  # names first ...
+    np.testing.assert_array_equal(target(df, "grade", ["a", "b", "c"]), [1, 2, np.nan, 2])  # ... then numbers of classes
+    assert np.isnan(target(df, "absent")).all()
+    assert label_counts(df, "covid").tolist() == [1, 2]
+    assert label_counts(df, "severity", ["severe", "mild", "fatal"]).tolist() == [1, 2, 0]
+    assert label_counts(df, "absent").tolist() == [0, 0]
+    with pytest.raises(ConsiliumError, match="'odd' has 2 values"):
+        target(df, "odd")
+    with pytest.raises(ConsiliumError, match="the classes are: mild"):
+        target(df, "severity", ["mild"])
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, float("nan")]), min_size=1, max_size=30), st.randoms())
+def test_counts_do_not_depend_on_the_order_or_the_unlabelled(values: list[float], random: object) -> None:
+    shuffled = list(values)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert label_counts(table(covid=values), "covid").tolist() == label_counts(table(covid=shuffled), "covid").tolist()
+    assert label_counts(table(covid=[*values, None]), "covid").tolist() == label_counts(table(covid=values), "covid").tolist()
+
+
+def test_check_tells_what_is_missing() -> None:
+    tasks = {"covid": Task(), "severity": Task(kind="multiclass", classes=["mild", "severe"]), "source": Task(kind="multiclass")}
+    df = table(covid=[1, 1, 0], source=["north"] * 3, patient=["a", "b", "c"])
+    df["split"] = ["train", "train", "val"]
+    said = check(df, tasks)
+    assert "no scan is in the test split" in said
+    assert any("'severity'" in s and "will not train it" in s for s in said)
+    assert any("'covid' has one class only in train (1)" in s for s in said)
+    assert not any("'source'" in s for s in said)
+    with pytest.raises(ConsiliumError, match="empty"):
+        check(df[:0], tasks)
+    with pytest.raises(ConsiliumError, match="no label for any task; fill at least one of the columns: outcome"):
+        check(df, {"death": Task(label="outcome")})
