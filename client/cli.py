@@ -1,0 +1,124 @@
+"""`consilium-centre`: the hospital's command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from client import phantom as phantoms
+from client.cohort import Skipped, build_cohort, check, load_cohort, save_cohort
+from client.montage import montage as draw
+from client.predict import predict as predict_folder
+from client.preprocess import preprocess as bring_in
+from client.site import Site, data_root, state_folder
+from client.store import Store
+from common.cli import run
+from common.compose import compose
+from common.errors import ConsiliumError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's side: cohort, preprocess, montage, predict, phantom.")
+console = Console()
+Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small")]
+Workers = Annotated[int, typer.Option(help="processes that read scans")]
+
+
+@app.command()
+def cohort(
+    folder: Annotated[Path, typer.Argument(help="DICOM, NIfTI, slice folders, pictures, or a manifest (.csv, .parquet)")],
+    out: Annotated[Path, typer.Option(help="the table to write: .csv or .parquet")] = Path("cohort.csv"),
+    centre: Annotated[str, typer.Option(help="this centre's name")] = "centre",
+    seed: int = 0,
+    shares: Annotated[tuple[float, float, float], typer.Option(help="of train, val and test, by patient")] = (0.7, 0.15, 0.15),
+) -> None:
+    """Build and check a cohort table from a folder of scans."""
+    table, skipped = build_cohort(folder, centre, seed, shares)
+    save_cohort(table, out)
+    load_cohort(out, centre)  # what was written can be read
+    _list(skipped)
+    shown = Table("split", "scans", "patients", *[c for c in table.columns if c in ("covid", "severity")])
+    for split, rows in table.groupby("split", sort=False):
+        labels = [f"{rows[c].notna().sum()} labelled" for c in table.columns if c in ("covid", "severity")]
+        shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
+    console.print(shown)
+    for sentence in check(table, compose().tasks):
+        console.print(f"note: {sentence}", highlight=False)
+    console.print(f"{len(table)} scans written to {out}, {len(skipped)} skipped", highlight=False)
+
+
+@app.command()
+def preprocess(
+    data: Annotated[Path, typer.Argument(help="a cohort table, or a folder with cohort.csv")],
+    settings: Overrides = None,
+    state: Annotated[str, typer.Option(help="the centre's state folder; empty: .consilium beside the data")] = "",
+    workers: Workers = 2,
+) -> None:
+    """Read every scan, choose its slices and keep them, so that training can start at once."""
+    config = compose(settings or [])
+    table = load_cohort(data, "this centre")
+    store = Store(state_folder(Site(state=state), data) / "slices")
+    keys, skipped = bring_in(table, data if data.is_dir() else data.parent, config.preprocess, store, workers)
+    _list(skipped)
+    console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False)
+
+
+@app.command()
+def montage(
+    scan: Annotated[Path, typer.Argument(help="a DICOM folder, NIfTI file, slice folder or picture")],
+    out: Path = Path("montage.png"),
+    settings: Overrides = None,
+    window: Annotated[tuple[float, float] | None, typer.Option(help="in the scan's own units")] = None,
+) -> None:
+    """Draw a scan's chosen slices with the lung outline and the area curve. For the centre's eyes only."""
+    draw(scan, compose(settings or []).preprocess, out, window)
+    console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="model.safetensors of a run")],
+    folder: Annotated[Path, typer.Argument(help="new scans")],
+    out: Path = Path("predictions.csv"),
+    state: Annotated[Path, typer.Option(help="where slices are kept")] = Path(".consilium"),
+    device: str = "auto",
+    workers: Workers = 1,
+) -> None:
+    """Predict for every scan in a folder."""
+    table, skipped = predict_folder(model, folder, state / "slices", str(Site(device=device).torch_device()), workers)
+    table.to_csv(out, index=False)
+    _list(skipped)
+    console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False)
+
+
+@app.command()
+def phantom(
+    root: Annotated[Path | None, typer.Argument(help="folder to write to; default: where simulations look for it")] = None,
+    settings: Overrides = None,
+    prepare: Annotated[bool, typer.Option(help="also preprocess at each centre")] = True,
+    workers: Workers = 2,
+) -> None:
+    """Write the made-up federation of four hospitals as DICOM, and preprocess it at each."""
+    config = compose([*(settings or []), *([f"federation.root={root.resolve()}"] if root else [])])
+    if config.federation.phantom is None:
+        raise ConsiliumError(f"federation '{config.federation.name}' is not made up; use federation=phantom")
+    where = data_root(config)
+    phantoms.write_federation(where, config.federation.phantom, config.federation.centres)
+    for centre in config.federation.centres if prepare else []:
+        folder = where / centre
+        keys, skipped = bring_in(load_cohort(folder, centre), folder, config.preprocess, Store(folder / ".consilium" / "slices"), workers)
+        console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False)
+        _list(skipped)
+
+
+def _list(skipped: list[Skipped]) -> None:
+    """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
+    for one in skipped:
+        console.print(f"skipped {one.path}: {one.reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The command's entry point."""
+    run(app)
