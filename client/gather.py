@@ -109,12 +109,10 @@ def _walk(folder: Path) -> tuple[list[dict[str, Any]], list[Skipped]]:
             files.remove(file)
         pictures = [f for f in files if f.name.lower().endswith(PICTURES)]
         nifti = [f for f in files if f.name.lower().endswith(NIFTI)]
-        rest = [f for f in files if f not in set(pictures) | set(nifti)]
-        dicom = [f for f in rest if is_dicom(f)]
+        rest = [f for f in files if not f.name.lower().endswith((*PICTURES, *NIFTI))]
+        dicom = {f for f in rest if is_dicom(f)}
         odd = Counter(
-            f.suffix.lower() or "no suffix"
-            for f in rest
-            if f not in set(dicom) and not f.name.lower().endswith(PAPERS) and f.name != "DICOMDIR"
+            f.suffix.lower() or "no suffix" for f in rest if f not in dicom and not f.name.lower().endswith(PAPERS) and f.name != "DICOMDIR"
         )
         skipped += [Skipped(root, f"{n} files ({kind}) are neither DICOM, NIfTI, JPEG nor PNG") for kind, n in odd.items()]
         if dicom and pictures:

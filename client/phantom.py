@@ -31,7 +31,7 @@ from rich.progress import Progress
 from client.chest import Scanner, chest
 from common.schema import Phantom
 
-VERSION = 1  # of the drawing: a new number rewrites federations that lie on disk
+VERSION = 2  # of the drawing: a new number rewrites federations that lie on disk
 MARKER = "phantom.json"
 SPLITS = ("train", "val", "test")
 
