@@ -59,7 +59,7 @@ def draw(volume: Volume, kept: Kept, settings: Preprocess, window: tuple[float, 
         x, y = MARGIN + k % columns * (side + GAP), HEAD + k // columns * (side + GAP)
         page.paste(_tile(picture, None if masks is None else masks[k], kept.box, side), (x, y))
         if not radiograph:
-            _label(pen, (x + 8, y + side - 26), f"{kept.indices[k] + 1}", f"of {len(volume.voxels)}")
+            _label(pen, (x + 8, y + side - 26), f"{kept.indices[k] + 1}", f"of {len(volume.voxels)}" if side > 200 else "")
     if not radiograph:
         top = HEAD + rows * (side + GAP) + 8
         page.paste(_curve(kept, WIDTH - 2 * MARGIN, CURVE, _unit(volume), _ends(volume), settings.selection), (MARGIN, top))
@@ -96,14 +96,14 @@ def _tile(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, box: lungs
 
 def _label(pen: ImageDraw.ImageDraw, at: tuple[float, float], strong: str, faint: str) -> None:
     """`12 of 24` on a dark plate, so that it reads on any slice."""
-    wide = pen.textlength(strong, _font(16)) + pen.textlength(faint, _font(12)) + 17
+    wide = pen.textlength(strong, _font(16)) + pen.textlength(faint, _font(12)) + (17 if faint else 10)
     pen.rounded_rectangle((at[0] - 5, at[1] - 2, at[0] - 5 + wide, at[1] + 20), 5, PAGE)
     pen.text(at, strong, CHOSEN, _font(16))
     pen.text((at[0] + pen.textlength(strong, _font(16)) + 5, at[1] + 4), faint, FAINT, _font(12))
 
 
 def _unit(volume: Volume) -> tuple[float, str]:
-    return (100.0, "cm²") if volume.spacing[1:] != (1.0, 1.0) else (1000.0, "thousand pixels")
+    return (100.0, "sq cm") if volume.spacing[1:] != (1.0, 1.0) else (1000.0, "thousand pixels")
 
 
 def _ends(volume: Volume) -> tuple[str, str]:

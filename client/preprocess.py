@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -57,13 +58,21 @@ def run_job(job: Job) -> tuple[str, str]:
     except FileNotFoundError:
         return "", "it is not there"
     except ConsiliumError as error:
-        return "", str(error)
+        return "", _nameless(str(error), job)
     except MemoryError:
         return "", KILLED
     except OSError as error:  # of the disk, not of the scan, when the store is full or read-only
         return "", f"it or the store cannot be used ({error.strerror or type(error).__name__})"
     except Exception as error:  # a reader's surprise is one scan's misfortune, not the cohort's
-        return "", f"it cannot be read ({type(error).__name__}: {error})"
+        return "", f"it cannot be read ({type(error).__name__})"
+
+
+def _nameless(sentence: str, job: Job) -> str:
+    """A reader's sentence with "it" for the scan's path and series: reasons are counted for the coordinator, paths hold names."""
+    places = [str(place) for root in {job.path, job.path.resolve()} for place in (root, *(root.rglob("*") if root.is_dir() else ()))]
+    for name in sorted([*places, *([job.series] if job.series else [])], key=len, reverse=True):
+        sentence = sentence.replace(name, "it")
+    return "it cannot be read; read it alone at the centre to see why" if os.sep in sentence else sentence
 
 
 def _start() -> None:
@@ -88,7 +97,7 @@ def preprocess(
     """Bring every scan's slices into the store; returns the key of each row ("" when it cannot be read) and what was skipped, and why.
 
     `base` is the folder that relative paths start from. Only what is missing is computed. With `workers` > 1, that many processes; one
-    that is killed costs no scan but the one that killed it.
+    that is killed costs no scan but the one that killed it. Reasons hold no path and no identifier.
     """
     store.sweep()
     jobs = jobs_of(cohort, base, settings, store)

@@ -147,6 +147,7 @@ def test_unreadable_scans_are_listed_and_the_log_names_nobody(
     assert skipped[1].reason == "it is not there"
     assert "2 of 3 scans" in caplog.text
     assert "Meier" not in caplog.text
+    assert not any("Meier" in s.reason or os.sep in s.reason for s in skipped)
 
 
 def test_several_processes_give_what_one_gives(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
