@@ -100,7 +100,7 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     model = None
     if request.weights is not None:
         model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
-    with threads(site):
+    with Threads(site):
         sums = QUERIES[request.name](
             Question(scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device())
         )
@@ -125,7 +125,7 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
     model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
     steps = steps_in_round(scans, stage)
     seed = derive(config.seed, request.stage, request.round, centre)
-    with threads(site):
+    with Threads(site):
         report = train(
             model,
             batches(scans, list(tasks), stage, steps, seed),
@@ -188,7 +188,9 @@ def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Sk
             scans.cohort += [centre] * len(rows)
             for name, task in config.tasks.items():
                 column = task.label or name
-                known = column in table.columns and (task.kind == "binary" or task.classes)  # before the first answer, sources have no numbers
+                known = column in table.columns and (
+                    task.kind == "binary" or task.classes
+                )  # before the first answer, sources have no numbers
                 values = target(table, column, task.classes) if known else np.full(len(table), np.nan)
                 scans.targets[name] = np.append(scans.targets[name], values[rows])
     if not len(found["train"]):
@@ -214,7 +216,7 @@ def personal_folder(site: Site, config: Config) -> Path:
     return state_folder(site, first) / ("pooled" if config.federation.mode == "central" else "personal")
 
 
-class threads:
+class Threads:
     """PyTorch's thread count as the site sets it; the same number gives the same bits."""
 
     def __init__(self, site: Site) -> None:

@@ -135,8 +135,8 @@ def chest(
     filled = np.maximum(filled, tubes / np.float32(255) * (0.7 if crowded else 0.8))
     lesion = np.zeros_like(filled)
     if covid:
-        strength = visit.uniform(0.45, 0.9)  # 0.35: ground glass of about -550 HU; 0.8: consolidation
-        found = [_spots(visit, lungs, rim, x, y, t, 18, 44, strength * visit.uniform(0.8, 1.15)) for _ in range(visit.integers(5, 12))]
+        strength = visit.uniform(0.4, 0.9)  # 0.35: ground glass of about -550 HU; 0.8: consolidation
+        found = [_spots(visit, lungs, rim, x, y, t, 16, 42, strength * visit.uniform(0.8, 1.15)) for _ in range(visit.integers(4, 11))]
         lesion = lesion_weights(np.concatenate(found), x, y, t, texture)
         filled = np.maximum(filled, np.minimum(lesion * np.clip(1 + 0.15 * texture, 0.5, 1.3), 0.95))
     hu = np.where(lungs, air + filled * (40 - air), hu)

@@ -67,7 +67,12 @@ def predict(model_path: Path, folder: Path, store: Path, device: str = "cpu", wo
         row: dict[str, Any] = {"scan": scan["scan"], "path": scan["path"]}
         for name, task in config.tasks.items():
             row |= probabilities(name, task, logits[name][0])
-        row |= {"slices": " ".join(map(str, facts["indices"])), "model": identity, "preprocessing": settings, "notes": "; ".join(facts["notes"])}
+        row |= {
+            "slices": " ".join(map(str, facts["indices"])),
+            "model": identity,
+            "preprocessing": settings,
+            "notes": "; ".join(facts["notes"]),
+        }
         rows.append(row)
     return pd.DataFrame(rows), skipped + failed
 

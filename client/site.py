@@ -43,7 +43,7 @@ def site_from(values: Mapping[str, Any]) -> Site:
 
     Raises ConsiliumError for an unknown key or a wrong type.
     """
-    known = {f.name: type(f.default) for f in fields(Site)}
+    known: dict[str, type] = {f.name: type(getattr(Site, f.name)) for f in fields(Site)}
     given: dict[str, Any] = {}
     if "site" in values:
         path = Path(str(values["site"]))

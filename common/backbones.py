@@ -16,7 +16,7 @@ from torch import nn
 @register_model
 def mobilenetv1_075(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MobileNetV1 x 0.75: 2.6 M parameters, 768 features."""
-    model: nn.Module = _gen_mobilenet_v1(
+    model: nn.Module = _gen_mobilenet_v1(  # type: ignore[no-untyped-call]
         "mobilenetv1_100", channel_multiplier=0.75, pad_type="same", bn_eps=1e-3, pretrained=False, **kwargs
     )
     return model

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d, GroupNormAct
+from timm.layers import BatchNormAct2d, GroupNormAct  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 import common.backbones  # noqa: F401  (registers our encoders with timm)
@@ -61,7 +61,8 @@ class Model(nn.Module):
         if self.encoder_format is torch.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         f = self.encoder(x).float().view(b, s, -1)
-        return f.mean(1) if self.pool == "mean" else f.amax(1)
+        pooled: Tensor = f.mean(1) if self.pool == "mean" else f.amax(1)
+        return pooled
 
     def forward(self, slices: Tensor, tasks: list[str] | None = None) -> dict[str, Tensor]:
         """Logits of the named tasks (all by default)."""
@@ -75,7 +76,7 @@ def make_encoder(backbone: Backbone) -> nn.Module:
     """The timm encoder without its classifier, weights random. Raises ConsiliumError for a name timm does not know."""
     if not timm.is_model(backbone.name):
         raise ConsiliumError(f"backbone.name '{backbone.name}' is not a timm model{nearest(backbone.name, timm.list_models())}")
-    options = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
+    options: dict[str, Any] = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     encoder: nn.Module = timm.create_model(backbone.name, pretrained=False, num_classes=0, in_chans=3, **options)
     return group_norm(encoder) if backbone.norm == "group" else encoder
 
@@ -103,7 +104,7 @@ def make_model(backbone: Backbone, tasks: Mapping[str, Task], seed: int, channel
     with seeded(seed):
         model = Model(backbone, tasks)
     if channels_last:
-        model.encoder = model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.encoder = model.encoder.to(memory_format=torch.channels_last)
         model.encoder_format = torch.channels_last
     if checkpointing:
         model.encoder.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -111,7 +111,7 @@ class Layout:
                     raise ConsiliumError(f"the weights lack '{e.name}'; they belong to another backbone or recipe")
                 if tuple(named[e.name].shape) != e.shape:
                     raise ConsiliumError(f"'{e.name}' has shape {tuple(named[e.name].shape)}, the model wants {e.shape}")
-                buffer[e.where] = np.asarray(named[e.name]).reshape(-1)  # type: ignore[index]
+                buffer[e.where] = np.asarray(named[e.name]).reshape(-1)
         return weights
 
 
@@ -144,4 +144,4 @@ def load(model: nn.Module, layout: Layout, weights: Weights) -> None:
     state = model.state_dict()
     for entries, buffer in ((layout.floats, weights.floats), (layout.integers, weights.integers)):
         for e in entries:
-            state[e.name].copy_(torch.from_numpy(np.ascontiguousarray(buffer[e.where]).reshape(e.shape)))  # type: ignore[index]
+            state[e.name].copy_(torch.from_numpy(np.ascontiguousarray(buffer[e.where]).reshape(e.shape)))

@@ -210,9 +210,9 @@ def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     run.moments = {}
     if stage.reset:
         fresh = flatten(initial_model(replace(run.config, seed=run.config.seed + 1)), run.layout)
-        for entry in run.layout.matching(stage.reset):
-            ours, theirs = (run.weights.integers, fresh.integers) if entry in run.layout.integers else (run.weights.floats, fresh.floats)
-            ours[entry.where] = theirs[entry.where]  # type: ignore[index]
+        for tensor in run.layout.matching(stage.reset):
+            ours, theirs = (run.weights.integers, fresh.integers) if tensor in run.layout.integers else (run.weights.floats, fresh.floats)
+            ours[tensor.where] = theirs[tensor.where]
     if stage.freeze:
         run.layout.matching(stage.freeze)
     place: dict[str, Any] = {"name": name, "rounds": [], "best": {}, "personal": "all" in stage.personal, "finished": False}
@@ -220,7 +220,16 @@ def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     log.info("stage '%s': %d rounds", name, stage.rounds)
     fit_heads(run, name, stage)
     val = evaluate(run, name, stage, place, "val")
-    entry = {"round": 0, "seconds": 0.0, "bytes_up": 0, "bytes_down": 0, "weights": {}, "effective": {}, "centres": {}, "val": val}
+    entry: dict[str, Any] = {
+        "round": 0,
+        "seconds": 0.0,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "weights": {},
+        "effective": {},
+        "centres": {},
+        "val": val,
+    }
     close(run, place, stage, entry, datetime.now(UTC), "start")
     return place
 

@@ -47,7 +47,13 @@ class InProcess:
 
 def phantom_config(root: Path, *overrides: str) -> Config:
     """A tiny phantom federation: four centres of about a dozen scans."""
-    tiny = ["federation.phantom.scale=0.03", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=32", "stage.rounds=2"]
+    tiny = [
+        "federation.phantom.scale=0.03",
+        "federation.phantom.slices=12",
+        "federation.phantom.pixels=64",
+        "preprocess.size=32",
+        "stage.rounds=2",
+    ]
     return compose([*tiny, f"federation.root={root}", *overrides])
 
 
