@@ -93,9 +93,9 @@ def holdings(site: Site, config: Config) -> dict[str, Path]:
 
 
 def name_of(site: Site, config: Config) -> str:
-    """The name this site answers under: its centre's, or `pooled` in central mode."""
+    """The name this site answers under: its centre's, or `pooled` in central mode; empty for a node that has no part in this run."""
     own = holdings(site, config)
-    return "pooled" if len(own) > 1 or config.federation.mode == "central" else next(iter(own), "")
+    return "pooled" if own and config.federation.mode == "central" else next(iter(own), "")
 
 
 def state_folder(site: Site, data: Path) -> Path:
