@@ -123,7 +123,8 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
             adjustments[name] = torch.tensor(logit_adjustment(counts, task.tau, task.adjust), dtype=torch.float32)
 
     model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
-    steps = steps_in_round(scans, stage)
+    average = sum(request.global_counts.get(next(iter(tasks)), [])) / len(config.federation.centres)
+    steps = steps_in_round(scans, stage, average)
     seed = derive(config.seed, request.stage, request.round, centre)
     with Threads(site):
         report = train(

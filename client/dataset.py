@@ -35,14 +35,17 @@ def stacked(slices: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(slices))
 
 
-def steps_in_round(scans: Scans, stage: Stage) -> int:
-    """Optimiser steps of a round: `stage.steps`, or those of `stage.epochs` passes.
+def steps_in_round(scans: Scans, stage: Stage, average: float = 0.0) -> int:
+    """Optimiser steps of a round: `stage.steps`, or those of `stage.epochs` passes over the centre's scans, or with `stage.pace: equal` over
+    as many as the `average` centre has.
 
-    Pooled cohorts take the sum of what each would take alone, so that central, federated and local runs spend equal numbers of steps.
+    A centre of many steps moves the model further whatever its weight: by passes over its own scans FedAvg's weight is n_c squared in effect
+    (Wang et al., "Tackling the objective inconsistency problem", NeurIPS 2020). Pooled cohorts take the sum of what each would take
+    alone, so that central, federated and local runs spend equal numbers of steps.
     """
     total = 0
     for centre in sorted(set(scans.cohort)):
-        n = scans.cohort.count(centre)
+        n = average if stage.pace == "equal" and average else scans.cohort.count(centre)
         per_pass = n / stage.batch
         total += stage.steps or max(1, round((math.floor(per_pass) if stage.drop_last else math.ceil(per_pass)) * stage.epochs))
     return total

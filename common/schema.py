@@ -117,6 +117,7 @@ class Stage:
     rounds: int = 8
     epochs: float = 1.0  # passes over a centre's scans in a round ...
     steps: int | None = None  # ... or a fixed number of optimiser steps at every centre
+    pace: Literal["own", "equal"] = "own"  # equal: every centre takes the average centre's steps, so that its weight alone is its say
     batch: int = 10  # scans
     accumulate: int = 1  # a batch is computed in this many parts
     drop_last: bool = False
