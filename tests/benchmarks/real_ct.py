@@ -1,6 +1,6 @@
 """Three real sources as three centres (3,810 CT slices): a table of settings x seeds, through the client and server code that a run uses.
 
-    .venv/bin/python -m tests.benchmarks.real_ct [--configs central,local] [--seeds 1,2,3] [--workers 2] [--out DIR]
+    .venv/bin/python -m tests.benchmarks.real_ct [--configs 'central|tau 1'] [--seeds 1,2,3] [--workers 2] [--out DIR]
 
 Every run trains on a centre's `train`, is chosen on `val` and touches `test` once at its end. What is finished is kept in DIR/results and
 not done again; a run that was interrupted is resumed. DIR/table.md is the table. What came out, and what it says: README.md here.
@@ -48,19 +48,26 @@ BASE = [
     f"preprocess.size={PREPROCESS.size}",
     f"preprocess.crop={PREPROCESS.crop}",
     "stage.batch=32",
+    "stage.pace=equal",  # 27 steps a round at every centre, 81 pooled; 8 rounds in all, whatever the stages
     "stage.optimiser.lr=3e-4",
 ]
 COVID = ["stage.tasks=[covid]"]  # the source head off
+PERSONAL = ["recipe=multisource_personal"]
 SETTINGS: dict[str, list[str]] = {
     "central": ["federation.mode=central", *COVID],
     "local": ["federation.mode=local", *COVID],
     "tau 0 (FedAvg)": ["aggregation=fedavg", *COVID],
     "tau 0.5": ["aggregation.tau=0.5", *COVID],
     "tau 1": ["aggregation.tau=1", *COVID],
-    "tau 0, source head": ["aggregation=fedavg"],
-    "tau 0.5, source head": ["aggregation.tau=0.5"],
-    "tau 1, source head": ["aggregation.tau=1"],
-    "tau 1, FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
+    "tau 0 + source head": ["aggregation=fedavg"],
+    "tau 0.5 + source head": ["aggregation.tau=0.5"],
+    "tau 1 + source head": ["aggregation.tau=1"],
+    "tau 1 + FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
+    "tau 1, own pace": ["aggregation.tau=1", "stage.pace=own", *COVID],
+    "personal (multisource_personal)": PERSONAL,
+    "personal, tau 0": [*PERSONAL, "aggregation.tau=0", "aggregation.count=scans"],
+    "personal, server step 1": [*PERSONAL, "aggregation.lr=1"],
+    "personal, heads shared": [*PERSONAL, "stages.main.personal=[batch_norm]"],
 }
 
 
@@ -116,25 +123,34 @@ def run_one(job: tuple[str, int, str, str]) -> str:
         runs = folder / "runs"
         transport = InProcess([Site(index=i, threads=1, device="cpu") for i in range(len(CENTRES))])
         began, cpu = time.perf_counter(), time.process_time()
-        ledger = Ledger(f"sqlite:///{folder}/runs/{run}.db")
-        if (runs / run / "metrics.json").exists():
-            result = json.loads((runs / run / "metrics.json").read_text())
-        elif (runs / run / "checkpoints").exists():
-            result = resume(run, transport, runs, ledger)
-        else:
+        if not (runs / run / "checkpoints").exists():  # new, or ended before there was anything to resume
             shutil.rmtree(runs / run, ignore_errors=True)
-            Path(f"{folder}/runs/{run}.db").unlink(missing_ok=True)
-            ledger = Ledger(f"sqlite:///{folder}/runs/{run}.db")
-            result = begin(compose(overrides), transport, runs, ledger, run)
+            (runs / f"{run}.db").unlink(missing_ok=True)
+        ledger = Ledger(f"sqlite:///{runs}/{run}.db")
+        try:
+            if (runs / run / "metrics.json").exists():
+                result = json.loads((runs / run / "metrics.json").read_text())
+            elif (runs / run).exists():
+                result = resume(run, transport, runs, ledger)
+            else:
+                result = begin(compose(overrides), transport, runs, ledger, run)
+        except ConsiliumError as error:  # the others go on
+            return f"{setting:32} seed {seed}  failed: {error}"
         spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
-        val = result["stages"][-1]["best"]
-        facts = {"setting": setting, "seed": seed, "overrides": SETTINGS[setting], "test": auc_of(result["test"]), "best": val, **spent}
+        facts = {"setting": setting, "seed": seed, "val": val_of(result), "test": auc_of(result["test"]), **spent}
         kept.with_suffix(".part").write_text(json.dumps(facts, indent=1))
         kept.with_suffix(".part").replace(kept)
     facts = json.loads(kept.read_text())
-    return (
-        f"{setting:28} seed {seed}  " + "  ".join(f"{k} {v:.3f}" for k, v in facts["test"].items()) + f"  {facts['cpu_seconds']:.0f} CPU-s"
-    )
+    test = "  ".join(f"{k} {v:.3f}" for k, v in facts["test"].items())
+    return f"{setting:32} seed {seed}  {test}  val {facts['val']['macro']:.3f}  {facts['cpu_seconds']:.0f} CPU-s"
+
+
+def val_of(result: dict[str, Any]) -> dict[str, float]:
+    """The validation AUC of what was chosen: by all for all, or by each centre for itself."""
+    last = result["stages"][-1]
+    rounds = {c: last["best"].get(c, last["best"].get("pooled", {})).get("round") for c in CENTRES} if last["personal"] else {}
+    chosen = {c: last["rounds"][rounds.get(c, last["best"].get("round"))]["val"]["covid"]["centres"][c] for c in CENTRES}
+    return auc_of({"covid": {"centres": chosen}})
 
 
 def auc_of(scores: dict[str, Any]) -> dict[str, float]:
@@ -144,19 +160,20 @@ def auc_of(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def table(out: Path, settings: list[str], seeds: list[int]) -> str:
-    """The markdown table: test AUC, mean +- standard deviation over the seeds that are finished."""
+    """The markdown table: test AUC, mean +- standard deviation over the seeds that are finished, and the validation macro that chose."""
     columns = [*CENTRES, "macro", "worst"]
-    lines = [f"| setting | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| setting | {' | '.join(columns)} | val. macro | seeds |", "|---" * (len(columns) + 3) + "|"]
     for setting in settings:
         kept = [out / "results" / f"{name_of(setting, seed, [*BASE, *SETTINGS[setting]])}.json" for seed in seeds]
-        found = [json.loads(k.read_text())["test"] for k in kept if k.exists()]
+        found = [json.loads(k.read_text()) for k in kept if k.exists()]
         if found:
-            cells = [np.array([f[c] for f in found]) for c in columns]
-            lines.append(f"| {setting} | " + " | ".join(_cell(v) for v in cells) + f" | {len(found)} |")
+            cells = [_cell([f["test"][c] for f in found]) for c in columns] + [_cell([f["val"]["macro"] for f in found])]
+            lines.append(f"| {setting} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: np.ndarray) -> str:
+def _cell(numbers: list[float]) -> str:
+    values = np.array(numbers)
     spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
     return f"{values.mean():.3f}{spread}".replace("0.", ".")
 
@@ -171,7 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "real_ct")
     given = parser.parse_args()
-    settings = [s.strip().replace(";", ",") for s in given.configs.split(",")]
+    settings = [s.strip() for s in given.configs.split("|")]
     seeds = [int(s) for s in given.seeds.split(",")]
     unknown = [s for s in settings if s not in SETTINGS]
     if unknown:
