@@ -1,0 +1,84 @@
+"""Flat weights: nothing is lost on the way into the buffer, over the wire and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ConsiliumError
+from common.messages import Answer, Contribution, Train, add, facts_json, pack, unpack
+from common.model import make_model
+from common.records import from_records, to_records
+from common.schema import Backbone, Task
+from common.weights import Weights, flatten, layout_of, load
+
+TASKS = {"covid": Task(), "source": Task(kind="multiclass", classes=["a", "b"])}
+
+
+def test_round_trip_is_exact_and_keeps_types() -> None:
+    model, other = make_model(Backbone(), TASKS, 1), make_model(Backbone(), TASKS, 2, channels_last=True)
+    model.state_dict()["encoder.bn1.num_batches_tracked"].fill_(2**40 + 1)  # a float32 could not hold it
+    layout = layout_of(model)
+    assert layout.digest() == layout_of(other).digest()
+    load(other, layout, flatten(model, layout))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+        assert tensor.dtype == other.state_dict()[name].dtype
+    named = layout.named(flatten(model, layout))
+    again = layout.flat(named)
+    np.testing.assert_array_equal(again.floats, flatten(model, layout).floats)
+
+
+def test_groups_cover_every_weight_once() -> None:
+    layout = layout_of(make_model(Backbone(), TASKS, 1))
+    covered = np.zeros(layout.size, int)
+    for runs in layout.groups().values():
+        for run in runs:
+            covered[run] += 1
+    assert (covered == 1).all()
+    assert set(layout.groups()) == {"backbone", "covid", "source"}
+    statistics = [e.name for e in layout.floats if not e.parameter]
+    assert statistics
+    assert all("running" in name for name in statistics)
+    assert all(e.batch_norm for e in layout.floats if "bn" in e.name)
+
+
+def test_wrong_weights_are_named() -> None:
+    model = make_model(Backbone(), TASKS, 1)
+    layout = layout_of(model)
+    named = layout.named(flatten(model, layout))
+    with pytest.raises(ConsiliumError, match=r"lack 'encoder\.conv1\.0\.weight'"):
+        layout.flat({k: v for k, v in named.items() if k != "encoder.conv1.0.weight"})
+    with pytest.raises(ConsiliumError, match="shape"):
+        layout.flat(named | {"heads.covid.1.bias": np.zeros(3)})
+    with pytest.raises(ConsiliumError, match="other|different"):
+        load(model, layout, Weights(np.zeros(3, np.float32), np.zeros(0, np.int64)))
+    with pytest.raises(ConsiliumError, match="matches no weight"):
+        layout.matching(["encoder.nothing.*"])
+
+
+def test_messages_survive_packing_and_flower() -> None:
+    weights = Weights(np.arange(5, dtype=np.float32), np.array([2**40], dtype=np.int64))
+    train = Train("run", {"a": [1, 2]}, "main", 3, weights, {"covid": [4.0, 5.0]}, [("main", 2)], [1])
+    back = from_records(to_records(train))
+    assert isinstance(back, Train)
+    np.testing.assert_array_equal(back.weights.floats, weights.floats)
+    assert back.weights.integers.dtype == np.int64
+    assert back.weights.integers[0] == 2**40
+    assert (back.config, back.stage, back.round, back.keep) == ({"a": [1, 2]}, "main", 3, [1])
+    answer = Answer("north", {"north/covid/hist": np.ones((2, 4)), "n": np.zeros(0)}, 1.5)
+    again = unpack(*pack(answer))
+    assert isinstance(again, Answer)
+    assert set(again.sums) == set(answer.sums)
+    empty = Contribution("c", np.empty(0, np.float32), np.empty(0, np.int64), 1, 1, {"covid": [1.0, 2.0]}, 0.1)
+    assert from_records(to_records(empty)).delta.shape == (0,)  # type: ignore[union-attr]
+    assert facts_json({"b": 1, "a": 2}) == '{"a": 2, "b": 1}'
+
+
+def test_sums_add_by_key() -> None:
+    total = add(add({}, {"a": np.array([1.0, 2.0])}), {"a": np.array([3.0, 4.0]), "b": np.array([1.0])})
+    np.testing.assert_array_equal(total["a"], [4, 6])
+    np.testing.assert_array_equal(total["b"], [1])
+    with pytest.raises(ValueError, match="shape"):
+        add(total, {"a": np.zeros(3)})
