@@ -65,13 +65,16 @@ def train(
     fixed = {id(p) for t, task in tasks.items() if task.head != "local" for p in heads[t]}
     idle = {id(p) for t, head in model.heads.items() if t not in tasks for p in head.parameters()}
     for name, p in model.named_parameters():
-        p.requires_grad_(id(p) not in idle and not any(fnmatch(name, pattern) for pattern in stage.freeze))
+        p.requires_grad_(id(p) not in idle and not _frozen(name, stage))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and _frozen(f"{name}.running_mean", stage):
+            module.eval()  # in training mode its statistics would drift under frozen weights
     movable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
-    optimiser = make_optimiser(movable, stage.optimiser)
     start = [p.detach().clone() for _, p in movable] if stage.proximal else []
     anchored = [p for t, task in tasks.items() if task.head == "anchored" for p in heads[t]]
     anchor_rates = [task.anchor_lr for t, task in tasks.items() if task.head == "anchored" for _ in heads[t]]
     anchor_sum = [torch.zeros_like(p) for p in anchored]
+    optimiser = make_optimiser(movable, stage.optimiser, anchored)
 
     adjust = {t: a.to(device) for t, a in adjustments.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
@@ -94,17 +97,19 @@ def train(
                 losses = stage_loss(tasks, outputs, {t: y.to(device) for t, y in part.targets.items()}, adjust, labelled)
                 if not torch.isfinite(losses.total):
                     raise ConsiliumError(
-                        f"the loss became {float(losses.total)} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
+                        f"the loss became {float(losses.total.detach())} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
                     )
                 for t, (value, n) in losses.sums.items():
                     report.losses[t][0] += value
                     report.losses[t][1] += n
                 if losses.total.requires_grad:
                     scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-            for total, p, rate in zip(anchor_sum, anchored, anchor_rates, strict=True):
-                if p.grad is not None:
-                    total.add_(p.grad, alpha=rate / scaler.get_scale())  # 1 when no scaling is on
+            scale = scaler.get_scale()
             _step(optimiser, scaler, stage, [p for _, p in movable], start)
+            if scaler.get_scale() >= scale:  # else fp16's gradients overflowed, and the step counts for nothing
+                for total, p, rate in zip(anchor_sum, anchored, anchor_rates, strict=True):
+                    if p.grad is not None:
+                        total.add_(p.grad, alpha=rate)
             report.steps += 1
             report.scans += len(batch.slices)
     with torch.no_grad():
@@ -117,6 +122,8 @@ def _step(
     optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, stage: Stage, movable: list[nn.Parameter], start: list[Tensor]
 ) -> None:
     """One optimiser step with FedProx's pull towards the received weights (Li et al., MLSys 2020: mu/2 |w - w_global|^2)."""
+    if all(p.grad is None for group in optimiser.param_groups for p in group["params"]):
+        return  # a batch without labels; fp16's scaler refuses a step without gradients
     scaler.unscale_(optimiser)
     if stage.proximal:
         for p, origin in zip(movable, start, strict=True):
@@ -128,14 +135,24 @@ def _step(
     scaler.update()
 
 
-def make_optimiser(parameters: list[tuple[str, nn.Parameter]], settings: Optimiser) -> torch.optim.Optimizer:
-    """The stage's optimiser; heads (`heads.*`) have `head_lr` times its learning rate; weight decay spares vectors (biases and norms)."""
+def _frozen(name: str, stage: Stage) -> bool:
+    return any(fnmatch(name, pattern) for pattern in stage.freeze)
+
+
+def make_optimiser(
+    parameters: list[tuple[str, nn.Parameter]], settings: Optimiser, anchored: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The stage's optimiser; heads (`heads.*`) have `head_lr` times its learning rate; weight decay spares vectors (biases and norms).
+
+    `anchored` parameters are in it at learning rate 0, so that fp16's scaler looks after their gradients too.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in parameters:
         decay = settings.weight_decay if p.ndim > 1 or settings.name != "adamw" else 0.0
         groups.setdefault((settings.head_lr if name.startswith("heads.") else 1.0, decay), []).append(p)
     made = [{"params": ps, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
-    made = made or [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "scale": 0.0}]  # a stage that trains nothing but an anchored head
+    still = list(anchored) or ([] if made else [nn.Parameter(torch.zeros(1))])  # torch wants at least one parameter
+    made += [{"params": still, "lr": 0.0, "scale": 0.0, "weight_decay": 0.0}] if still else []
     if settings.name == "sgd":
         return torch.optim.SGD(made, momentum=settings.momentum)
     return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW)(made)
