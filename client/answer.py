@@ -192,7 +192,10 @@ def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Sk
                 known = column in table.columns and (
                     task.kind == "binary" or task.classes
                 )  # before the first answer, sources have no numbers
-                values = target(table, column, task.classes) if known else np.full(len(table), np.nan)
+                labels = table
+                if column == "source":  # one that the federation does not know has no number: unlabelled
+                    labels = table.assign(source=table["source"].where(table["source"].isin(task.classes), np.nan))
+                values = target(labels, column, task.classes) if known else np.full(len(table), np.nan)
                 scans.targets[name] = np.append(scans.targets[name], values[rows])
     if not len(found["train"]):
         raise Refused(

@@ -114,7 +114,8 @@ def greet(run: Run) -> None:
         if (task.label or name) not in columns:
             raise ConsiliumError(f"no centre has a column '{task.label or name}' for task '{name}'{nearest(task.label or name, columns)}")
     if not run.result:
-        sources = sorted({s for p in run.presence.values() for s in p.sources})
+        # One that comes late is not without a class: its source is as a rule its own name.
+        sources = sorted({s for p in run.presence.values() for s in p.sources} | (set(run.expected) - set(run.presence)))
         run.config = _with_sources(run.config, sources)
         count(run, list(run.presence))
         for name in active(run.config, next(iter(run.config.stages.values()))):
@@ -357,8 +358,8 @@ def evaluate(run: Run, name: str, stage: Stage, place: dict[str, Any], split: st
 
 def chain(run: Run, place: dict[str, Any], centre: str, round: int) -> list[tuple[str, int]]:
     """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
-    before = [s for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
-    return [(s["name"], best_of(s, centre)["round"]) for s in before] + [(place["name"], round)]
+    before = [(s["name"], best_of(s, centre)["round"]) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    return [(name, last) for name, last in [*before, (place["name"], round)] if run.config.stages[name].personal]
 
 
 def keep(place: dict[str, Any], centre: str, round: int) -> list[int]:

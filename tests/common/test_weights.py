@@ -52,9 +52,9 @@ def test_wrong_weights_are_named() -> None:
         layout.flat({k: v for k, v in named.items() if k != "encoder.conv1.0.weight"})
     with pytest.raises(ConsiliumError, match="shape"):
         layout.flat(named | {"heads.covid.1.bias": np.zeros(3)})
-    with pytest.raises(ConsiliumError, match="other|different"):
+    with pytest.raises(ConsiliumError, match=r"other|different"):
         load(model, layout, Weights(np.zeros(3, np.float32), np.zeros(0, np.int64)))
-    with pytest.raises(ConsiliumError, match="matches no weight"):
+    with pytest.raises(ConsiliumError, match=r"matches no weight"):
         layout.matching(["encoder.nothing.*"])
 
 

@@ -1,0 +1,120 @@
+"""Aggregation against straightforward references, and its laws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.messages import Contribution
+from common.model import make_model
+from common.schema import Aggregation, Backbone, Task
+from common.weights import Layout, Weights, flatten, layout_of
+from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
+
+TASKS = {"covid": Task(), "source": Task(kind="multiclass", classes=["a", "b"])}
+MODEL = make_model(Backbone(), TASKS, 1)
+LAYOUT: Layout = layout_of(MODEL)
+START: Weights = flatten(MODEL, LAYOUT)
+CENTRES = ["north", "east", "south"]
+
+
+def contribution(centre: str, seed: int, counter: int = 7) -> Contribution:
+    delta = np.random.default_rng(seed).normal(size=LAYOUT.size).astype(np.float32)
+    return Contribution(centre, delta, np.full(LAYOUT.integer_size, counter, np.int64), 10, 5, {}, 0.1)
+
+
+def spooled(folder: Path, *seeds: int) -> list[Spooled]:
+    return [spool(contribution(c, s, 7 + s), LAYOUT, folder) for c, s in zip(CENTRES, seeds, strict=False)]
+
+
+def counts(**cells: list[list[float]]) -> dict[str, dict[str, list[float]]]:
+    """{centre: {"covid": [neg, pos, unlabelled], "source": [a, b, unlabelled]}}"""
+    return {c: {"covid": two[0], "source": two[1]} for c, two in cells.items()}
+
+
+def test_fedavg_is_the_textbook_sum(tmp_path: Path) -> None:
+    """tau = 0 equals FedAvg to 1e-6: every tensor by n_c / n, computed tensor by tensor in float64."""
+    held = counts(north=[[60, 40, 0], [100, 0, 0]], east=[[10, 10, 0], [0, 20, 0]], south=[[5, 0, 0], [0, 5, 0]])
+    weights = group_weights(held, Aggregation(tau=0.0, count="scans"), list(TASKS))
+    after = step(START, weighted_sum(spooled(tmp_path, 1, 2, 3), weights, LAYOUT), [], Aggregation(), LAYOUT, {})
+    n = np.array([100, 20, 5]) / 125
+    deltas = np.stack([contribution("", s).delta.astype(np.float64) for s in (1, 2, 3)])
+    np.testing.assert_allclose(after.floats, START.floats + n @ deltas, atol=1e-6)
+
+
+def test_heads_go_by_their_own_labels(tmp_path: Path) -> None:
+    held = counts(north=[[50, 50, 0], [0, 0, 100]], east=[[0, 0, 40], [20, 20, 0]])
+    weights = group_weights(held, Aggregation(tau=1.0), list(TASKS))
+    assert weights["covid"] == {"north": pytest.approx(1), "east": pytest.approx(0)}  # east has no covid labels
+    assert weights["source"] == {"north": pytest.approx(0), "east": pytest.approx(1)}
+    assert weights["backbone"] == {"north": pytest.approx(2 / 3), "east": pytest.approx(1 / 3)}  # two cells against one of unlabelled
+    update = weighted_sum(spooled(tmp_path, 1, 2), weights, LAYOUT)
+    for entry in LAYOUT.floats:
+        if entry.group == "covid":
+            np.testing.assert_allclose(update[entry.where], contribution("", 1).delta[entry.where], rtol=1e-6)
+
+
+def test_a_head_nobody_labels_does_not_move(tmp_path: Path) -> None:
+    held = counts(north=[[5, 5, 0], [0, 0, 10]], east=[[5, 5, 0], [0, 0, 10]])
+    update = weighted_sum(spooled(tmp_path, 1, 2), group_weights(held, Aggregation(), list(TASKS)), LAYOUT)
+    for entry in LAYOUT.floats:
+        assert (update[entry.where] == 0).all() == (entry.group == "source")
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.permutations([0, 1, 2]))
+def test_order_of_arrival_changes_no_bit(tmp_path: Path, order: list[int]) -> None:
+    arrived = spooled(tmp_path, 1, 2, 3)
+    weights = {g: {"north": 0.5, "east": 0.3, "south": 0.2} for g in LAYOUT.groups()}
+    np.testing.assert_array_equal(weighted_sum([arrived[i] for i in order], weights, LAYOUT), weighted_sum(arrived, weights, LAYOUT))
+
+
+def test_counters_keep_their_type_and_take_the_largest(tmp_path: Path) -> None:
+    arrived = [spool(contribution("north", 1, 2**40 + 1), LAYOUT, tmp_path), spool(contribution("east", 2, 3), LAYOUT, tmp_path)]
+    after = step(START, np.zeros(LAYOUT.size, np.float32), arrived, Aggregation(), LAYOUT, {})
+    assert after.integers.dtype == np.int64
+    assert (after.integers == 2**40 + 1).all()
+
+
+@pytest.mark.parametrize("method", ["fedadam", "fedyogi"])
+def test_server_optimisers_follow_the_paper(method: str) -> None:
+    """Reddi et al. 2021, algorithm 2, written out for two rounds; batch-norm statistics are averaged as they are."""
+    chosen = Aggregation(method=method, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-3)  # type: ignore[arg-type]
+    updates = [contribution("", s).delta for s in (4, 5)]
+    state: dict[str, np.ndarray] = {}
+    weights = START
+    m, v = np.zeros(LAYOUT.size), np.full(LAYOUT.size, 1e-6)
+    x = START.floats.astype(np.float64)
+    parameters = LAYOUT.parameters()
+    for update in updates:
+        weights = step(weights, update, [], chosen, LAYOUT, state)
+        d = update.astype(np.float64)
+        m = 0.9 * m + 0.1 * d
+        v = 0.99 * v + 0.01 * d**2 if method == "fedadam" else v - 0.01 * d**2 * np.sign(v - d**2)
+        x = x + np.where(parameters, 0.1 * m / (np.sqrt(v) + 1e-3), d)
+    np.testing.assert_allclose(weights.floats, x, rtol=2e-4, atol=2e-4)
+
+
+def test_faults_and_outliers() -> None:
+    good = contribution("north", 1)
+    assert fault(good, LAYOUT, False) == ""
+    bad = contribution("north", 1)
+    bad.delta[17] = np.nan
+    assert fault(bad, LAYOUT, False) == "not finite"
+    bad.delta = bad.delta[:-1]
+    assert "wrong shape" in fault(bad, LAYOUT, False)
+    assert "wrong shape" in fault(good, LAYOUT, True)  # nothing should come when all is personal
+    assert outliers({"a": 1.0, "b": 1.2, "c": 50.0}, 10).keys() == {"c"}
+    assert outliers({"a": 1.0, "b": 1.2, "c": 5.0}, 10) == {}
+    assert outliers({"a": 1.0}, 10) == {}
+
+
+def test_norm_leaves_batch_norm_statistics_out(tmp_path: Path) -> None:
+    one = contribution("north", 1)
+    one.delta[~LAYOUT.parameters()] = 1e6
+    norm = spool(one, LAYOUT, tmp_path).norm
+    assert norm == pytest.approx(np.linalg.norm(one.delta[LAYOUT.parameters()].astype(np.float64)))

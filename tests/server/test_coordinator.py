@@ -1,0 +1,199 @@
+"""Rounds without Flower: real centres' answers, real accidents, kill -9 and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common.errors import ConsiliumError
+from common.messages import Contribution, Presence, Refusal, Reply, Request, Train
+from common.schema import Config
+from server.runs import begin, open_ledger, resume
+from tests.inprocess import InProcess, phantom_config, sites
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("phantom")
+
+
+def run(config: Config, runs: Path, transport: InProcess | None = None, name: str = "r") -> dict:  # type: ignore[type-arg]
+    return begin(config, transport or InProcess(sites()), runs, open_ledger(runs), name)
+
+
+def weights(runs: Path, name: str = "r") -> dict[str, np.ndarray]:
+    return load_file(runs / name / "model.safetensors")
+
+
+def deadly(phantom: Path, runs: Path, how: str, moment: str, count: int, *overrides: str) -> int:
+    command = [sys.executable, "-m", "tests.server.deadly", str(phantom), str(runs), "r", how, moment, str(count), *overrides]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120).returncode
+
+
+def test_a_run_leaves_what_it_should(phantom: Path, tmp_path: Path) -> None:
+    result = run(phantom_config(phantom), tmp_path)
+    assert result["status"] == "finished"
+    assert {p.name for p in (tmp_path / "r").iterdir()} >= {"metrics.json", "model.safetensors", "config.yaml", "report.html"}
+    assert (tmp_path / "latest").resolve() == (tmp_path / "r").resolve()
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]["covid"]["centres"].keys() == {
+        "north",
+        "east",
+        "south",
+        "west",
+    }
+    rounds = result["stages"][0]["rounds"]
+    assert [r["round"] for r in rounds] == [0, 1, 2]
+    assert sum(rounds[1]["weights"]["backbone"].values()) == pytest.approx(1)
+    ledger = open_ledger(tmp_path)
+    assert ledger.status("r") == "finished"
+    assert len(ledger.contributions("r")) == 8
+    assert {row["centre"] for row in ledger.centres("r")} == {"north", "east", "south", "west"}
+
+
+@pytest.mark.parametrize(("moment", "count"), [("training", 6), ("aggregation", 2), ("checkpoint", 3)])
+def test_killed_and_resumed_equals_uninterrupted(phantom: Path, tmp_path: Path, moment: str, count: int) -> None:
+    """kill -9 in training, in aggregation, between ledger and checkpoint: the same weights, bit for bit, as the run that was not killed.
+
+    With batch norms kept at the centres and a server optimiser, so that every kind of state has to survive.
+    """
+    settings = ["stage.rounds=3", "stage.personal=[batch_norm]", "aggregation=fedadam"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert deadly(phantom, whole, "begin", "never", 1, *settings) == 0
+    assert deadly(phantom, broken, "begin", moment, count, *settings) == -signal.SIGKILL
+    assert not (broken / "r" / "metrics.json").exists()
+    assert deadly(phantom, broken, "resume", "never", 1) == 0
+    expected, found = weights(whole), weights(broken)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    scores = [json.loads((folder / "r" / "metrics.json").read_text())["test"] for folder in (whole, broken)]
+    assert scores[0] == scores[1]
+
+
+def test_bad_contributions_are_left_out_with_the_reason(phantom: Path, tmp_path: Path) -> None:
+    def hook(centre: str, request: Request, reply: Reply) -> Reply | None:
+        if isinstance(reply, Contribution) and isinstance(request, Train):
+            if (centre, request.round) == ("north", 1):
+                reply.delta[3] = np.inf
+            if (centre, request.round) == ("east", 1):
+                reply.delta *= 1000
+            if (centre, request.round) == ("south", 2):
+                return None  # silence
+        return reply
+
+    result = run(phantom_config(phantom, "federation.quorum=0.5"), tmp_path, InProcess(sites(), hook))
+    left = {(r["round"], r["centre"]): r["reason"] for r in result["left_out"]}
+    assert left[1, "north"] == "not finite"
+    assert "times the others' median" in left[1, "east"]
+    assert "no reply within" in left[2, "south"]
+    assert set(result["stages"][0]["rounds"][1]["weights"]["backbone"]) == {"south", "west"}
+    assert all(np.isfinite(w).all() for w in weights(tmp_path).values())
+
+
+def test_below_the_quorum_it_retries_then_pauses_then_resumes(phantom: Path, tmp_path: Path) -> None:
+    asked = []
+
+    def broken(centre: str, request: Request, reply: Reply) -> Reply | None:
+        if isinstance(request, Train) and request.round == 2 and centre in ("north", "east"):
+            asked.append(centre)
+            return Refusal(centre, "the disk is full")
+        return reply
+
+    with pytest.raises(
+        ConsiliumError, match=r"is paused: .*round 2: 2 contributions, 3 needed \(.*the disk is full.*consilium-server resume r"
+    ):
+        run(phantom_config(phantom, "federation.quorum=0.75", "federation.retries=1"), tmp_path, InProcess(sites(), broken))
+    assert asked == ["north", "east"] * 2
+    ledger = open_ledger(tmp_path)
+    assert ledger.status("r") == "paused"
+    resume("r", InProcess(sites()), tmp_path, ledger)
+    assert ledger.status("r") == "finished"
+    run(phantom_config(phantom, "federation.quorum=0.75", "federation.retries=1"), tmp_path, name="whole")
+    for name, tensor in weights(tmp_path, "whole").items():
+        np.testing.assert_array_equal(weights(tmp_path)[name], tensor)
+    with pytest.raises(ConsiliumError, match="is finished; there is nothing to resume"):
+        resume("r", InProcess(sites()), tmp_path, ledger)
+
+
+def test_a_centre_that_comes_late_is_readmitted(phantom: Path, tmp_path: Path) -> None:
+    class Late(InProcess):
+        greetings = 0
+
+        def greet(self, request, expected, wait):  # type: ignore[no-untyped-def]
+            self.greetings += 1
+            yield from (r for r in super().greet(request, expected, wait) if r.centre != "west" or self.greetings > 2)
+            if self.greetings <= 2:
+                self.by_name.pop("west", None)
+
+    result = run(phantom_config(phantom, "federation.quorum=0.75"), tmp_path, Late(sites()))
+    first, second = (set(r["weights"]["backbone"]) for r in result["stages"][0]["rounds"][1:])
+    assert "west" not in first
+    assert "west" in second
+    assert result["stages"][0]["rounds"][2]["weights"]["backbone"]["west"] > 0
+
+
+def test_fewer_centres_than_the_quorum_is_one_sentence(phantom: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match=r"2 of 4 centres are ready, 4 are needed \(nothing heard from south, west.*num-supernodes=4"):
+        run(phantom_config(phantom), tmp_path, InProcess(sites(2)))
+
+
+def test_other_code_has_no_part(phantom: Path, tmp_path: Path) -> None:
+    class Old(InProcess):
+        def greet(self, request, expected, wait):  # type: ignore[no-untyped-def]
+            for received in super().greet(request, expected, wait):
+                if isinstance(received.reply, Presence) and received.centre == "east":
+                    received.reply.fingerprint = "0123456789abcdef"
+                yield received
+
+    with pytest.raises(ConsiliumError, match=r"3 of 4 centres.*east: runs other code \(0123456789abcdef"):
+        run(phantom_config(phantom), tmp_path, Old(sites()))
+
+
+@pytest.mark.parametrize("head", ["local", "anchored", "moments"])
+def test_every_source_head_runs(phantom: Path, tmp_path: Path, head: str) -> None:
+    result = run(phantom_config(phantom, f"tasks.source.head={head}", "stage.rounds=1"), tmp_path)
+    assert result["stages"][0]["rounds"][1]["val"]["source"]["pooled"]["n"] == sum(
+        sum(c["counts"]["val"]["source"].values()) for c in result["centres"].values()
+    )
+
+
+def test_three_modes_take_equal_steps(phantom: Path, tmp_path: Path) -> None:
+    steps = {}
+    for mode in ("federated", "central", "local"):
+        result = run(phantom_config(phantom, f"federation.mode={mode}", "stage.rounds=1"), tmp_path, name=mode)
+        steps[mode] = sum(c["steps"] for c in result["stages"][0]["rounds"][1]["centres"].values())
+        assert set(result["test"]["covid"]["centres"]) == {"north", "east", "south", "west"}
+    assert steps["federated"] == steps["central"] == steps["local"]
+    assert not (tmp_path / "local" / "model.safetensors").exists()
+    assert any("nothing was exchanged" in note for note in json.loads((tmp_path / "local" / "metrics.json").read_text())["notes"])
+
+
+def test_stages_hand_weights_on_and_a_personal_stage_starts_from_them(phantom: Path, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    config = phantom_config(phantom)
+    from dataclasses import replace
+
+    first = config.stages["main"]
+    two = replace(config, stages={"main": first, "own": replace(first, rounds=1, personal=["all"], tasks=["covid"])})
+    result = run(two, tmp_path)
+    main, own = result["stages"]
+    best = main["rounds"][main["best"]["round"]]["val"]["covid"]["centres"]
+    assert own["rounds"][0]["val"]["covid"]["centres"] == best  # round 0 of a stage is the best of the one before
+    assert set(own["best"]) == {"north", "east", "south", "west"}
+    for centre, chosen in own["best"].items():
+        values = [r["val"]["covid"]["centres"][centre]["auc"] for r in own["rounds"]]
+        assert chosen["value"] == max(v for v in values if v is not None)
+
+
+def test_no_column_for_a_task(phantom: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match="no centre has a column 'covit' for task 'covid'; did you mean 'covid'"):
+        run(phantom_config(phantom, "tasks.covid.label=covit"), tmp_path)
