@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from client import personal
-from client.cohort import Skipped, load_cohort, target
+from client.cohort import Skipped, label_columns, load_cohort, target
 from client.dataset import Scans, batches, steps_in_round
 from client.phantom import write_centre
 from client.preprocess import preprocess, stack
@@ -56,7 +56,7 @@ def answer(site: Site, request: Request) -> Reply:
         log.error("%s", error)
         return Refusal(centre, str(error) if not site.centre else f"{_where(error)}; the sentence is in the centre's log")
     except Exception as error:
-        log.exception("unexpected")
+        log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))  # its text stays out of the log too
         return Refusal(centre, f"{type(error).__name__} in {_where(error)}; the centre's log has the rest")
 
 
@@ -71,7 +71,7 @@ def hello(site: Site, config: Config) -> Presence:
     own = holdings(site, config)
     held, skipped = read_scans(site, config) if own else ({}, [])
     tables = [cohort_of(site, config, centre, path) for centre, path in own.items()]
-    columns = sorted({c for table in tables for c in table.columns})
+    columns = sorted({c for table in tables for c in [*label_columns(table), "source"]})
     sources = sorted({str(s) for table in tables for s in table["source"]})
     for name, task in config.tasks.items():
         if own and (task.label or name) not in columns:
@@ -207,7 +207,7 @@ def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Sk
 def cohort_of(site: Site, config: Config, centre: str, path: Path) -> pd.DataFrame:
     """The cohort's table; a phantom federation's is written when it is not there yet."""
     if config.federation.phantom and not site.centre:
-        write_centre(data_root(config), centre, config.federation.phantom)
+        write_centre(data_root(config), centre, config.federation.phantom, config.federation.centres.index(centre))
     if not path.exists():
         where = f"federation.root/{centre}" if not site.centre else "the `data` of site.yaml"
         raise Refused(f"centre '{centre}' has no data: {where} does not exist; write a cohort there with `consilium-centre cohort`")

@@ -9,19 +9,26 @@ from flwr.clientapp import ClientApp
 
 from client.answer import answer
 from client.site import site_from
-from common.messages import Hello, Query, Refusal, Train
+from common.errors import ConsiliumError
+from common.messages import Hello, Query, Refusal, Reply, Train
 from common.records import from_records, to_records
 
+log = logging.getLogger("consilium.centre")
 logging.getLogger("consilium").setLevel(logging.INFO)
 app = ClientApp()
 
 
 def _reply(message: Message, context: Context) -> Message:
     request = from_records(message.content)
-    if isinstance(request, Hello | Query | Train):
-        reply = answer(site_from(context.node_config), request)
-    else:
+    reply: Reply
+    if not isinstance(request, Hello | Query | Train):
         reply = Refusal("", f"{type(request).__name__} is not a request")
+    else:
+        try:
+            reply = answer(site_from(context.node_config), request)
+        except ConsiliumError as error:  # of the site's settings, which may name a file: that stays here
+            log.error("%s", error)
+            reply = Refusal("", "its site settings are wrong; the sentence is in the centre's log")
     return Message(content=to_records(reply), reply_to=message)
 
 

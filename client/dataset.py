@@ -47,7 +47,7 @@ def steps_in_round(scans: Scans, stage: Stage, average: float = 0.0) -> int:
     for centre in sorted(set(scans.cohort)):
         n = average if stage.pace == "equal" and average else scans.cohort.count(centre)
         per_pass = n / stage.batch
-        total += stage.steps or max(1, round((math.floor(per_pass) if stage.drop_last else math.ceil(per_pass)) * stage.epochs))
+        total += stage.steps or max(1, round((max(1, math.floor(per_pass)) if stage.drop_last else math.ceil(per_pass)) * stage.epochs))
     return total
 
 

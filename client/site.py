@@ -15,6 +15,8 @@ import yaml
 from common.errors import ConsiliumError, Refused, nearest
 from common.schema import Config
 
+FLOWERS = ("site", "partition-id", "num-partitions")  # of a node configuration, beside a Site's own fields
+
 
 @dataclass(frozen=True)
 class Site:
@@ -33,9 +35,18 @@ class Site:
         """The device to train on. Raises Refused when the named one is not there."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise Refused(f"device '{self.device}' is set in site.yaml, but this machine shows no GPU; set device: cpu or auto")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise Refused(f"device '{self.device}' is none that PyTorch knows; set device: auto, cpu, cuda or cuda:1") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise Refused(f"device '{self.device}' is asked for, but this machine shows {_gpus()}; set device: cpu or auto")
+        return device
+
+
+def _gpus() -> str:
+    count = torch.cuda.device_count()
+    return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
 
 
 def site_from(values: Mapping[str, Any]) -> Site:
@@ -48,17 +59,20 @@ def site_from(values: Mapping[str, Any]) -> Site:
     if "site" in values:
         path = Path(str(values["site"]))
         try:
-            given = dict(yaml.safe_load(path.read_text()) or {})
-        except (OSError, yaml.YAMLError, ValueError) as error:
+            given = {k: v for k, v in dict(yaml.safe_load(path.read_text()) or {}).items() if v is not None}  # `data:` alone says nothing
+        except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConsiliumError(
                 f"site file {path} cannot be read ({type(error).__name__}); it is YAML with keys {', '.join(known)}"
             ) from error
         for key in given:
             if key not in known:
-                raise ConsiliumError(f"site file {path}: unknown key '{key}'{nearest(key, known)}")
+                raise ConsiliumError(f"site file {path}: unknown key '{key}'{nearest(str(key), known)}")
+    for key in values:
+        if key not in known and key not in FLOWERS:
+            raise ConsiliumError(f"node config: unknown key '{key}'{nearest(key, [*known, 'site'])}")
     given.update({k: v for k, v in values.items() if k in known})
     if "partition-id" in values:
-        given["index"] = int(values["partition-id"])
+        given["index"] = values["partition-id"]
     try:
         return Site(**{k: known[k](v) for k, v in given.items()})
     except (TypeError, ValueError) as error:

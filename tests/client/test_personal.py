@@ -1,0 +1,119 @@
+"""A centre's own weights: which they are, that they come back, and that no name reaches out of the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from client.personal import forget, lay_over, mask_of, save
+from common.errors import Refused
+from common.model import make_model
+from common.schema import Backbone, Personal, Stage, Task
+from common.weights import Layout, Weights, flatten, layout_of
+
+MODEL = make_model(Backbone(), {"covid": Task(), "source": Task(kind="multiclass", classes=["a", "b"])}, 1)
+LAYOUT = layout_of(MODEL)
+FEDBN = Stage(personal=["batch_norm"])
+BAD = ["../x", "..", ".hidden", "a/b", "/etc", "", "a\0b", "x" * 101, "a\n"]
+
+
+def constant(value: float) -> Weights:
+    return Weights(np.full(LAYOUT.size, value, np.float32), np.full(LAYOUT.integer_size, int(value), np.int64))
+
+
+def names_of(mask: np.ndarray, layout: Layout) -> set[str]:
+    """Tensors that are personal; none may be so in part."""
+    parts = {e.name: set(mask[e.where].tolist()) for e in layout.floats}
+    assert all(len(values) == 1 for values in parts.values())
+    return {name for name, values in parts.items() if values == {True}}
+
+
+def test_the_mask_of_batch_norms_of_heads_and_of_all() -> None:
+    """Against the model's own modules."""
+    norms = {n for n, m in MODEL.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    floats = {n for n, t in MODEL.state_dict().items() if t.is_floating_point()}
+    of_norms = {n for n in floats if n.rpartition(".")[0] in norms}
+    of_heads = {n for n in floats if n.startswith("heads.")}
+    assert len(of_norms) == 4 * len(norms) > 0
+    cases: list[tuple[list[Personal], set[str]]] = [
+        ([], set()),
+        (["batch_norm"], of_norms),
+        (["heads"], of_heads),
+        (["batch_norm", "heads"], of_norms | of_heads),
+        (["all"], floats),
+    ]
+    for personal, expected in cases:
+        assert names_of(mask_of(LAYOUT, personal), LAYOUT) == expected
+
+
+def test_group_norms_are_not_kept_as_batch_norms() -> None:
+    layout = layout_of(make_model(Backbone(norm="group"), {"covid": Task()}, 1))
+    assert not mask_of(layout, ["batch_norm"]).any()
+
+
+def test_what_was_kept_comes_back_over_what_was_received(tmp_path: Path) -> None:
+    own, mask = flatten(MODEL, LAYOUT), mask_of(LAYOUT, ["batch_norm"])
+    save(tmp_path, "run", "main", 3, own, mask)
+    received = constant(7)
+    merged = lay_over(tmp_path, "run", [("main", 3)], received)
+    np.testing.assert_array_equal(merged.floats[mask], own.floats[mask])
+    assert (merged.floats[~mask] == 7).all()
+    np.testing.assert_array_equal(merged.integers, own.integers)
+    assert (received.floats == 7).all()  # and what came is as it was
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_newest_up_to_the_round_is_taken(tmp_path: Path) -> None:
+    mask = mask_of(LAYOUT, ["all"])
+    for round in (2, 9, 10, 100):
+        save(tmp_path, "run", "main", round, constant(round), mask)
+    taken = {last: lay_over(tmp_path, "run", [("main", last)], constant(-1)).floats[0] for last in (0, 1, 2, 8, 9, 10, 99, 100, 500)}
+    assert taken == {0: -1, 1: -1, 2: 2, 8: 2, 9: 9, 10: 10, 99: 10, 100: 100, 500: 100}
+    assert lay_over(tmp_path, "other", [("main", 500)], constant(-1)).floats[0] == -1
+
+
+def test_a_round_done_again_replaces_what_it_kept(tmp_path: Path) -> None:
+    for value in (1, 2):
+        save(tmp_path, "run", "main", 1, constant(value), mask_of(LAYOUT, ["all"]))
+    assert lay_over(tmp_path, "run", [("main", 1)], constant(-1)).floats[0] == 2
+
+
+def test_stages_lie_over_each_other_in_order(tmp_path: Path) -> None:
+    norms, heads = mask_of(LAYOUT, ["batch_norm"]), mask_of(LAYOUT, ["heads"])
+    save(tmp_path, "run", "first", 5, constant(1), norms | heads)
+    save(tmp_path, "run", "second", 2, constant(2), heads)
+    merged = lay_over(tmp_path, "run", [("first", 5), ("second", 2)], constant(0)).floats
+    assert (merged[norms] == 1).all()
+    assert (merged[heads] == 2).all()
+    assert (merged[~norms & ~heads] == 0).all()
+
+
+def test_only_what_may_be_asked_for_again_is_kept(tmp_path: Path) -> None:
+    for round in range(1, 7):
+        save(tmp_path, "run", "main", round, constant(round), mask_of(LAYOUT, ["batch_norm"]))
+        save(tmp_path, "run", "other", round, constant(round), mask_of(LAYOUT, ["batch_norm"]))
+    forget(tmp_path, "run", FEDBN, "main", [2, 5, 6, 99])
+    assert sorted(int(p.stem) for p in (tmp_path / "run" / "main").iterdir()) == [2, 5, 6]
+    assert len(list((tmp_path / "run" / "other").iterdir())) == 6
+    forget(tmp_path, "run", Stage(), "other", [])  # a stage that keeps nothing of its own forgets nothing
+    assert len(list((tmp_path / "run" / "other").iterdir())) == 6
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_name_that_reaches_out_of_the_folder_is_refused(tmp_path: Path, bad: str) -> None:
+    folder = tmp_path / "state"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "00001.safetensors").write_bytes(b"another's")
+    mask = mask_of(LAYOUT, ["heads"])
+    for run, stage in ((bad, "main"), ("run", bad)):
+        with pytest.raises(Refused, match="is not a name for a run or a stage"):
+            save(folder, run, stage, 1, constant(1), mask)
+        with pytest.raises(Refused):
+            lay_over(folder, run, [(stage, 1)], constant(1))
+        with pytest.raises(Refused):
+            forget(folder, run, FEDBN, stage, [])
+    assert (tmp_path / "x" / "00001.safetensors").read_bytes() == b"another's"
+    assert not folder.exists()
