@@ -290,10 +290,10 @@ def test_wrong_requests_are_refused_and_never_raise(hospital: Path) -> None:
         Hello("run", {**good, "seed": "one"}),
         Train("run", good, "finetune", 1, start(config)),
         train(config, weights=wrong),
-        train(config, personal=[("../../etc", 1)]),
+        train(config, personal=[("..", 1)]),
         train(config_of("backbone.name=resnett18"), weights=start(config)),
         train(config_of("federation.mode=central")),
-        Train("../x", good, "main", 1, start(config), {}, [("main", 1)]),
+        replace(train(config, personal=[("main", 1)]), run=".."),
     ]
     for request in requests:
         assert reason(answer(site, request))
