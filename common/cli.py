@@ -16,5 +16,13 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except ConsiliumError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:
+        if error.filename is None:  # not of a file that the person named: a fault of ours
+            raise
+        _end(f"{error.filename} cannot be used ({error.strerror}); give another place, or make this one readable and writable")
+
+
+def _end(sentence: str) -> None:
+    typer.secho(f"error: {sentence}", fg=typer.colors.RED, err=True)
+    sys.exit(2)

@@ -72,10 +72,15 @@ class Model(nn.Module):
     encoder_format: torch.memory_format = torch.contiguous_format
 
 
-def make_encoder(backbone: Backbone) -> nn.Module:
-    """The timm encoder without its classifier, weights random. Raises ConsiliumError for a name timm does not know."""
+def known(backbone: Backbone) -> None:
+    """Raises ConsiliumError for a name timm does not know, with the nearest that it does."""
     if not timm.is_model(backbone.name):
         raise ConsiliumError(f"backbone.name '{backbone.name}' is not a timm model{nearest(backbone.name, timm.list_models())}")
+
+
+def make_encoder(backbone: Backbone) -> nn.Module:
+    """The timm encoder without its classifier, weights random. Raises ConsiliumError for a name timm does not know."""
+    known(backbone)
     options: dict[str, Any] = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     encoder: nn.Module = timm.create_model(backbone.name, pretrained=False, num_classes=0, in_chans=3, **options)
     return group_norm(encoder) if backbone.norm == "group" else encoder

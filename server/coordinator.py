@@ -104,7 +104,7 @@ def greet(run: Run) -> None:
     refused = meet(run, run.expected, run.config.federation.wait)
     if len(run.presence) < run.quorum:
         absent = [c for c in run.expected if c not in run.presence]
-        why = "; ".join(f"{c}: {refused[c]}" for c in absent if c in refused)
+        why = by_reason({c: refused[c] for c in absent if c in refused})
         help_ = (
             f"nothing heard from {', '.join(absent)}; start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
         )
@@ -199,6 +199,14 @@ def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> Non
 def reason_of(reply: object) -> str:
     """A refusal's reason; any other unexpected reply is one."""
     return reply.reason if isinstance(reply, Refusal) else f"answered with a {type(reply).__name__}"
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """`north, east: the disk is full; south: ...`."""
+    grouped: dict[str, list[str]] = {}
+    for centre, why in reasons.items():
+        grouped.setdefault(why, []).append(centre)
+    return "; ".join(f"{', '.join(centres)}: {why}" for why, centres in grouped.items())
 
 
 # --- stages and rounds ----------------------------------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), run.quorum, attempt + 1)
         run.ledger.event(run.id, "below_quorum", f"stage {name} round {round}: {len(arrived)} of {run.quorum} needed")
     else:
-        why = "; ".join(f"{c}: {said['reason']}" for c, said in sorted(facts.items()) if not said["accepted"])
+        why = by_reason({c: said["reason"] for c, said in sorted(facts.items()) if not said["accepted"]})
         raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {run.quorum} needed ({why}); mend it, then resume")
     weights: dict[str, dict[str, float]] = {}
     if not place["personal"]:

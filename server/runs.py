@@ -80,7 +80,7 @@ def _carry_out(run: Run) -> dict[str, Any]:
         _write_results(run, result)
     except Paused as pause:
         run.ledger.event(run.id, "paused", str(pause))
-        raise ConsiliumError(f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}`") from pause
+        raise ConsiliumError(f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}`") from None
     except Exception as error:
         run.ledger.event(run.id, "failed", str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}")
         raise

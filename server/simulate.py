@@ -24,6 +24,7 @@ from rich.console import Console
 
 from common.compose import compose
 from common.errors import ConsiliumError
+from common.model import known
 from common.schema import Config
 from server.report import table
 from server.runs import find, new_id, runs_folder
@@ -35,7 +36,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-console = Console()
+console = Console(width=max(Console().width, 110))  # a table per centre needs the room, also in a CI log
 
 
 def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0) -> Path:
@@ -46,7 +47,8 @@ def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = ""
         config, run = compose_of(kept), kept.name
         settings = {"resume": run}
     else:
-        config = compose([f"recipe={recipe}", *overrides])  # refused here in a second rather than in the server in twenty
+        config = compose([f"recipe={recipe}", *overrides])
+        known(config.backbone)  # refused here, at once, rather than by the server in twenty seconds
         run = new_id(config)
         settings = {"recipe": recipe, "overrides": " ".join(overrides), "run": run}
     settings["runs"] = str(folder)
@@ -85,7 +87,8 @@ def compose_of(folder: Path) -> Config:
 @contextlib.contextmanager
 def superlink() -> Iterator[tuple[Path, dict[str, str]]]:
     """A SuperLink in an empty folder; yields the folder and the environment that reaches it. Its whole process group ends with it."""
-    with tempfile.TemporaryDirectory(prefix="consilium-", ignore_cleanup_errors=True) as temporary:
+    short = None if len(tempfile.gettempdir()) < 40 else "/tmp"  # Ray's sockets lie in it, and a socket's path has 107 characters at most
+    with tempfile.TemporaryDirectory(prefix="consilium-", dir=short, ignore_cleanup_errors=True) as temporary:
         home, empty = Path(temporary) / "flwr", Path(temporary) / "empty"
         home.mkdir()
         empty.mkdir()
