@@ -62,6 +62,8 @@ def preprocess(
     store = Store(state_folder(Site(state=state), data) / "slices")
     keys, skipped = bring_in(table, data if data.is_dir() else data.parent, config.preprocess, store, workers)
     _list(skipped)
+    if not any(keys):
+        raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
     console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False)
 
 
@@ -88,6 +90,7 @@ def predict(
 ) -> None:
     """Predict for every scan in a folder."""
     table, skipped = predict_folder(model, folder, state / "slices", str(Site(device=device).torch_device()), workers)
+    out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)
     console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False)

@@ -24,6 +24,7 @@ from common.compose import config_from
 from common.errors import ConsiliumError
 from common.model import Model, make_model
 from common.schema import Config, Task
+from common.tasks import outputs_of
 from common.weights import layout_of, load
 
 
@@ -61,6 +62,8 @@ def predict(model_path: Path, folder: Path, store: Path, device: str = "cpu", wo
     for key, (_, scan) in track(list(zip(keys, table.iterrows(), strict=True)), "predict   ", transient=True):
         slices = kept.get(key) if key else None
         if slices is None:
+            if key:
+                failed.append(Skipped(str(scan["path"]), "its slices were removed from the store meanwhile; predict again"))
             continue
         logits = infer(model, [stacked([slices])], lambda m, x: m(x), device=device)
         facts = kept.facts(key)
@@ -74,7 +77,8 @@ def predict(model_path: Path, folder: Path, store: Path, device: str = "cpu", wo
             "notes": "; ".join(facts["notes"]),
         }
         rows.append(row)
-    return pd.DataFrame(rows), skipped + failed
+    outputs = [column for name, task in config.tasks.items() for column in probabilities(name, task, torch.zeros(outputs_of(task)))]
+    return pd.DataFrame(rows, columns=["scan", "path", *outputs, "slices", "model", "preprocessing", "notes"]), skipped + failed
 
 
 def probabilities(name: str, task: Task, logits: torch.Tensor) -> dict[str, float]:
