@@ -27,14 +27,14 @@ def drawn(x: Tensor, how: Augment, seed: int = 0) -> Tensor:
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(16, 40))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_at_probability_zero_it_is_the_identity(seed: int, n: int, side: int) -> None:
     x = slices(n, side, seed)
     assert torch.equal(drawn(x, OFF, seed), x)
 
 
 @given(SEEDS, st.sampled_from([Augment(), ALWAYS, STRONG]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_values_stay_in_range_and_the_input_stays_as_it_was(seed: int, how: Augment) -> None:
     x = slices(seed=seed)
     kept = x.clone()
@@ -46,7 +46,7 @@ def test_values_stay_in_range_and_the_input_stays_as_it_was(seed: int, how: Augm
 
 
 @given(SEEDS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_the_same_generator_gives_the_same_result(seed: int) -> None:
     x = slices()
     assert torch.equal(drawn(x, ALWAYS, seed), drawn(x, ALWAYS, seed))
@@ -54,7 +54,7 @@ def test_the_same_generator_gives_the_same_result(seed: int) -> None:
 
 
 @given(SEEDS, st.sampled_from([Augment(), ALWAYS]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_each_slice_is_changed_on_its_own(seed: int, how: Augment) -> None:
     x = slices()
     other = x.clone()

@@ -29,15 +29,6 @@ BOTH = {"covid": Task(), "source": Task(kind="multiclass", classes=["a", "b", "c
 NAN = math.nan
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model_of(tasks: dict[str, Task], norm: str = "group", seed: int = 1) -> Model:
     """Group norm: a scan's output then depends on that scan alone."""
     return make_model(Backbone(norm=norm), tasks, seed)  # type: ignore[arg-type]
