@@ -8,63 +8,29 @@ never stopped.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from common.compose import active, check, to_dict
-from common.errors import ConsiliumError, nearest
-from common.fingerprint import fingerprint
+from common.compose import active, to_dict
 from common.imbalance import effective_number
-from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Request, Sums, Train, add
-from common.schema import Config, Stage
+from common.messages import Contribution, Query, Request, Train
+from common.model import make_model
+from common.schema import Stage
 from common.tasks import outputs_of
-from common.weights import Layout, Weights, flatten, layout_of
+from common.weights import Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
 from server.initial import initial_model
-from server.ledger import Ledger
+from server.presence import greet, readmit, with_sources
 from server.source_head import balanced_discriminant
-from server.transport import Transport
+from server.state import Paused, Run, ask, by_reason, leave_out, reason_of
 
 log = logging.getLogger("consilium.server")
-
-
-class Paused(ConsiliumError):
-    """Too few centres, again and again: the run waits for a person and can be resumed."""
-
-
-@dataclass
-class Run:
-    """A run in progress."""
-
-    id: str
-    config: Config
-    folder: Path
-    transport: Transport
-    ledger: Ledger
-    layout: Layout = field(default_factory=Layout)
-    weights: Weights = field(default_factory=lambda: Weights(np.empty(0, np.float32), np.empty(0, np.int64)))
-    moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser
-    presence: dict[str, Presence] = field(default_factory=dict)
-    counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
-    result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
-
-    @property
-    def expected(self) -> list[str]:
-        return ["pooled"] if self.config.federation.mode == "central" else self.config.federation.centres
-
-    @property
-    def quorum(self) -> int:
-        return max(1, math.ceil(self.config.federation.quorum * len(self.expected)))
 
 
 def conduct(run: Run) -> dict[str, Any]:
@@ -76,9 +42,9 @@ def conduct(run: Run) -> dict[str, Any]:
     state = checkpoint.load_latest(run.folder)
     if state:
         run.result = state.facts["result"]
-        run.config = replace(run.config, tasks=_with_sources(run.config, run.result["sources"]).tasks)
+        run.config = replace(run.config, tasks=with_sources(run.config, run.result["sources"]).tasks)
     greet(run)
-    model = initial_model(run.config)
+    model = make_model(run.config.backbone, run.config.tasks, 0) if state else initial_model(run.config)
     run.layout = layout_of(model)
     if state:
         run.weights, run.moments = run.layout.flat(state.weights), dict(state.optimiser)
@@ -97,116 +63,6 @@ def conduct(run: Run) -> dict[str, Any]:
     run.result["seconds"] += time.perf_counter() - began
     run.result["status"] = "finished"
     return run.result
-
-
-def greet(run: Run) -> None:
-    """Meet the centres at the start: enough of them, with a column for every task. Raises Paused or ConsiliumError."""
-    refused = meet(run, run.expected, run.config.federation.wait)
-    if len(run.presence) < run.quorum:
-        absent = [c for c in run.expected if c not in run.presence]
-        why = by_reason({c: refused[c] for c in absent if c in refused})
-        help_ = (
-            f"nothing heard from {', '.join(absent)}; start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
-        )
-        raise Paused(f"{len(run.presence)} of {len(run.expected)} centres are ready, {run.quorum} are needed ({why or help_})")
-    columns = sorted({c for p in run.presence.values() for c in p.columns})
-    for name, task in run.config.tasks.items():
-        if (task.label or name) not in columns:
-            raise ConsiliumError(f"no centre has a column '{task.label or name}' for task '{name}'{nearest(task.label or name, columns)}")
-    if not run.result:
-        # One that comes late is not without a class: its source is as a rule its own name.
-        sources = sorted({s for p in run.presence.values() for s in p.sources} | (set(run.expected) - set(run.presence)))
-        run.config = _with_sources(run.config, sources)
-        count(run, list(run.presence))
-        for name in active(run.config, next(iter(run.config.stages.values()))):
-            if not any(n[:-1].sum() for key, n in run.counts.items() if key.endswith(f"/train/{name}")):
-                raise ConsiliumError(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
-        run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
-        run.result["sources"] = sources
-    else:
-        count(run, list(run.presence))
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config), sort_keys=False))
-
-
-def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
-    """Hear who is there, up to `wait` seconds; a centre that runs other code has no part. Returns {centre: why it was refused}."""
-    refused: dict[str, str] = {}
-    for received in run.transport.greet(Hello(run.id, to_dict(run.config)), centres, wait):
-        reply = received.reply
-        if not isinstance(reply, Presence):
-            refused[received.centre] = reason_of(reply)
-        elif reply.fingerprint != fingerprint():
-            refused[received.centre] = f"runs other code ({reply.fingerprint}, here {fingerprint()}); install the same version"
-        elif received.centre in centres:
-            run.presence[received.centre] = reply
-    for centre, why in refused.items():
-        run.ledger.event(run.id, "refused", why, centre)
-        log.warning("%s: %s", centre, why)
-    return refused
-
-
-def count(run: Run, centres: list[str]) -> None:
-    """Ask how many scans of each class there are; prior and centre weights come from these counts."""
-    requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres}
-    run.counts |= ask(run, requests)
-    for centre in centres:
-        said = run.presence[centre]
-        held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}
-        facts = {"counts": held, "sources": said.sources, "versions": said.versions, "skipped": said.skipped, "device": said.device}
-        run.ledger.add_centre(run.id, centre, facts)
-
-
-def readmit(run: Run) -> None:
-    """A centre that was away and is back takes part again."""
-    absent = [c for c in run.expected if c not in run.presence]
-    if absent:
-        meet(run, absent, 0.0)
-        back = [c for c in absent if c in run.presence]
-        if back:
-            count(run, back)
-
-
-def _with_sources(config: Config, sources: list[str]) -> Config:
-    """The configuration with the federation's sources as the classes of every task that names none."""
-    tasks = {n: replace(t, classes=sources) if t.kind == "multiclass" and not t.classes else t for n, t in config.tasks.items()}
-    return check(replace(config, tasks=tasks))
-
-
-def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
-    answers: dict[str, Sums] = {}
-    for received in run.transport.ask(requests, run.config.federation.deadline):
-        if isinstance(received.reply, Answer):
-            answers[received.centre] = received.reply.sums
-        else:
-            leave_out(run, "", 0, received.centre, reason_of(received.reply))
-    if not answers:
-        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
-    total: Sums = {}
-    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
-        add(total, answers[centre])
-    return total
-
-
-def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> None:
-    """Note who was left out, and why."""
-    log.warning("%s left out: %s", centre, reason)
-    run.ledger.event(run.id, "left_out", reason, centre)
-    if run.result:
-        run.result["left_out"].append({"stage": stage, "round": round, "centre": centre, "reason": reason})
-
-
-def reason_of(reply: object) -> str:
-    """A refusal's reason; any other unexpected reply is one."""
-    return reply.reason if isinstance(reply, Refusal) else f"answered with a {type(reply).__name__}"
-
-
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """`north, east: the disk is full; south: ...`."""
-    grouped: dict[str, list[str]] = {}
-    for centre, why in reasons.items():
-        grouped.setdefault(why, []).append(centre)
-    return "; ".join(f"{', '.join(centres)}: {why}" for why, centres in grouped.items())
 
 
 # --- stages and rounds ----------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from common.compose import config_from, to_dict
 from common.errors import ConsiliumError, nearest
 from common.fingerprint import fingerprint
 from common.schema import Config
-from server.coordinator import Paused, Run, conduct
+from server.coordinator import conduct
 from server.ledger import Ledger
 from server.report import write_report
+from server.state import Paused, Run
 from server.transport import Transport
 
 log = logging.getLogger("consilium.server")

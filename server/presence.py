@@ -1,0 +1,91 @@
+"""Who is there, what do they hold, and do they run the same code: the beginning of a run, and the return of a centre that was away."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import yaml
+
+from common.compose import active, check, to_dict
+from common.errors import ConsiliumError, nearest
+from common.fingerprint import fingerprint
+from common.messages import Hello, Presence, Query, Request
+from common.schema import Config
+from server import scores
+from server.state import Paused, Run, ask, by_reason, reason_of
+
+log = logging.getLogger("consilium.server")
+
+
+def greet(run: Run) -> None:
+    """Meet the centres at the start: enough of them, with a column for every task. Raises Paused or ConsiliumError."""
+    refused = meet(run, run.expected, run.config.federation.wait)
+    if len(run.presence) < run.quorum:
+        absent = [c for c in run.expected if c not in run.presence]
+        why = by_reason({c: refused[c] for c in absent if c in refused})
+        help_ = (
+            f"nothing heard from {', '.join(absent)}; start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
+        )
+        raise Paused(f"{len(run.presence)} of {len(run.expected)} centres are ready, {run.quorum} are needed ({why or help_})")
+    columns = sorted({c for p in run.presence.values() for c in p.columns})
+    for name, task in run.config.tasks.items():
+        if (task.label or name) not in columns:
+            raise ConsiliumError(f"no centre has a column '{task.label or name}' for task '{name}'{nearest(task.label or name, columns)}")
+    if not run.result:
+        # One that comes late is not without a class: its source is as a rule its own name.
+        sources = sorted({s for p in run.presence.values() for s in p.sources} | (set(run.expected) - set(run.presence)))
+        run.config = with_sources(run.config, sources)
+        count(run, list(run.presence))
+        for name in active(run.config, next(iter(run.config.stages.values()))):
+            if not any(n[:-1].sum() for key, n in run.counts.items() if key.endswith(f"/train/{name}")):
+                raise ConsiliumError(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
+        run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
+        run.result["sources"] = sources
+    else:
+        count(run, list(run.presence))
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config), sort_keys=False))
+
+
+def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
+    """Hear who is there, up to `wait` seconds; a centre that runs other code has no part. Returns {centre: why it was refused}."""
+    refused: dict[str, str] = {}
+    for received in run.transport.greet(Hello(run.id, to_dict(run.config)), centres, wait):
+        reply = received.reply
+        if not isinstance(reply, Presence):
+            refused[received.centre] = reason_of(reply)
+        elif reply.fingerprint != fingerprint():
+            refused[received.centre] = f"runs other code ({reply.fingerprint}, here {fingerprint()}); install the same version"
+        elif received.centre in centres:
+            run.presence[received.centre] = reply
+    for centre, why in refused.items():
+        run.ledger.event(run.id, "refused", why, centre)
+        log.warning("%s: %s", centre, why)
+    return refused
+
+
+def count(run: Run, centres: list[str]) -> None:
+    """Ask how many scans of each class there are; prior and centre weights come from these counts."""
+    requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres}
+    run.counts |= ask(run, requests)
+    for centre in centres:
+        said = run.presence[centre]
+        held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}
+        facts = {"counts": held, "sources": said.sources, "versions": said.versions, "skipped": said.skipped, "device": said.device}
+        run.ledger.add_centre(run.id, centre, facts)
+
+
+def readmit(run: Run) -> None:
+    """A centre that was away and is back takes part again."""
+    absent = [c for c in run.expected if c not in run.presence]
+    if absent:
+        meet(run, absent, 0.0)
+        back = [c for c in absent if c in run.presence]
+        if back:
+            count(run, back)
+
+
+def with_sources(config: Config, sources: list[str]) -> Config:
+    """The configuration with the federation's sources as the classes of every task that names none."""
+    tasks = {n: replace(t, classes=sources) if t.kind == "multiclass" and not t.classes else t for n, t in config.tasks.items()}
+    return check(replace(config, tasks=tasks))

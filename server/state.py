@@ -1,0 +1,87 @@
+"""A run in progress, and how it asks the centres: what the coordinator's modules share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import ConsiliumError
+from common.messages import Answer, Presence, Refusal, Request, Sums, add
+from common.schema import Config
+from common.weights import Layout, Weights
+from server.ledger import Ledger
+from server.transport import Transport
+
+log = logging.getLogger("consilium.server")
+
+
+class Paused(ConsiliumError):
+    """Too few centres, again and again: the run waits for a person and can be resumed."""
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    id: str
+    config: Config
+    folder: Path
+    transport: Transport
+    ledger: Ledger
+    layout: Layout = field(default_factory=Layout)
+    weights: Weights = field(default_factory=lambda: Weights(np.empty(0, np.float32), np.empty(0, np.int64)))
+    moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser
+    presence: dict[str, Presence] = field(default_factory=dict)
+    counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
+    result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
+
+    @property
+    def expected(self) -> list[str]:
+        return ["pooled"] if self.config.federation.mode == "central" else self.config.federation.centres
+
+    @property
+    def quorum(self) -> int:
+        return max(1, math.ceil(self.config.federation.quorum * len(self.expected)))
+
+
+def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
+    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
+    answers: dict[str, Sums] = {}
+    for received in run.transport.ask(requests, run.config.federation.deadline):
+        if isinstance(received.reply, Answer):
+            answers[received.centre] = received.reply.sums
+        else:
+            leave_out(run, "", 0, received.centre, reason_of(received.reply))
+    if not answers:
+        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
+    total: Sums = {}
+    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
+        add(total, answers[centre])
+    return total
+
+
+def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> None:
+    """Note who was left out, and why."""
+    log.warning("%s left out: %s", centre, reason)
+    run.ledger.event(run.id, "left_out", reason, centre)
+    if run.result:
+        run.result["left_out"].append({"stage": stage, "round": round, "centre": centre, "reason": reason})
+
+
+def reason_of(reply: object) -> str:
+    """A refusal's reason; any other unexpected reply is one."""
+    return reply.reason if isinstance(reply, Refusal) else f"answered with a {type(reply).__name__}"
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """`north, east: the disk is full; south: ...`."""
+    grouped: dict[str, list[str]] = {}
+    for centre, why in reasons.items():
+        grouped.setdefault(why, []).append(centre)
+    return "; ".join(f"{', '.join(centres)}: {why}" for why, centres in grouped.items())
