@@ -104,8 +104,8 @@ def _walk(folder: Path) -> tuple[list[dict[str, Any]], list[Skipped]]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         here = Path(root)
         files = [here / n for n in sorted(names, key=natural) if not n.startswith(".")]
-        for file in [f for f in files if f.stat().st_size == 0]:
-            skipped.append(Skipped(str(file), "the file is empty"))
+        for file in [f for f in files if not f.is_file() or f.stat().st_size == 0]:
+            skipped.append(Skipped(str(file), "the file is empty" if file.is_file() else "it is a link that leads nowhere, or no file"))
             files.remove(file)
         pictures = [f for f in files if f.name.lower().endswith(PICTURES)]
         nifti = [f for f in files if f.name.lower().endswith(NIFTI)]

@@ -257,3 +257,11 @@ def test_check_tells_what_is_missing() -> None:
         check(df[:0], tasks)
     with pytest.raises(ConsiliumError, match="no label for any task; fill at least one of the columns: outcome"):
         check(df, {"death": Task(label="outcome")})
+
+
+def test_a_link_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "scan.png"), np.full((32, 32), 90, np.uint8))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    table, skipped = build_cohort(tmp_path, "north")
+    assert len(table) == 1
+    assert [(Path(s.path).name, s.reason) for s in skipped] == [("gone.png", "it is a link that leads nowhere, or no file")]
