@@ -37,8 +37,8 @@ lint: .venv/ready
 
 .venv/ready: pyproject.toml deploy/constraints.txt
 	test -x $(PY)/python || python3 -m venv .venv
-	$(PY)/pip install --quiet --upgrade "pip>=24"
-	$(PY)/pip install --quiet -c deploy/constraints.txt -e ".[dev]"
+	@echo "installing into .venv: some minutes and about 6 GB, once"
+	@$(PY)/pip install -qq -c deploy/constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
