@@ -221,6 +221,7 @@ class Evaluation:
     task: str = "covid"  # the task whose metric chooses
     metric: Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy"] = "auc"
     over: Literal["macro", "pooled", "worst"] = "macro"
+    choose: Literal["best", "last"] = "best"  # last: a small validation set chooses noise, and an annealed stage ends at its best guess
     threshold: float = 0.5
     bins: int = 256  # of the score histograms that leave a centre
     absent: Literal["zero", "skip"] = "skip"  # challenge score: F1 of a class that a source does not have

@@ -249,7 +249,7 @@ def close(run: Run, place: dict[str, Any], stage: Stage, entry: dict[str, Any], 
 
     def better(best: dict[str, Any], value: float | None) -> dict[str, Any]:
         # Without a value to compare (one class only, another task) the latest round is as good as can be said.
-        if value is None or not best or best["value"] is None or value > best["value"]:
+        if evaluation.choose == "last" or value is None or not best or best["value"] is None or value > best["value"]:
             return {"stage": place["name"], "round": entry["round"], "value": value}
         return best
 
