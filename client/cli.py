@@ -45,8 +45,8 @@ def cohort(
         shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
     console.print(shown)
     for sentence in check(table, compose().tasks):
-        console.print(f"note: {sentence}", highlight=False)
-    console.print(f"{len(table)} scans written to {out}, {len(skipped)} skipped", highlight=False)
+        console.print(f"note: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(table)} scans written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -64,7 +64,7 @@ def preprocess(
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
-    console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False)
+    console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -76,7 +76,7 @@ def montage(
 ) -> None:
     """Draw a scan's chosen slices with the lung outline and the area curve. For the centre's eyes only."""
     draw(scan, compose(settings or []).preprocess, out, window)
-    console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False)
+    console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -93,7 +93,7 @@ def predict(
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)
-    console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False)
+    console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def phantom(
     for centre in config.federation.centres if prepare else []:
         folder = where / centre
         keys, skipped = bring_in(load_cohort(folder, centre), folder, config.preprocess, Store(folder / ".consilium" / "slices"), workers)
-        console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False)
+        console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False, markup=False, soft_wrap=True)
         _list(skipped)
 
 

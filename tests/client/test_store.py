@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from deadly import deadly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -24,6 +23,7 @@ from client.preprocess import KILLED, _together, jobs_of, preprocess, stack
 from client.store import Store
 from common.errors import ConsiliumError
 from common.schema import Phantom, Preprocess
+from tests.client.deadly import deadly
 
 SMALL = Preprocess(size=32)
 REPO = Path(__file__).parents[2]
