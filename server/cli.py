@@ -7,17 +7,16 @@ import shlex
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from common.cli import run
 from common.compose import compose
 from server import report as reports
 from server.runs import find, open_ledger, runs_folder
+from server.simulate import console
 from server.simulate import simulate as simulate_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator: simulate, resume, compare, report, runs.")
-console = Console()
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
 

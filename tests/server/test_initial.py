@@ -1,0 +1,55 @@
+"""The first weights: random by the seed, from a file, or one sentence why not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.compose import compose
+from common.errors import ConsiliumError
+from common.model import make_model
+from common.schema import Config
+from server.initial import initial_model
+
+
+def config(**backbone: object) -> Config:
+    base = compose(["tasks.source.classes=[a,b]"])
+    return replace(base, backbone=replace(base.backbone, **backbone))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_from_a_file_with_or_without_our_prefix(tmp_path: Path, suffix: str) -> None:
+    donor = make_model(config().backbone, config().tasks, 99).encoder.state_dict()
+    named = {f"encoder.{k}": v for k, v in donor.items()} if suffix == ".safetensors" else {**donor, "fc.weight": torch.zeros(3)}
+    path = tmp_path / f"weights{suffix}"
+    save_file(named, path) if suffix == ".safetensors" else torch.save(named, path)
+    model = initial_model(config(weights=str(path)))
+    assert all(torch.equal(v, donor[k]) for k, v in model.encoder.state_dict().items())
+
+
+def test_group_norm_takes_what_a_batch_norm_file_has(tmp_path: Path) -> None:
+    torch.save(make_model(config().backbone, config().tasks, 99).encoder.state_dict(), tmp_path / "bn.pth")
+    model = initial_model(config(weights=str(tmp_path / "bn.pth"), norm="group"))
+    assert not any("running" in name for name in model.state_dict())
+
+
+def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match=r"nowhere.pth' does not exist; give a file, 'timm' or 'random'"):
+        initial_model(config(weights=str(tmp_path / "nowhere.pth")))
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConsiliumError, match="cannot be read as weights"):
+        initial_model(config(weights=str(tmp_path / "torn.safetensors")))
+    torch.save(make_model(config(name="test_efficientnet").backbone, config().tasks, 1).encoder.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ConsiliumError, match="do not fit backbone 'test_resnet'"):
+        initial_model(config(weights=str(tmp_path / "other.pth")))
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConsiliumError, match=r"could not be fetched .*the coordinator needs internet for backbone.weights=timm"):
+        initial_model(config(name="tf_efficientnet_b0", weights="timm"))
