@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from client.augment import augment
-from common.errors import ConsiliumError
+from common.errors import Refused
 from common.model import Model
 from common.schema import Optimiser, Stage, Task
 from common.tasks import stage_loss
@@ -57,7 +57,7 @@ def train(
     `adjustments` [K] by task are added to the logits (common/imbalance.py); `progress` is the share of the stage done before and after this
     round, which the learning rate's schedule follows. The head of a task with `head: anchored` stays where it is while its gradient is summed;
     it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of the deltas is a gradient step over all centres.
-    A head with `head: moments` is fitted by the server and never moves here. Raises ConsiliumError when the loss is not finite.
+    A head with `head: moments` is fitted by the server and never moves here. Raises Refused when the loss is not finite.
     """
     device = torch.device(device)
     model.to(device).train()
@@ -96,7 +96,7 @@ def train(
                     outputs = model(x, list(tasks))
                 losses = stage_loss(tasks, outputs, {t: y.to(device) for t, y in part.targets.items()}, adjust, labelled)
                 if not torch.isfinite(losses.total):
-                    raise ConsiliumError(
+                    raise Refused(
                         f"the loss became {float(losses.total.detach())} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
                     )
                 for t, (value, n) in losses.sums.items():

@@ -102,6 +102,10 @@ def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
 def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
     """The stage's remaining rounds."""
     for round in range(len(place["rounds"]), stage.rounds + 1):
+        patience = run.config.evaluation.patience
+        if patience and all(round - 1 - best["round"] >= patience for best in _bests(place)):
+            run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
+            break
         started, began = datetime.now(UTC), time.perf_counter()
         readmit(run)
         entry, because = train_round(run, name, stage, place, round)
@@ -109,12 +113,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         entry["val"] = evaluate(run, name, stage, place, "val", round)
         entry["seconds"] = time.perf_counter() - began
         close(run, place, stage, entry, started, because)
-        evaluation = run.config.evaluation
-        text = scores.line(entry["val"], evaluation.task, evaluation.metric)
+        text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
         log.info("%s round %d/%d  %5.1f s  %s", name, round, stage.rounds, entry["seconds"], text)
-        if evaluation.patience and all(round - b["round"] >= evaluation.patience for b in _bests(place)):
-            run.result["notes"].append(f"stage '{name}' ended after round {round}: no better validation in {evaluation.patience} rounds")
-            break
     place["finished"] = True
     save(run, name, len(place["rounds"]) - 1)
 

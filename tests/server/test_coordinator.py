@@ -197,3 +197,9 @@ def test_stages_hand_weights_on_and_a_personal_stage_starts_from_them(phantom: P
 def test_no_column_for_a_task(phantom: Path, tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match="no centre has a column 'covit' for task 'covid'; did you mean 'covid'"):
         run(phantom_config(phantom, "tasks.covid.label=covit"), tmp_path)
+
+
+def test_patience_ends_a_stage(phantom: Path, tmp_path: Path) -> None:
+    result = run(phantom_config(phantom, "evaluation.patience=1", "stage.rounds=5", "stage.optimiser.lr=1e-9"), tmp_path)
+    assert [r["round"] for r in result["stages"][0]["rounds"]] == [0, 1]
+    assert "no better validation in 1 rounds" in result["notes"][0]
