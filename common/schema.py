@@ -55,7 +55,7 @@ class Task:
     tau: float = 1.0
     dropout: float = 0.0
     head: Literal["local", "anchored", "moments"] = "local"
-    anchor_lr: float = 0.1  # anchored: the head's step on the sum of its gradients over a round
+    anchor_lr: float = 0.005  # anchored: the head's step on the sum of its gradients over a round; at 0.1 it swings from source to source
     grad_scale: float = 1.0  # of the gradient that flows from this head into the backbone; negative: gradient reversal
     inference: bool = True  # false: the head is dropped when predicting
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from common.messages import Sums
 
 
-def balanced_discriminant(moments: Sums, shrinkage: float = 0.1) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def balanced_discriminant(moments: Sums, shrinkage: float | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights [K, D] and bias [K] of the discriminant with equal priors, from `n` [K], `sum` [K, D], `square` [D, D].
 
-    `z_k = mu_k' C^-1 f - mu_k' C^-1 mu_k / 2` with C the within-class covariance, shrunk towards its mean variance. A class without
+    `z_k = mu_k' C^-1 f - mu_k' C^-1 mu_k / 2` with C the within-class covariance, shrunk towards its mean variance by `shrinkage`, D / (D + n) by default. A class without
     scans gets the mean of the others and so no say.
     """
     n, total, square = moments["n"], moments["sum"], moments["square"]
@@ -23,6 +23,7 @@ def balanced_discriminant(moments: Sums, shrinkage: float = 0.1) -> tuple[NDArra
     within = (square - (means * n[:, None]).T @ means) / max(n.sum() - (n > 0).sum(), 1)
     d = len(within)
     scale = np.trace(within) / d
-    within = (1 - shrinkage) * within + (shrinkage * scale + 1e-6) * np.eye(d)
+    share = d / (d + n.sum()) if shrinkage is None else shrinkage
+    within = (1 - share) * within + (share * scale + 1e-6) * np.eye(d)
     weight = np.linalg.solve(within, means.T).T
     return weight.astype(np.float32), (-0.5 * (weight * means).sum(1)).astype(np.float32)
