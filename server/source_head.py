@@ -15,8 +15,8 @@ from common.messages import Sums
 def balanced_discriminant(moments: Sums, shrinkage: float | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights [K, D] and bias [K] of the discriminant with equal priors, from `n` [K], `sum` [K, D], `square` [D, D].
 
-    `z_k = mu_k' C^-1 f - mu_k' C^-1 mu_k / 2` with C the within-class covariance, shrunk towards its mean variance by `shrinkage`, D / (D + n) by default. A class without
-    scans gets the mean of the others and so no say.
+    `z_k = mu_k' C^-1 f - mu_k' C^-1 mu_k / 2` with C the within-class covariance, shrunk towards its mean variance by `shrinkage`, by default
+    D / (D + n): few scans make an overconfident head. A class without scans gets the mean of the others and so no say.
     """
     n, total, square = moments["n"], moments["sum"], moments["square"]
     means = np.where(n[:, None] > 0, total / np.maximum(n, 1)[:, None], total.sum(0) / max(n.sum(), 1))
