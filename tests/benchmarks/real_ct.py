@@ -1,6 +1,6 @@
 """Three real sources as three centres (3,810 CT slices): a table of settings x seeds, through the client and server code that a run uses.
 
-    .venv/bin/python -m tests.benchmarks.real_ct [--configs 'central|tau 1'] [--seeds 1,2,3] [--workers 2] [--out DIR]
+    .venv/bin/python -m tests.benchmarks.real_ct [--configs 'central|tau 1'] [--seeds 1,2,3] [--workers 2] [--out DIR] [--speed]
 
 Every run trains on a centre's `train`, is chosen on `val` and touches `test` once at its end. What is finished is kept in DIR/results and
 not done again; a run that was interrupted is resumed. DIR/table.md is the table. What came out, and what it says: README.md here.
@@ -9,7 +9,9 @@ not done again; a run that was interrupted is resumed. DIR/table.md is the table
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -19,7 +21,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,8 +31,10 @@ from client.cohort import save_cohort, split_of
 from client.preprocess import preprocess
 from client.site import Site
 from client.store import Store
+from client.trainer import Batch, train
 from common.compose import compose
 from common.errors import ConsiliumError
+from common.model import make_model
 from common.schema import Preprocess
 from server.ledger import Ledger
 from server.runs import begin, resume
@@ -48,12 +52,12 @@ BASE = [
     f"preprocess.size={PREPROCESS.size}",
     f"preprocess.crop={PREPROCESS.crop}",
     "stage.batch=32",
-    "stage.pace=equal",  # 27 steps a round at every centre, 81 pooled; 8 rounds in all, whatever the stages
+    "stage.pace=equal",  # 27 steps a round at every centre, 81 pooled
     "evaluation.choose=last",  # 118 and 139 validation scans: an AUC's standard error is .05, choosing among rounds is choosing noise
     "stage.optimiser.lr=3e-4",
 ]
 COVID = ["stage.tasks=[covid]"]  # the source head off
-PERSONAL = ["recipe=multisource_personal"]
+PERSONAL = ["recipe=multisource_personal", "stages.main.rounds=6"]
 SETTINGS: dict[str, list[str]] = {
     "central": ["federation.mode=central", *COVID],
     "local": ["federation.mode=local", *COVID],
@@ -65,10 +69,10 @@ SETTINGS: dict[str, list[str]] = {
     "tau 1 + source head": ["aggregation.tau=1"],
     "tau 1 + FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
     "tau 1, own pace": ["aggregation.tau=1", "stage.pace=own", *COVID],
-    "personal (multisource_personal)": PERSONAL,
-    "personal, tau 0": [*PERSONAL, "aggregation.tau=0", "aggregation.count=scans"],
-    "personal, server step 1": [*PERSONAL, "aggregation.lr=1"],
-    "personal, heads shared": [*PERSONAL, "stages.main.personal=[batch_norm]"],
+    "personal 6 + 2": [*PERSONAL, "stages.own.rounds=2"],  # 8 rounds like all above
+    "personal 6 + 8": [*PERSONAL, "stages.own.rounds=8"],  # a centre takes home what others taught, then trains as long as it would alone
+    "local, 14 rounds": ["federation.mode=local", "stage.rounds=14", *COVID],
+    "central, 14 rounds": ["federation.mode=central", "stage.rounds=14", *COVID],
 }
 
 
@@ -179,6 +183,25 @@ def _cell(numbers: list[float]) -> str:
     return f"{values.mean():.3f}{spread}".replace("0.", ".")
 
 
+def speed() -> None:
+    """Images a CPU-second of the training step on one thread, by size, precision and memory format: medians of five, interleaved."""
+    torch.set_num_threads(1)
+    config, found = compose(BASE), dict[str, list[float]]()
+    tasks = {"covid": config.tasks["covid"]}
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    for _, size, precision, channels_last in itertools.product(range(5), (64, 96, 128), precisions, (True, False)):
+        stage = dataclasses.replace(config.stages["main"], precision=precision, channels_last=channels_last)
+        model = make_model(config.backbone, tasks, 0, channels_last)
+        slices, labels = torch.randint(0, 255, (32, 1, size, size), dtype=torch.uint8), torch.randint(0, 2, (32,)).double()
+        batches = [Batch(slices, {"covid": labels})] * 4
+        train(model, batches[:1], stage, tasks, {})  # the first step chooses kernels
+        began = time.process_time()
+        train(model, batches, stage, tasks, {}, steps=4)
+        found.setdefault(f"{size} px  {precision}  channels_last={channels_last}", []).append(4 * 32 / (time.process_time() - began))
+    for what, rates in found.items():
+        print(f"{what}: {np.median(rates):.0f} images a CPU-second")
+
+
 def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="Three real CT sources as three centres: settings x seeds, test AUC.")
@@ -187,8 +210,11 @@ def main() -> None:
     )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--speed", action="store_true", help="only measure the training step")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "real_ct")
     given = parser.parse_args()
+    if given.speed:
+        return speed()
     settings = [s.strip() for s in given.configs.split("|")]
     seeds = [int(s) for s in given.seeds.split(",")]
     unknown = [s for s in settings if s not in SETTINGS]
