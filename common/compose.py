@@ -106,6 +106,10 @@ def check(config: Config) -> Config:
             if task not in config.tasks:
                 raise ConsiliumError(f"stages.{name}.tasks names '{task}', which the recipe lacks{nearest(task, config.tasks)}")
         anchored = [t for t in active(config, stage) if config.tasks[t].head != "local"]
+        if anchored and "heads" in stage.personal:
+            raise ConsiliumError(
+                f"stages.{name}.personal keeps the heads at the centres, but task '{anchored[0]}' has one that the server moves; set its head: local"
+            )
         if anchored and "all" in stage.personal:
             raise ConsiliumError(
                 f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"

@@ -7,10 +7,11 @@ import shlex
 from typing import Annotated
 
 import typer
+import yaml
 from rich.table import Table
 
 from common.cli import run
-from common.compose import compose
+from common.compose import compose, to_dict
 from server import report as reports
 from server.runs import find, open_ledger, runs_folder
 from server.simulate import console
@@ -70,10 +71,6 @@ def list_runs(runs: Runs = "", ledger: str = "") -> None:
 @app.command()
 def config(overrides: Annotated[list[str] | None, typer.Argument()] = None, recipe: str = "multisource") -> None:
     """Print the resolved configuration without running anything."""
-    import yaml
-
-    from common.compose import to_dict
-
     typer.echo(yaml.safe_dump(to_dict(compose([f"recipe={recipe}", *_split(overrides)])), sort_keys=False), nl=False)
 
 

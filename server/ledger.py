@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from common.errors import ConsiliumError
+from common.imbalance import effective_number
 from server import tables
 
 STATUS = ("started", "resumed", "paused", "finished", "failed")  # the kinds of event that are a run's status
@@ -109,7 +110,7 @@ class Ledger:
             kept = [c.name for c in tables.contributions.columns if c.name not in ("id", "centre", *at)]
             replies = [{**at, "centre": name, **{key: _finite(said.get(key)) for key in kept}} for name, said in contributions.items()]
             shares = [
-                {**at, "part": part, "centre": centre, "weight": weight, "effective": _effective(of)}
+                {**at, "part": part, "centre": centre, "weight": weight, "effective": effective_number(of)}
                 for part, of in weights.items()
                 for centre, weight in of.items()
             ]
@@ -229,11 +230,6 @@ def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
     newest = last.group_by(*(source.c[key] for key in keys)).subquery()
     same = sa.and_(*(table.c[key] == newest.c[key] for key in (*keys, "attempt")))
     return sa.select(table).join(newest, same).where(table.c.run == run).order_by(table.c.id)
-
-
-def _effective(weights: Mapping[str, float]) -> float:
-    total = math.fsum(weights.values())
-    return total**2 / math.fsum(w * w for w in weights.values()) if total else 0.0
 
 
 def _finite(value: Any) -> Any:

@@ -50,6 +50,11 @@ def find(runs: Path, run: str) -> Path:
     return folder
 
 
+def config_of(folder: Path) -> Config:
+    """The configuration that a run was started with."""
+    return config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
 def begin(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str = "") -> dict[str, Any]:
     """Carry out a new run. Returns its result; raises ConsiliumError."""
     run = run or new_id(config)
@@ -70,7 +75,7 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
     folder = find(runs, run)
     if (folder / "metrics.json").exists():
         raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
-    config = config_from(yaml.safe_load((folder / "config.yaml").read_text()))
+    config = config_of(folder)
     ledger.event(folder.name, "resumed")
     return _carry_out(Run(folder.name, config, folder, transport, ledger))
 

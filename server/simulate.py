@@ -25,9 +25,8 @@ from rich.console import Console
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.model import known
-from common.schema import Config
 from server.report import table
-from server.runs import find, new_id, runs_folder
+from server.runs import config_of, find, new_id, runs_folder
 
 APP = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -44,7 +43,7 @@ def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = ""
     folder = runs_folder(runs)
     if resume:
         kept = find(folder, resume)
-        config, run = compose_of(kept), kept.name
+        config, run = config_of(kept), kept.name
         settings = {"resume": run}
     else:
         config = compose([f"recipe={recipe}", *overrides])
@@ -67,21 +66,12 @@ def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = ""
         last = follow(run_id, home, environment, folder / f"{run}.log")
         status = _status(run_id, home, environment)
     metrics = folder / run / "metrics.json"
-    if not metrics.is_file():
+    if last or not metrics.is_file():  # a finished run's results are not those of a resume that was refused
         raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {folder / f'{run}.log'}")
     (folder / f"{run}.log").replace(folder / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
     console.print(f"report: {folder / run / 'report.html'}", highlight=False, soft_wrap=True)
     return folder / run
-
-
-def compose_of(folder: Path) -> Config:
-    """The configuration that a run was started with."""
-    import yaml
-
-    from common.compose import config_from
-
-    return config_from(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from client.answer import answer
 from client.site import Site
 from common.compose import compose
-from common.messages import Reply, Request, pack, unpack
+from common.messages import Refusal, Reply, Request, pack, unpack
 from common.schema import Config
 from server.transport import Received
 
@@ -29,8 +29,6 @@ class InProcess:
                 yield Received(reply.centre, reply)
 
     def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
-        from common.messages import Refusal
-
         for centre, request in requests.items():
             if centre not in self.by_name:
                 yield Received(centre, Refusal(centre, "not connected"))

@@ -54,6 +54,7 @@ def test_local_mode_exchanges_nothing() -> None:
         ("preprocess.window=[300,-1000]", "the first value must be the lower one"),
         ("stage.tasks=[covd]", "did you mean 'covid'"),
         ("stage.personal=[all]", "exchanges nothing"),
+        ("stage.personal=[heads]", "keeps the heads at the centres, but task 'source' has one that the server moves; set its head: local"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
