@@ -12,6 +12,8 @@ from typing import Literal, TypeVar, dataclass_transform
 T = TypeVar("T")
 Mode = Literal["federated", "central", "local"]
 Personal = Literal["batch_norm", "heads", "all"]
+Metric = Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "gmean", "dice", "r2", "spearman"]
+Kind = Literal["masked", "positive", "negative", "unlabelled"]  # of a scan: with a mask; else by the stage's first binary task
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -30,10 +32,11 @@ def _require(condition: bool, sentence: str) -> None:
 class Preprocess:
     """What is kept of a scan. Everything here is part of the store's key: a changed value is recomputed."""
 
-    selection: Literal["kds", "kds_paper", "zquantile"] = "kds"
+    modality: Literal["any", "CT", "XR"] = "any"  # of a cohort that says what its scans are, only these are taken
+    selection: Literal["kds", "kds_paper", "zquantile", "even"] = "kds"  # even: a grid over the slices that hold lung
     slices: int = 8  # S, kept of a CT; a radiograph is always one
     size: int = 256  # H = W of the kept slices, pixels
-    crop: Literal["body", "lungs", "none"] = "body"
+    crop: Literal["body", "lungs", "none"] = "body"  # lungs: by the cohort's own lung mask (column `lungs`), else by our lung finder
     window: tuple[float, float] = (-1000.0, 300.0)  # HU shown as 0..255; a cohort's own window columns come first
 
     def __post_init__(self) -> None:
@@ -43,20 +46,51 @@ class Preprocess:
 
 
 @settings
-class Task:
-    """One thing to predict: a head, a loss, its metrics and its weight in the stage's loss."""
+class Contrast:
+    """Momentum contrast (client/moco.py)."""
 
-    kind: Literal["binary", "multiclass"] = "binary"
+    width: int = 128  # of the projection that is compared
+    temperature: float = 0.2
+    queue: int = 1024  # keys of other scans that a scan is told from; never more than the centre has scans
+    momentum: float = 0.99  # of the key encoder within a round
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 2 and self.queue >= 1, "contrast.width must be 2 or more, contrast.queue 1 or more")
+        _require(self.temperature > 0, f"contrast.temperature is {self.temperature}; it must be above 0")
+        _require(0 <= self.momentum <= 1, f"contrast.momentum is {self.momentum}; it must be in [0, 1]")
+
+
+@settings
+class Task:
+    """One thing to predict: a head, a loss, its metrics and its weight in the stage's loss.
+
+    `segmentation`'s label is a mask (the column holds its file); `inpainting` (what was painted over) and `contrast` (which scan is it?) need none.
+    """
+
+    kind: Literal["binary", "multiclass", "regression", "segmentation", "inpainting", "contrast"] = "binary"
     label: str = ""  # the cohort's column; empty: the task's own name
+    columns: list[str] = field(default_factory=list)  # several instead: a regression predicts each, a multiclass task bins their sum
+    edges: list[float] = field(default_factory=list)  # multiclass of a number: its class is how many of these it exceeds
+    clusters: list[int] = field(default_factory=list)  # multiclass without labels: federated k-means makes them, with the best k of these
+    clustering: str = ""  # filled by the coordinator: under what name the centres keep the cluster of each scan
     classes: list[str] = field(default_factory=list)  # multiclass; empty for `source`: filled with the federation's sources
     weight: float = 1.0
     prior: Literal["none", "local", "global"] = "none"
     adjust: Literal["log", "fedlc"] = "log"  # log: tau log pi (Menon et al. 2021); fedlc: -tau n^(-1/4) (Zhang et al. 2022)
     tau: float = 1.0
+    reads: Literal["features", "map"] = "features"  # map: the decoder's full-resolution map by pyramid pooling (common/pyramid.py)
+    hidden: list[int] = field(default_factory=list)  # widths between input and output, each with ReLU and dropout
+    relu: bool = False  # of the head's input
+    xavier: bool = False  # the head's first weights (Glorot & Bengio 2010) instead of PyTorch's own
     dropout: float = 0.0
     head: Literal["local", "anchored", "moments"] = "local"
     anchor_lr: float = 0.005  # anchored: the head's step on the sum of its gradients over a round; at 0.1 it swings from source to source
     grad_scale: float = 1.0  # of the gradient that flows from this head into the backbone; negative: gradient reversal
+    dice: float = 1.0  # segmentation: the Dice loss's weight beside cross-entropy's 1
+    cut: float = 0.5  # segmentation: a pixel is affected from this probability on
+    burden: str = ""  # segmentation: a column with the known severity, compared with the affected share of the worse lung (Spearman's rho)
+    share: float = 0.25  # inpainting: of the picture that is painted over
+    contrast: Contrast = field(default_factory=Contrast)
     inference: bool = True  # false: the head is dropped when predicting
 
     def __post_init__(self) -> None:
@@ -64,6 +98,17 @@ class Task:
         _require(0 <= self.dropout < 1, f"a task's dropout is {self.dropout}; it must be in [0, 1)")
         _require(-10 <= self.tau <= 10, f"a task's tau is {self.tau}; it must be in [-10, 10]")
         _require(self.kind == "multiclass" or self.head != "moments", "head: moments needs kind: multiclass")
+        _require(
+            self.head != "moments" or not (self.hidden or self.relu or self.reads == "map"),
+            "head: moments needs a linear head on the features",
+        )
+        _require(list(self.edges) == sorted(set(self.edges)), f"a task's edges are {self.edges}; they must ascend")
+        _require(not (self.edges or self.clusters) or self.kind == "multiclass", "edges and clusters need kind: multiclass")
+        _require(min(self.clusters, default=2) >= 2, f"a task's clusters are {self.clusters}; each must be 2 or more")
+        _require(min(self.hidden, default=1) >= 1, f"a task's hidden widths are {self.hidden}; each must be 1 or more")
+        _require(0 < self.cut < 1, f"a task's cut is {self.cut}; it must be in (0, 1)")
+        _require(0 < self.share < 1, f"a task's share is {self.share}; it must be in (0, 1)")
+        _require(self.dice >= 0, f"a task's dice is {self.dice}; it must be 0 or more")
 
 
 @settings
@@ -83,9 +128,24 @@ class Augment:
     p_holes: float = 0.2
     holes: int = 8
     hole: float = 0.125  # side of a hole as a share of the image's (32 of 256)
+    p_elastic: float = 0.0
+    elastic: float = 0.03  # largest displacement, of the side
 
     def __post_init__(self) -> None:
-        for name in ("p_flip", "p_affine", "p_brightness", "p_value", "p_holes", "shift", "scale", "brightness", "contrast", "hole"):
+        for name in (
+            "p_flip",
+            "p_affine",
+            "p_brightness",
+            "p_value",
+            "p_holes",
+            "shift",
+            "scale",
+            "brightness",
+            "contrast",
+            "hole",
+            "p_elastic",
+            "elastic",
+        ):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
 
@@ -99,13 +159,17 @@ class Optimiser:
     head_lr: float = 1.0  # the heads' learning rate, as a multiple of lr
     weight_decay: float = 0.01
     momentum: float = 0.9  # sgd only
-    schedule: Literal["constant", "cosine"] = "cosine"  # over all steps of the stage
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"  # cosine: over all steps of the stage; plateau: see factor
+    factor: float = 0.65  # plateau: of lr, after ...
+    patience: int = 15  # ... this many rounds without a better validation value
     clip: float = 0.0  # largest norm of a step's gradient; 0: no limit
 
     def __post_init__(self) -> None:
         _require(0 < self.lr <= 10, f"optimiser.lr is {self.lr}; it must be in (0, 10]")
         _require(self.head_lr > 0, f"optimiser.head_lr is {self.head_lr}; it must be above 0")
         _require(self.weight_decay >= 0, f"optimiser.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _require(0 < self.factor < 1, f"optimiser.factor is {self.factor}; it must be in (0, 1)")
+        _require(self.patience >= 1, f"optimiser.patience is {self.patience}; it must be 1 or more")
         _require(self.clip >= 0, f"optimiser.clip is {self.clip}; it must be 0 or more")
 
 
@@ -114,16 +178,20 @@ class Stage:
     """Tasks + initial weights + what is frozen, reset or kept personal + optimiser + number of rounds."""
 
     tasks: list[str] = field(default_factory=list)  # empty: all of the recipe's
-    rounds: int = 8
+    rounds: int = 8  # 0: the stage is passed over
     epochs: float = 1.0  # passes over a centre's scans in a round ...
     steps: int | None = None  # ... or a fixed number of optimiser steps at every centre
     pace: Literal["own", "equal"] = "own"  # equal: every centre takes the average centre's steps, so that its weight alone is its say
     batch: int = 10  # scans
     accumulate: int = 1  # a batch is computed in this many parts
     drop_last: bool = False
+    sample: dict[Kind, float] = field(
+        default_factory=dict
+    )  # a batch's shares by kind of label, drawn with replacement; empty: each scan once a pass
     optimiser: Optimiser = field(default_factory=Optimiser)
     augment: Augment = field(default_factory=Augment)
     freeze: list[str] = field(default_factory=list)  # parameter-name patterns (fnmatch)
+    freeze_share: float = 0.0  # of the encoder's convolutions, the shallower ones, with all that lies between them
     reset: list[str] = field(default_factory=list)  # made anew at the stage's start
     personal: list[Personal] = field(default_factory=list)  # what a centre keeps as its own; [batch_norm] is FedBN, [all] no exchange
     proximal: float = 0.0  # FedProx's mu
@@ -132,12 +200,26 @@ class Stage:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(1 <= self.rounds <= 100_000, f"stage.rounds is {self.rounds}; it must be 1 or more")
+        _require(0 <= self.rounds <= 100_000, f"stage.rounds is {self.rounds}; it must be 0 or more")
+        _require(0 <= self.freeze_share <= 1, f"stage.freeze_share is {self.freeze_share}; it must be in [0, 1]")
+        _require(all(v >= 0 for v in self.sample.values()), f"stage.sample is {self.sample}; no share may be below 0")
+        _require(not self.sample or sum(self.sample.values()) > 0, "stage.sample gives every kind the share 0")
         _require(self.epochs > 0, f"stage.epochs is {self.epochs}; it must be above 0")
         _require(self.steps is None or self.steps >= 1, f"stage.steps is {self.steps}; it must be 1 or more")
         _require(self.batch >= 1, f"stage.batch is {self.batch}; it must be 1 or more")
         _require(1 <= self.accumulate <= self.batch, f"stage.accumulate is {self.accumulate}; it must be 1 to stage.batch ({self.batch})")
         _require(self.proximal >= 0, f"stage.proximal is {self.proximal}; it must be 0 or more")
+
+
+@settings
+class Decoder:
+    """A U-Net's way up (common/decoder.py), there only when a task of the recipe needs a map."""
+
+    widths: list[int] = field(default_factory=lambda: [256, 128, 64, 32, 16])  # from the deepest up; the last one is the map's
+    merge: Literal["concat", "add"] = "concat"  # add: every level is as wide as what it is merged with
+
+    def __post_init__(self) -> None:
+        _require(bool(self.widths) and min(self.widths) >= 1, f"backbone.decoder.widths is {self.widths}; give one or more, each 1 or more")
 
 
 @settings
@@ -151,6 +233,7 @@ class Backbone:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the three (equal) channels of a picture in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     drop_path: float = 0.0
+    decoder: Decoder = field(default_factory=Decoder)
 
     def __post_init__(self) -> None:
         _require(min(self.std) > 0, f"backbone.std is {self.std}; each must be above 0")
@@ -199,6 +282,14 @@ class Federation:
     name: str = "phantom"
     centres: list[str] = field(default_factory=lambda: ["north", "east", "south", "west"])
     mode: Mode = "federated"
+    evaluation: Literal["holdout", "loco", "kfold"] = (
+        "holdout"  # loco: a run without each centre in turn, tested there; kfold: a run for each fold
+    )
+    folds: int = 5  # kfold
+    fold: int | None = (
+        None  # filled by kfold: this part of the patients is the test split, the next one validation, the cohort's own split is not used
+    )
+    unseen: list[str] = field(default_factory=list)  # filled by loco: centres that only test, with all their scans
     root: str = ""  # simulation only: the folder with one subfolder a centre; a hospital names its own in site.yaml
     quorum: float = 1.0  # share of the centres that must have contributed when the deadline passes
     deadline: float = 3600.0  # seconds
@@ -209,6 +300,11 @@ class Federation:
     def __post_init__(self) -> None:
         _require(bool(self.centres), "federation.centres is empty; name the centres, e.g. federation.centres=[north,south]")
         _require(len(set(self.centres)) == len(self.centres), f"federation.centres names a centre twice: {self.centres}")
+        _require(self.folds >= 3, f"federation.folds is {self.folds}; it must be 3 or more")
+        _require(self.fold is None or 0 <= self.fold < self.folds, f"federation.fold is {self.fold}; it must be 0 to {self.folds - 1}")
+        _require(
+            set(self.unseen) < set(self.centres), f"federation.unseen is {self.unseen}; it must name some of federation.centres, not all"
+        )
         _require(0 < self.quorum <= 1, f"federation.quorum is {self.quorum}; it must be in (0, 1]")
         _require(self.deadline > 0, f"federation.deadline is {self.deadline}; it must be above 0 seconds")
         _require(self.retries >= 0, f"federation.retries is {self.retries}; it must be 0 or more")
@@ -219,13 +315,14 @@ class Evaluation:
     """How models are scored and the best one is chosen (on validation only)."""
 
     task: str = "covid"  # the task whose metric chooses
-    metric: Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy"] = "auc"
+    metric: Metric = "auc"
     over: Literal["macro", "pooled", "worst"] = "macro"
     choose: Literal["best", "last"] = "best"  # last: a small validation set chooses noise, and an annealed stage ends at its best guess
     threshold: float = 0.5
     bins: int = 256  # of the score histograms that leave a centre
     absent: Literal["zero", "skip"] = "skip"  # challenge score: F1 of a class that a source does not have
     patience: int = 0  # rounds without a better validation value before a stage ends; 0: never
+    warmup: int = 0  # rounds of a stage that patience does not count
 
     def __post_init__(self) -> None:
         _require(0 < self.threshold < 1, f"evaluation.threshold is {self.threshold}; it must be in (0, 1)")

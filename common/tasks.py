@@ -2,6 +2,15 @@
 
 `L = sum_t w_t * sum_{i labelled for t} l_t(i) / n_t`: rows without the label are selected away, never multiplied by zero, so that a NaN or
 an infinite output of an unlabelled row cannot reach the gradient (the indicator function of arXiv 2405.13771, eq. 1).
+
+| kind | output | target | missing |
+|---|---|---|---|
+| binary | [B, 1] logit | [B] 0 or 1 | NaN |
+| multiclass | [B, K] logits | [B] class | NaN |
+| regression | [B, R] | [B, R] | NaN in any of the R |
+| segmentation | [B, S, H, W] logits | uint8 [B, S, H, W], 0 or 1 | UNKNOWN throughout |
+| inpainting | [B, S, H, W] logits of the grey | [B, S, H, W] in [0, 1]: what was painted over, NaN elsewhere | never |
+| contrast | [B, width] | none: client/moco.py | never |
 """
 
 from __future__ import annotations
@@ -15,28 +24,90 @@ from torch import Tensor
 
 from common.schema import Task
 
+UNKNOWN = 255  # a mask's pixel of which nothing is known; a scan without a mask has no others
+DENSE = ("segmentation", "inpainting")  # a value for every pixel
+UNSUPERVISED = ("inpainting", "contrast")  # every scan is its own label
+
 
 def outputs_of(task: Task) -> int:
-    """Width of the head: one logit for a binary task, K for a multiclass one."""
-    return 1 if task.kind == "binary" else len(task.classes)
+    """Width of the head: one logit for a binary or dense task, K for a multiclass one, R for a regression."""
+    if task.kind == "multiclass":
+        return len(task.classes)
+    if task.kind == "regression":
+        return len(task.columns) or 1
+    return task.contrast.width if task.kind == "contrast" else 1
 
 
-def loss_sum(task: Task, output: Tensor, target: Tensor, adjustment: Tensor | None) -> tuple[Tensor, int]:
-    """Summed loss over the labelled rows, and their number.
+def columns_of(name: str, task: Task) -> list[str]:
+    """The cohort's columns that a task's labels come from; none for a task that needs no label."""
+    if task.kind in UNSUPERVISED or task.clusters:
+        return []
+    return task.columns or [task.label or name]
 
-    `output` [B, 1 or K] logits; `target` [B] float, class index, NaN = missing; `adjustment` [K] is added to the logits (a binary task's
-    single logit takes the difference of its two).
+
+def cells_of(name: str, task: Task) -> list[str]:
+    """The cells that a task's scans are counted in: its classes, or all labelled together. The count of the unlabelled comes after them."""
+    if task.kind == "binary":
+        return [f"no {name}", name]
+    return task.classes if task.kind == "multiclass" else ["labelled"]
+
+
+def needs_decoder(tasks: Mapping[str, Task]) -> bool:
+    """Whether any task reads the full-resolution map."""
+    return any(reads_map(task) for task in tasks.values())
+
+
+def reads_map(task: Task) -> bool:
+    """Whether a task's head stands on the decoder's map instead of the encoder's features."""
+    return task.kind in DENSE or task.reads == "map"
+
+
+def labelled_rows(task: Task, target: Tensor) -> Tensor:
+    """[B] bool: which rows have the label."""
+    if task.kind == "segmentation":
+        return (target != UNKNOWN).flatten(1).any(1)
+    if task.kind in UNSUPERVISED:
+        return torch.ones(len(target), dtype=torch.bool, device=target.device)
+    return torch.isfinite(target).reshape(len(target), -1).all(1)
+
+
+def loss_sum(task: Task, output: Tensor, target: Tensor, adjustment: Tensor | None = None) -> tuple[Tensor, int]:
+    """Summed loss over the labelled rows, and their number; shapes in the module's docstring. A row's loss is a mean over its pixels or columns.
+
+    `adjustment` [K] is added to the logits (a binary task's single logit takes the difference of its two).
     """
-    rows = torch.isfinite(target)
+    rows = labelled_rows(task, target)
+    n = int(rows.sum())
     z, y = output[rows].float(), target[rows]
     if task.kind == "binary":
         z = z.squeeze(1)
         if adjustment is not None:
             z = z + (adjustment[1] - adjustment[0])
-        return F.binary_cross_entropy_with_logits(z, y.float(), reduction="sum"), int(rows.sum())
-    if adjustment is not None:
-        z = z + adjustment
-    return F.cross_entropy(z, y.long(), reduction="sum"), int(rows.sum())
+        return F.binary_cross_entropy_with_logits(z, y.float(), reduction="sum"), n
+    if task.kind == "multiclass":
+        if adjustment is not None:
+            z = z + adjustment
+        return F.cross_entropy(z, y.long(), reduction="sum"), n
+    if task.kind == "regression":
+        return F.smooth_l1_loss(z, y.float().reshape(z.shape), reduction="none").mean(1).sum(), n
+    if task.kind == "inpainting":
+        return torch.stack([F.l1_loss(a[k := torch.isfinite(b)].sigmoid(), b[k].float()) for a, b in zip(z, y, strict=True)]).sum(), n
+    return dense_loss(z, y, task.dice).sum(), n
+
+
+def dense_loss(logits: Tensor, mask: Tensor, dice: float) -> Tensor:
+    """[B]: cross-entropy over the known pixels + `dice` * (1 - soft Dice) of each scan, from logits and mask [B, S, H, W].
+
+    Dice (Milletari et al., V-Net, 3DV 2016) with one pixel added above and below, so that an empty mask well met costs nothing.
+    """
+    known = (mask != UNKNOWN).flatten(1).float()
+    y = (mask == 1).flatten(1).float()
+    z = logits.flatten(1)
+    cross = (F.binary_cross_entropy_with_logits(z, y, reduction="none") * known).sum(1) / known.sum(1).clamp(min=1)
+    if not dice:
+        return cross
+    p = z.sigmoid() * known
+    return cross + dice * (1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1))
 
 
 @dataclass
@@ -54,7 +125,7 @@ def stage_loss(
     adjustments: Mapping[str, Tensor],
     labelled: Mapping[str, int] | None = None,
 ) -> Losses:
-    """The loss of a stage on one batch (module docstring).
+    """The loss of a stage on one batch (module docstring) for the tasks that have an output.
 
     `labelled` gives n_t of the whole batch when this is only a part of it (gradient accumulation); the parts' losses then add up to the
     batch's. A batch without any label has loss 0 and gradient 0.
@@ -62,6 +133,9 @@ def stage_loss(
     total = next(iter(outputs.values())).new_zeros((), dtype=torch.float32)
     sums: dict[str, tuple[float, int]] = {}
     for name, task in tasks.items():
+        if name not in outputs:
+            sums[name] = (0.0, 0)
+            continue
         summed, n = loss_sum(task, outputs[name], targets[name], adjustments.get(name))
         sums[name] = (float(summed.detach()), n)
         if n:

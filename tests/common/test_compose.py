@@ -44,7 +44,7 @@ def test_local_mode_exchanges_nothing() -> None:
         ("stage.rouds=2", "did you mean 'rounds'"),
         ("tasks.covd.tau=1", "the recipe has no task 'covd'; did you mean 'covid'?"),
         ("aggregation.tau=5", r"aggregation.tau is 5.0; it must be in \[0, 2\]"),
-        ("stage.rounds=0", "stage.rounds is 0"),
+        ("stage.rounds=-1", "stage.rounds is -1"),
         ("stage.rounds=many", "stages.main.rounds='many' is refused"),
         ("aggregation.method=fedsgd", "aggregation.method='fedsgd' is refused"),
         ("aggregation.tau", "has no '='"),
