@@ -68,7 +68,8 @@ def labelled_rows(task: Task, target: Tensor) -> Tensor:
         return (target != UNKNOWN).flatten(1).any(1)
     if task.kind in UNSUPERVISED:
         return torch.ones(len(target), dtype=torch.bool, device=target.device)
-    return torch.isfinite(target).reshape(len(target), -1).all(1)
+    known = torch.isfinite(target)
+    return known.flatten(1).all(1) if target.ndim > 1 else known
 
 
 def loss_sum(task: Task, output: Tensor, target: Tensor, adjustment: Tensor | None = None) -> tuple[Tensor, int]:
@@ -79,6 +80,8 @@ def loss_sum(task: Task, output: Tensor, target: Tensor, adjustment: Tensor | No
     rows = labelled_rows(task, target)
     n = int(rows.sum())
     z, y = output[rows].float(), target[rows]
+    if not n:
+        return z.sum(), 0
     if task.kind == "binary":
         z = z.squeeze(1)
         if adjustment is not None:
