@@ -6,6 +6,9 @@ pooled one is the plain sum, and no scan's own score leaves its hospital. Bins a
 into the outer bins); their number is even, so that probability 0.5 is an edge and the metrics at that threshold are exact. The AUC counts
 ties half: it differs from the one over raw scores by at most half the share of (positive, negative) pairs that share a bin.
 
+For a regression it sends the nine sums of `regression_sums`, for a segmentation the seven of `overlap_sums`, and for the rank agreement of
+two numbers their *joint* histogram, float64 [P, T], in bins that are the same everywhere.
+
 A metric that is not defined is None, never 0 and never 0.5, and `reasons` says why.
 """
 
@@ -25,7 +28,23 @@ Metrics = dict[str, float | None]
 
 LIMIT = 8.0  # logits; beyond it a probability is within 0.0004 of 0 or 1
 COUNTS = ("n", "positives")  # of a metrics dict: sizes, not performance; a mean or a worst of them says nothing
-LOWER_IS_BETTER = ("ece", "brier")
+LOWER_IS_BETTER = ("ece", "brier", "mae", "rmse", "loss")
+LEADING = (
+    "auc",
+    "balanced_accuracy",
+    "accuracy",
+    "dice",
+    "r2",
+    "mae",
+    "loss",
+)  # of a task that is not the chosen one, the first it has is shown
+UNLABELLED = "no labelled scans"
+
+# Bins of a predicted share in [0, 1], narrow where most scans are: near 0.
+SHARE_EDGES = np.linspace(0, 1, 65) ** 2
+# Bins of a severity known on whatever scale the hospital has: log(1 + 10 v) in equal steps up to v = 100. Keeps the integers 0 to 18 apart
+# (grades of 0 to 4, Brixia's score), tells per cents to a twentieth of their value, and leaves a share in [0, 1] 44 bins.
+SEVERITY_EDGES = np.expm1(np.linspace(0, np.log1p(1000), 129)) / 10
 
 
 def edges(bins: int) -> Array:
@@ -45,10 +64,7 @@ def histogram(logits: NDArray[Any], targets: NDArray[Any], bins: int = 256) -> A
     scores, truth = np.asarray(logits, np.float64).ravel(), np.asarray(targets, np.float64).ravel()
     labelled = ~np.isnan(truth)
     scores, truth = scores[labelled], truth[labelled]
-    if lost := int(np.isnan(scores).sum()):
-        raise ConsiliumError(
-            f"the model's output is not a number for {lost} of {len(scores)} scans: training diverged, lower the learning rate"
-        )
+    _refuse_nan(scores)
     where = np.searchsorted(inner, scores, side="right")
     return np.stack([np.bincount(where[truth == label], minlength=bins) for label in (0, 1)]).astype(np.float64)
 
@@ -62,7 +78,6 @@ def binary_metrics(hist: Array, threshold: float = 0.5) -> Metrics:
     (tn, fn), (fp, tp) = _outcomes(hist, threshold)
     negatives, positives = tn + fp, fn + tp
     sensitivity, specificity = _ratio(tp, positives), _ratio(tn, negatives)
-    both = sensitivity is not None and specificity is not None
     predicted, observed, n = calibration(hist)
     probability = _probability(hist)
     return {
@@ -73,7 +88,8 @@ def binary_metrics(hist: Array, threshold: float = 0.5) -> Metrics:
         "sensitivity": sensitivity,
         "specificity": specificity,
         "precision": _ratio(tp, tp + fp) if negatives and positives else None,  # with one class it would be 0 or 1 whatever the model
-        "balanced_accuracy": (sensitivity + specificity) / 2 if both else None,  # type: ignore[operator]
+        "balanced_accuracy": None if sensitivity is None or specificity is None else (sensitivity + specificity) / 2,
+        "gmean": None if sensitivity is None or specificity is None else math.sqrt(sensitivity * specificity),
         "accuracy": _ratio(tp + tn, negatives + positives),
         "ece": _ratio(float((n * np.abs(predicted - observed)).sum()), negatives + positives),
         "brier": _ratio(float((hist[0] * probability**2 + hist[1] * (1 - probability) ** 2).sum()), negatives + positives),
@@ -84,7 +100,7 @@ def reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
     """Why a metric of `binary_metrics` is None: {metric: reason}; empty where all are defined."""
     (tn, fn), (fp, tp) = _outcomes(hist, threshold)
     if tn + fn + fp + tp == 0:
-        why = "no labelled scans"
+        why = UNLABELLED
     elif fn + tp == 0:
         why = f"one class only (no positive scan among {tn + fp:.0f})"
     elif tn + fp == 0:
@@ -96,17 +112,20 @@ def reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
 
 
 def multiclass_metrics(confusion: Array) -> Metrics:
-    """Accuracy, balanced accuracy (mean recall) and F1 (mean over classes) from a confusion [K, K]; classes without scans are left out.
+    """Accuracy, balanced accuracy (mean recall), G-mean (geometric mean of the recalls) and F1 (mean over classes) from a confusion [K, K];
+    classes without scans are left out.
 
-    With one class only the latter two would be accuracy by another name: they are None.
+    With one class only the latter three would be accuracy by another name: they are None.
     """
     true, predicted, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
     present = true > 0
-    several = int(present.sum()) > 1
+    recalls = right[present] / true[present]
+    several = len(recalls) > 1
     return {
         "n": float(true.sum()),
         "accuracy": _ratio(float(right.sum()), float(true.sum())),
-        "balanced_accuracy": float((right[present] / true[present]).mean()) if several else None,
+        "balanced_accuracy": float(recalls.mean()) if several else None,
+        "gmean": float(recalls.prod() ** (1 / len(recalls))) if several else None,
         "f1": float((2 * right[present] / (true + predicted)[present]).mean()) if several else None,
     }
 
@@ -114,15 +133,141 @@ def multiclass_metrics(confusion: Array) -> Metrics:
 def multiclass_reasons(confusion: Array) -> dict[str, str]:
     """Why a metric of `multiclass_metrics` is None: {metric: reason}."""
     n = confusion.sum()
-    why = f"one class only ({n:.0f} scans)" if n else "no labelled scans"
+    why = f"one class only ({n:.0f} scans)" if n else UNLABELLED
     return {name: why for name, value in multiclass_metrics(confusion).items() if value is None}
+
+
+# --- regression -----------------------------------------------------------------------------------------------------------------------
+
+
+def regression_sums(predicted: NDArray[Any], target: NDArray[Any]) -> Array:
+    """[9]: scans, values, sum |e|, sum e^2, sum y, sum y^2, sum p, sum p^2, sum p y over the values of `predicted` p and `target` y [N, R].
+
+    e = p - y. A row with a NaN among its targets is dropped. Raises ConsiliumError where a labelled scan's prediction is not a number.
+    """
+    p, y = _rows(np.asarray(predicted, np.float64)), _rows(np.asarray(target, np.float64))
+    labelled = ~np.isnan(y).any(1)
+    p, y = p[labelled], y[labelled]
+    _refuse_nan(p)
+    e = p - y
+    return np.array([len(y), y.size, *(v.sum() for v in (np.abs(e), e**2, y, y**2, p, p**2, p * y))], np.float64)
+
+
+def regression_metrics(sums: Array) -> Metrics:
+    """Of all columns together: `mae` and `rmse` in the labels' unit, `r2` = 1 - sum e^2 / sum (y - mean y)^2, `pearson`'s correlation."""
+    scans, n, absolute, squared, y, yy, p, pp, py = map(float, sums)
+    spread_y, spread_p = _spread(n, y, yy), _spread(n, p, pp)
+    return {
+        "n": scans,
+        "mae": _ratio(absolute, n),
+        "rmse": math.sqrt(squared / n) if n else None,
+        "r2": 1 - squared / spread_y if spread_y else None,
+        "pearson": (py - p * y / n) / math.sqrt(spread_y * spread_p) if spread_y and spread_p else None,
+    }
+
+
+def regression_reasons(sums: Array) -> dict[str, str]:
+    """Why a metric of `regression_metrics` is None: {metric: reason}."""
+    _, n, _, _, y, yy, *_ = map(float, sums)
+    why = UNLABELLED if not n else "the labels are all the same" if not _spread(n, y, yy) else "the predictions are all the same"
+    return {name: why for name, value in regression_metrics(sums).items() if value is None}
+
+
+def _spread(n: float, total: float, squares: float) -> float:
+    """sum (x - mean x)^2; exactly 0 where only rounding is left of it."""
+    spread = squares - total**2 / n if n else 0.0
+    return spread if spread > 1e-12 * squares else 0.0
+
+
+# --- segmentation ---------------------------------------------------------------------------------------------------------------------
+
+
+def overlap_sums(predicted: NDArray[Any], mask: NDArray[np.uint8], cut: float = 0.5) -> Array:
+    """[7]: scans with a mask, sum of their Dice, pixels true positive, false positive, false negative, scans whose mask is not empty, sum of
+    their Dice.
+
+    `predicted` [N, ...]: bool, or a probability that is called from `cut` on. `mask` [N, ...]: 0, 1, or 255 for a pixel of which nothing is
+    known, which counts nowhere; a scan of only such has no mask. Dice = 2 tp / (2 tp + fp + fn), 1 where nothing was there and nothing found.
+    Raises ConsiliumError where a scan with a mask has a prediction that is not a number.
+    """
+    known = _rows(mask != 255)
+    kept = known.any(1)
+    known, true, called = known[kept], _rows(mask == 1)[kept], _rows(np.asarray(predicted))[kept]
+    if called.dtype != bool:
+        _refuse_nan(called)
+        called = called >= cut
+    tp, fp, fn = ((a & b & known).sum(1, dtype=np.float64) for a, b in ((called, true), (called, ~true), (~called, true)))
+    size = 2 * tp + fp + fn
+    dice = np.where(size > 0, 2 * tp / np.maximum(size, 1), 1.0)
+    affected = tp + fn > 0
+    return np.array([len(dice), dice.sum(), tp.sum(), fp.sum(), fn.sum(), affected.sum(), dice[affected].sum()], np.float64)
+
+
+def overlap_metrics(sums: Array) -> Metrics:
+    """`dice`: mean over scans with a mask; `dice_affected`: over those whose mask is not empty; the others of all their pixels together.
+
+    `n` and `positives` (mask not empty) are scans.
+    """
+    n, dice, tp, fp, fn, affected, dice_affected = map(float, sums)
+    return {
+        "n": n,
+        "positives": affected,
+        "dice": _ratio(dice, n),
+        "dice_affected": _ratio(dice_affected, affected),
+        "dice_pixels": _f1(tp, fp, fn),
+        "sensitivity": _ratio(tp, tp + fn),
+        "precision": _ratio(tp, tp + fp) if affected else None,  # else it would be 0 whatever the model
+    }
+
+
+def overlap_reasons(sums: Array) -> dict[str, str]:
+    """Why a metric of `overlap_metrics` is None: {metric: reason}."""
+    n, affected = float(sums[0]), float(sums[5])
+    why = UNLABELLED if not n else f"all masks are empty ({n:.0f} scans)" if not affected else "no pixel was called affected"
+    return {name: why for name, value in overlap_metrics(sums).items() if value is None}
+
+
+# --- rank agreement -------------------------------------------------------------------------------------------------------------------
+
+
+def joint_histogram(a: NDArray[Any], b: NDArray[Any], edges_a: Array, edges_b: Array) -> Array:
+    """Counts of scans by (bin of `a`, bin of `b`), [P, T], from two numbers each [N] and their bins' edges [P + 1], [T + 1].
+
+    What lies beyond the edges falls into the outer bins; a scan with a NaN in either is dropped.
+    """
+    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    known = ~(np.isnan(a) | np.isnan(b))
+    joint = np.zeros((len(edges_a) - 1, len(edges_b) - 1))
+    np.add.at(joint, tuple(np.searchsorted(e[1:-1], x[known], side="right") for e, x in ((edges_a, a), (edges_b, b))), 1)
+    return joint
+
+
+def spearman(joint: Array) -> float | None:
+    """Spearman's rho of the binned numbers: the correlation of their mid-ranks. None unless each takes two different values."""
+    counts_a, counts_b = joint.sum(1), joint.sum(0)
+    n = counts_a.sum()
+    # The mean rank is (n + 1) / 2 with ties and without; measured from there, a bin's ranks are the scans below less those above.
+    ranks_a, ranks_b = (np.cumsum(c) - (c + n) / 2 for c in (counts_a, counts_b))
+    whole = math.sqrt(float(counts_a @ ranks_a**2) * float(counts_b @ ranks_b**2))
+    return float(ranks_a @ joint @ ranks_b) / whole if whole > 0 else None
+
+
+def spearman_reason(joint: Array) -> str:
+    """Why `spearman` is None; empty where it is not."""
+    if spearman(joint) is not None:
+        return ""
+    n = joint.sum()
+    return f"the known or the predicted severity is the same for all {n:.0f} scans" if n > 1 else f"severity is known of {n:.0f} scans"
+
+
+# --- over centres ---------------------------------------------------------------------------------------------------------------------
 
 
 def summary(per_centre: Mapping[str, Mapping[str, float | None]], pooled: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
     """Centres' metrics in four views, each by metric name; centres where a metric is undefined do not count for it.
 
-    `macro`: mean over centres; `pooled`: metrics of the summed histogram or confusion, as given; `worst`: {"value", "centre"}, the
-    largest for errors (ece, brier), else the smallest; `spread`: largest less smallest. None where no centre has the metric.
+    `macro`: mean over centres; `pooled`: metrics of the summed sums, as given; `worst`: {"value", "centre"}, the largest where lower is
+    better (LOWER_IS_BETTER), else the smallest; `spread`: largest less smallest. None where no centre has the metric.
     """
     views: dict[str, dict[str, Any]] = {"macro": {}, "pooled": dict(pooled), "worst": {}, "spread": {}}
     for name in (name for name in pooled if name not in COUNTS):
@@ -195,6 +340,19 @@ def _auc(hist: Array) -> float | None:
 def _f1(tp: float, fp: float, fn: float) -> float | None:
     """Undefined where the class has no scans, even though false alarms alone would make it 0: nothing was there to be found."""
     return 2 * tp / (2 * tp + fp + fn) if tp + fn > 0 else None
+
+
+def _rows(values: NDArray[Any]) -> NDArray[Any]:
+    """[N, ...] or [N] as [N, values]."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+def _refuse_nan(predicted: NDArray[Any]) -> None:
+    """`predicted` [N, ...]. Raises ConsiliumError."""
+    if lost := int(np.isnan(_rows(predicted)).any(1).sum()):
+        raise ConsiliumError(
+            f"the model's output is not a number for {lost} of {len(predicted)} scans: training diverged, lower the learning rate"
+        )
 
 
 def _ratio(part: float, whole: float) -> float | None:
