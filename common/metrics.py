@@ -260,6 +260,20 @@ def spearman_reason(joint: Array) -> str:
     return f"the known or the predicted severity is the same for all {n:.0f} scans" if n > 1 else f"severity is known of {n:.0f} scans"
 
 
+# --- tasks without labels -------------------------------------------------------------------------------------------------------------
+
+
+def loss_metrics(sums: Array) -> Metrics:
+    """Of a task whose loss is all that is measured: {n, loss} from [2] = (summed loss, scans)."""
+    summed, n = map(float, sums)
+    return {"n": n, "loss": _ratio(summed, n)}
+
+
+def loss_reasons(sums: Array) -> dict[str, str]:
+    """Why the loss is None: {"loss": reason}, or empty."""
+    return {} if sums[1] else {"loss": "no scans"}
+
+
 # --- over centres ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,69 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.compose import to_dict
 from common.messages import Presence, Sums
-from common.metrics import binary_metrics, challenge_score, multiclass_metrics, multiclass_reasons, reasons, summary
+from common.metrics import (
+    LEADING,
+    Array,
+    Metrics,
+    binary_metrics,
+    challenge_score,
+    loss_metrics,
+    loss_reasons,
+    multiclass_metrics,
+    multiclass_reasons,
+    overlap_metrics,
+    overlap_reasons,
+    reasons,
+    regression_metrics,
+    regression_reasons,
+    spearman,
+    spearman_reason,
+    summary,
+)
 from common.schema import Config, Evaluation
+from common.tasks import cells_of
 
 Table = dict[str, Any]
 
 
+class Measure(NamedTuple):
+    """How a kind of task is measured."""
+
+    what: str  # its sums come as `cohort/task/what`
+    metrics: Callable[..., Metrics]  # from them
+    reasons: Callable[..., dict[str, str]]  # why some are undefined
+
+
+MEASURES = {
+    "binary": Measure("hist", binary_metrics, reasons),
+    "multiclass": Measure("confusion", multiclass_metrics, multiclass_reasons),
+    "regression": Measure("regression", regression_metrics, regression_reasons),
+    "segmentation": Measure("overlap", overlap_metrics, overlap_reasons),
+    "inpainting": Measure("loss", loss_metrics, loss_reasons),
+    "contrast": Measure("loss", loss_metrics, loss_reasons),
+}
+
+
 def table(sums: Sums, config: Config, tasks: list[str], with_sums: bool = False) -> Table:
-    """{task: {"centres": {centre: metrics}, "macro", "pooled", "worst", "spread"}}, with histograms (`with_sums`) for the report's curves."""
+    """{task: {"centres": {centre: metrics}, "macro", "pooled", "worst", "spread"}}, with histograms (`with_sums`) for the report's curves.
+
+    A segmentation whose centres also sent a joint histogram of predicted and known severity (`joint`) has Spearman's rho among its metrics.
+    """
     found: Table = {}
-    threshold = config.evaluation.threshold
     for task in tasks:
-        binary = config.tasks[task].kind == "binary"
-        what = "hist" if binary else "confusion"
-        own = {key.split("/")[0]: array for key, array in sorted(sums.items()) if key.endswith(f"/{task}/{what}")}
+        kind = config.tasks[task].kind
+        what, measured, whys = MEASURES[kind]
+        own = _of(sums, task, what)
         if not own:
             continue
+        given = {"threshold": config.evaluation.threshold} if kind == "binary" else {}
         total = np.sum(list(own.values()), axis=0)
-        metrics = {c: binary_metrics(h, threshold) if binary else multiclass_metrics(h) for c, h in own.items()}
-        pooled = binary_metrics(total, threshold) if binary else multiclass_metrics(total)
-        centres: dict[str, Any] = {}
-        for c, h in own.items():
-            loss, n = sums[f"{c}/{task}/loss"]
-            why = reasons(h, threshold) if binary else multiclass_reasons(h)
-            centres[c] = {**metrics[c], "loss": float(loss / n) if n else None, "reasons": why}
+        metrics, pooled = {c: measured(array, **given) for c, array in own.items()}, measured(total, **given)
+        why = {c: whys(array, **given) for c, array in own.items()}
+        if joints := _of(sums, task, "joint"):
+            joint_of_all = np.sum(list(joints.values()), axis=0)
+            pooled["spearman"] = spearman(joint_of_all)
+            for c in own:
+                joint = joints.get(c, np.zeros_like(joint_of_all))
+                metrics[c]["spearman"] = spearman(joint)
+                why[c] |= {"spearman": said} if (said := spearman_reason(joint)) else {}
+        losses = {c: loss_metrics(sums[f"{c}/{task}/loss"])["loss"] for c in own}
+        centres = {c: {**metrics[c], "loss": losses[c], "reasons": why[c]} for c in own}
         found[task] = {"centres": centres, **summary(metrics, pooled)}
-        if binary:
-            found[task]["challenge_score"] = challenge_score(own.values(), threshold, config.evaluation.absent)
+        if kind == "binary":
+            found[task]["challenge_score"] = challenge_score(own.values(), given["threshold"], config.evaluation.absent)
         if with_sums:
-            found[task][what] = {c: h.tolist() for c, h in own.items()}
+            found[task][what] = {c: array.tolist() for c, array in own.items()}
     return found
 
 
+def _of(sums: Sums, task: str, what: str) -> dict[str, Array]:
+    """{cohort: array}, in the order of their names."""
+    return {key.split("/")[0]: array for key, array in sorted(sums.items()) if key.endswith(f"/{task}/{what}")}
+
+
 def without_sums(scores: Table) -> Table:
-    """The table without histograms and confusions."""
-    return {task: {k: v for k, v in views.items() if k not in ("hist", "confusion")} for task, views in scores.items()}
+    """The table without histograms and other sums."""
+    sums = {measure.what for measure in MEASURES.values()}
+    return {task: {k: v for k, v in views.items() if k not in sums} for task, views in scores.items()}
 
 
 def chosen(scores: Table, evaluation: Evaluation) -> float | None:
-    """The value that chooses the best round; None where it is undefined."""
-    view = scores[evaluation.task][evaluation.over].get(evaluation.metric)
+    """The value that chooses the best round; None where it is undefined or the stage has no such task."""
+    view = scores.get(evaluation.task, {}).get(evaluation.over, {}).get(evaluation.metric)
     value = view["value"] if isinstance(view, dict) else view
     return None if value is None else float(value)
 
 
 def own(scores: Table, evaluation: Evaluation, cohorts: list[str]) -> float | None:
     """The same for one centre alone (mean over its cohorts)."""
-    centres = scores[evaluation.task]["centres"]
+    centres = scores.get(evaluation.task, {}).get("centres", {})
     values = [v for c in cohorts if c in centres and (v := centres[c].get(evaluation.metric)) is not None]
     return float(np.mean(values)) if values else None
 
 
 def line(scores: Table, task: str, metric: str) -> str:
-    """One line for a log: `covid auc  macro .812  worst .744 (south)`."""
+    """One line for a log: `covid auc  macro .812  worst .744 (south)`; in a stage without the task, of its first task's leading metric."""
+    if task not in scores:
+        task = next(iter(scores), "")
     if task not in scores:
         return ""
+    if metric not in scores[task]["macro"]:
+        metric = next((name for name in LEADING if name in scores[task]["macro"]), metric)
     macro, worst = scores[task]["macro"].get(metric), scores[task]["worst"].get(metric)
     if macro is None or worst is None or worst["value"] is None:
         return f"{task} {metric} undefined"
@@ -79,10 +133,9 @@ def new_result(run: str, config: Config, presence: Mapping[str, Presence], count
         for key, n in counts.items():
             cohort, split, task = key.split("/")
             if cohort in said.cohorts:
-                kind = config.tasks[task]
-                names = [f"no {task}", task] if kind.kind == "binary" else kind.classes
-                cell = held.setdefault(split, {}).setdefault(task, dict.fromkeys([*names, "unlabelled"], 0.0))
-                for name, value in zip([*names, "unlabelled"], n.tolist(), strict=True):
+                names = [*cells_of(task, config.tasks[task]), "unlabelled"]
+                cell = held.setdefault(split, {}).setdefault(task, dict.fromkeys(names, 0.0))
+                for name, value in zip(names, n.tolist(), strict=True):
                     cell[name] += value
         centres[centre] = {
             "counts": held,
