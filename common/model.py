@@ -1,25 +1,31 @@
-"""The model: a timm encoder on every slice alone, the slices pooled, one head a task.
+"""The model: a timm encoder on every slice alone, the slices pooled, one head a task; a decoder where a task reads a map.
 
 slices [B, S, H, W] in [0, 1]  ->  normalised, three equal channels [B*S, 3, H, W]  ->  features [B*S, D]
-                               ->  pooled over S [B, D]  ->  {task: logits [B, 1 or K]}
+                               ->  pooled over S [B, D]  ->  heads: {task: [B, 1 or K or R]}
+the encoder's levels           ->  decoder's map [B, S, C, H, W]  ->  dense heads: {task: [B, S, H, W]}
+                               ->  585 cells of it [B, 585 C]     ->  heads that read the map: {task: [B, 1 or K or R]}
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, GroupNormAct  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-import common.backbones  # noqa: F401  (registers our encoders with timm)
+from common.backbones import PAPERS
+from common.decoder import Decoder, make_decoder
 from common.errors import ConsiliumError, nearest
+from common.pyramid import CELLS, pyramid_pool
 from common.schema import Backbone, Task
-from common.tasks import outputs_of
+from common.tasks import DENSE, needs_decoder, outputs_of, reads_map
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -36,7 +42,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class Model(nn.Module):
-    """`encoder`, `heads.<task>`; see the module docstring for shapes."""
+    """`encoder`, `decoder` (or None), `heads.<task>`; see the module docstring for shapes."""
 
     mean: Tensor
     std: Tensor
@@ -44,38 +50,111 @@ class Model(nn.Module):
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
         super().__init__()
         self.encoder = make_encoder(backbone)
+        self.decoder: Decoder | None = None
+        if needs_decoder(tasks):
+            self.decoder = make_decoder(self.encoder, backbone.name, backbone.decoder)
+            if backbone.norm == "group":
+                group_norm(self.decoder)
         self.pool = backbone.pool
+        self.kinds = {name: task.kind for name, task in tasks.items()}
+        self.reads = {name: what_is_read(task) for name, task in tasks.items()}
         self.grad_scale = {name: task.grad_scale for name, task in tasks.items()}
-        width = int(self.encoder.num_features)  # type: ignore[arg-type]
-        self.heads = nn.ModuleDict(
-            {name: nn.Sequential(nn.Dropout(t.dropout), nn.Linear(width, outputs_of(t))) for name, t in tasks.items()}
-        )
+        channels = self.decoder.out_channels if self.decoder is not None else 0
+        widths = {"features": int(self.encoder.num_features), "map": channels, "cells": channels * CELLS}  # type: ignore[arg-type]
+        self.heads = nn.ModuleDict({name: make_head(task, widths[self.reads[name]]) for name, task in tasks.items()})
         # Constants of the configuration, not weights: they do not travel.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
     def features(self, slices: Tensor) -> Tensor:
         """Pooled features [B, D] of slices [B, S, H, W] in [0, 1]."""
-        b, s, h, w = slices.shape
-        x = (slices.reshape(b * s, 1, h, w) - self.mean) / self.std  # broadcasts to three channels
-        if self.encoder_format is torch.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        f = self.encoder(x).float().view(b, s, -1)
-        pooled: Tensor = f.mean(1) if self.pool == "mean" else f.amax(1)
-        return pooled
+        return self._pooled(self.encoder(self._pictures(slices)), slices)
+
+    def read(self, slices: Tensor, what: set[str]) -> dict[str, Tensor]:
+        """What heads read, of one pass through the encoder: `features` [B, D], `map` [B, S, C, H, W], `cells` [B, 585 C]."""
+        if what == {"features"}:
+            return {"features": self.features(slices)}
+        assert self.decoder is not None, "no task of this model reads a map"
+        x = self._pictures(slices)
+        deepest, levels = self.encoder.forward_intermediates(x)  # type: ignore[operator]
+        read = {"map": self.decoder(levels, x.shape[-2:]).unflatten(0, slices.shape[:2])}
+        if "features" in what:
+            read["features"] = self._pooled(self.encoder.forward_head(deepest), slices)  # type: ignore[operator]
+        if "cells" in what:
+            read["cells"] = pyramid_pool(read["map"]).float()
+        return read
 
     def forward(self, slices: Tensor, tasks: list[str] | None = None) -> dict[str, Tensor]:
-        """Logits of the named tasks (all by default)."""
-        f = self.features(slices)
-        return {t: self.heads[t](_ScaleGradient.apply(f, self.grad_scale[t])) for t in (tasks or list(self.heads))}
+        """{task: output} of the named tasks (all by default), with the shapes of the table in common/tasks.py."""
+        named = tasks or list(self.heads)
+        read = self.read(slices, {self.reads[t] for t in named})
+        return {t: self._output(t, _ScaleGradient.apply(read[self.reads[t]], self.grad_scale[t])) for t in named}
+
+    def _pictures(self, slices: Tensor) -> Tensor:
+        """What the encoder sees: [B*S, 3, H, W], normalised."""
+        x = (slices.flatten(0, 1).unsqueeze(1) - self.mean) / self.std  # broadcasts to three channels
+        return x.contiguous(memory_format=torch.channels_last) if self.encoder_format is torch.channels_last else x
+
+    def _pooled(self, f: Tensor, slices: Tensor) -> Tensor:
+        """[B, D] of the encoder's features [B*S, D]."""
+        f = f.float().view(*slices.shape[:2], -1)
+        return f.mean(1) if self.pool == "mean" else f.amax(1)
+
+    def _output(self, task: str, x: Tensor) -> Tensor:
+        """A head's output on what it reads."""
+        if self.reads[task] == "map":
+            return self.heads[task](x.flatten(0, 1)).view(x.shape[0], x.shape[1], *x.shape[3:])  # type: ignore[no-any-return]
+        out: Tensor = self.heads[task](x)
+        return F.normalize(out.float(), dim=1) if self.kinds[task] == "contrast" else out
 
     encoder_format: torch.memory_format = torch.contiguous_format
 
 
+def what_is_read(task: Task) -> str:
+    """`features`; `map` for a dense task; `cells` of the map for any other task that reads it."""
+    return "features" if not reads_map(task) else "map" if task.kind in DENSE else "cells"
+
+
+def make_head(task: Task, width: int) -> nn.Sequential:
+    """(ReLU) -> dropout -> [layer -> ReLU -> dropout] for each hidden width -> layer; a layer is linear, of a dense task a 1 x 1 convolution."""
+    parts: list[nn.Module] = [nn.ReLU()] if task.relu else []
+    parts.append(nn.Dropout(task.dropout))
+    widths = [width, *task.hidden, outputs_of(task)]
+    for i, (ins, outs) in enumerate(itertools.pairwise(widths)):
+        layer: nn.Linear | nn.Conv2d = nn.Conv2d(ins, outs, 1) if task.kind in DENSE else nn.Linear(ins, outs)
+        if task.xavier:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        parts.append(layer)
+        if i < len(task.hidden):
+            parts += [nn.ReLU(), nn.Dropout(task.dropout)]
+    return nn.Sequential(*parts)
+
+
+def shallow(model: Model, share: float) -> set[str]:
+    """Names (as in the model's state dict) of the parameters and buffers of the encoder's shallower `share` of convolutions and linear layers.
+
+    In the order of definition, with all that stands before the first layer that is left out: norms, attention weights. 1 is the whole encoder.
+    """
+    modules = [(name, m) for name, m in model.encoder.named_modules(prefix="encoder")]
+    keep = round(share * sum(isinstance(m, nn.Conv2d | nn.Linear) for _, m in modules))
+    names: set[str] = set()
+    if not keep:
+        return names
+    for name, m in modules:
+        keep -= isinstance(m, nn.Conv2d | nn.Linear)
+        if keep < 0:
+            break
+        names.update(f"{name}.{own}" for own, _ in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)))
+    return names
+
+
 def known(backbone: Backbone) -> None:
-    """Raises ConsiliumError for a name timm does not know, with the nearest that it does."""
-    if not timm.is_model(backbone.name):
-        raise ConsiliumError(f"backbone.name '{backbone.name}' is not a timm model{nearest(backbone.name, timm.list_models())}")
+    """Raises ConsiliumError for a name timm does not know, with the nearest that it does; a paper's name with the one that stands for it."""
+    name = backbone.name
+    if not timm.is_model(name):
+        hint = f"; it is '{PAPERS[name]}' here (common/backbones.py)" if name in PAPERS else nearest(name, timm.list_models())
+        raise ConsiliumError(f"backbone.name '{name}' is not a timm model{hint}")
 
 
 def make_encoder(backbone: Backbone) -> nn.Module:
@@ -111,8 +190,12 @@ def make_model(backbone: Backbone, tasks: Mapping[str, Task], seed: int, channel
     if channels_last:
         model.encoder = model.encoder.to(memory_format=torch.channels_last)
         model.encoder_format = torch.channels_last
+        if model.decoder is not None:
+            model.decoder.to(memory_format=torch.channels_last)
     if checkpointing:
         model.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+        if model.decoder is not None:
+            model.decoder.checkpointing = True
     return model
 
 

@@ -28,7 +28,7 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
-    group: str  # "backbone", or the head's task
+    group: str  # "backbone", "decoder", or the head's task
     parameter: bool  # false: a buffer (batch-norm statistics), kept out of norms
     batch_norm: bool
 
@@ -116,14 +116,15 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model whose heads are called `heads.<task>`; everything else is backbone."""
+    """The layout of a model whose heads are called `heads.<task>` and its decoder `decoder`; everything else is backbone."""
     norms = {name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     parameters = {name for name, _ in model.named_parameters()}
     layout = Layout()
     for name, tensor in model.state_dict().items():
         entries = layout.floats if tensor.is_floating_point() else layout.integers
         start = entries[-1].stop if entries else 0
-        group = name.split(".")[1] if name.startswith("heads.") else "backbone"
+        parts = name.split(".")
+        group = parts[1] if parts[0] == "heads" else "decoder" if parts[0] == "decoder" else "backbone"
         batch_norm = name.rpartition(".")[0] in norms
         entries.append(Entry(name, tuple(tensor.shape), start, start + tensor.numel(), group, name in parameters, batch_norm))
     return layout
