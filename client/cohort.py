@@ -1,8 +1,9 @@
 """A cohort: a centre's table of scans and labels, one row a scan.
 
 Columns: `scan` (unique), `path` (relative to the table's folder, or absolute), `patient`, `source`, `split` (train | val | test), then any
-labels (numbers or class names; empty = missing), and optionally `window_low`/`window_high` (shown as 0..255, in the image's units) and
-`series` (a SeriesInstanceUID, where a folder holds several). What identifies a patient stands in this table and nowhere else: sentences
+labels (numbers, class names, or the path of a mask; empty = missing), and optionally `window_low`/`window_high` (shown as 0..255, in the
+image's units), `series` (a SeriesInstanceUID, where a folder holds several), `modality` (CT | XR) and `lungs` (the path of a lung mask).
+What identifies a patient stands in this table and nowhere else: sentences
 made here count, they never quote.
 """
 
@@ -19,12 +20,26 @@ from numpy.typing import NDArray
 from client.gather import Skipped, gather, split_word
 from common.errors import ConsiliumError
 from common.schema import Task
+from common.tasks import columns_of
 
-__all__ = ["Skipped", "build_cohort", "check", "label_columns", "label_counts", "load_cohort", "save_cohort", "split_of", "target"]
+__all__ = [
+    "Skipped",
+    "build_cohort",
+    "check",
+    "label_columns",
+    "label_counts",
+    "load_cohort",
+    "of_modality",
+    "save_cohort",
+    "split_of",
+    "target",
+    "targets_of",
+]
 
 SPLITS = ("train", "val", "test")
 FIRST = ["scan", "path", "patient", "source", "split"]
-OPTIONAL = ["window_low", "window_high", "series"]
+OPTIONAL = ["window_low", "window_high", "series", "modality", "lungs"]
+MODALITIES = ("CT", "XR")
 
 
 def split_of(patient: str, seed: int = 0, shares: Sequence[float] = (0.7, 0.15, 0.15)) -> str:
@@ -54,16 +69,29 @@ def build_cohort(
     torn = int((given.groupby(table["patient"]).nunique() > 1).sum())
     if torn:
         raise ConsiliumError(f"{folder}: {torn} patients are given more than one split; a patient's scans must stay together")
-    labels = [c for c in table.columns if c not in FIRST and c not in OPTIONAL]
+    labels = label_columns(table)
+    base = (Path(folder) if Path(folder).is_dir() else Path(folder).parent).resolve()
+    for column in (c for c in table if c not in FIRST and _holds_files(table[c], base)):
+        table[column] = table[column].map(lambda v: str(base / v.strip()), na_action="ignore")
     return table[FIRST + labels + [c for c in OPTIONAL if c in table]].reset_index(drop=True), skipped
 
 
+def _holds_files(values: pd.Series, base: Path) -> bool:
+    """Whether a column's first value is the path of a file, or of a folder below another: then all are (a manifest's masks)."""
+    first = values.dropna().head(1).tolist()
+    if not first or not isinstance(first[0], str):
+        return False
+    named = first[0].strip()  # a class may be called as a folder beside the table is
+    return (base / named).is_file() or ("/" in named and (base / named).is_dir())
+
+
 def save_cohort(df: pd.DataFrame, path: Path) -> None:
-    """Write the table as `.csv` or `.parquet`; paths below its folder become relative, so that the folder can move."""
+    """Write the table as `.csv` or `.parquet`; paths (masks' too) below its folder become relative, so that the folder can move."""
     base = Path(path).resolve().parent
     base.mkdir(parents=True, exist_ok=True)
     out = df.copy()
-    out["path"] = [_relative(Path(p), base) for p in df["path"]]
+    for column in ["path", *(c for c in out if c not in FIRST and _holds_files(out[c], base))]:
+        out[column] = out[column].map(lambda p: _relative(Path(p), base), na_action="ignore")
     if Path(path).suffix == ".parquet":
         out.to_parquet(path, index=False)
     else:
@@ -87,7 +115,7 @@ def load_cohort(path: Path, centre: str) -> pd.DataFrame:
         raise ConsiliumError(
             f"{at}: its cohort table is not there; check the data path in site.yaml, or make it with `consilium-centre cohort`"
         )
-    names = [*FIRST, "series"]
+    names = [*FIRST, "series", "modality", "lungs"]
     try:
         df = (
             pd.read_parquet(path)
@@ -127,6 +155,14 @@ def load_cohort(path: Path, centre: str) -> pd.DataFrame:
         raise ConsiliumError(
             f"{at}: {torn} patients stand in more than one split of its cohort table; a patient's scans must stay together"
         )
+    if "modality" in df:
+        df["modality"] = df["modality"].str.upper()
+        wrong = df["modality"].notna() & ~df["modality"].isin(MODALITIES)
+        if wrong.any():
+            raise ConsiliumError(
+                f"{at}: the modality in row {_row(wrong)} of its cohort table is not CT or XR ({int(wrong.sum())} such rows); "
+                "write CT, XR (any radiograph) or nothing"
+            )
     for column in ("window_low", "window_high"):
         if column in df:
             df[column] = pd.to_numeric(df[column], errors="coerce")
@@ -140,6 +176,13 @@ def load_cohort(path: Path, centre: str) -> pd.DataFrame:
         if df[column].dtype == bool or pd.api.types.is_numeric_dtype(df[column]):
             df[column] = df[column].astype(float)
     return df
+
+
+def of_modality(df: pd.DataFrame, modality: str) -> pd.DataFrame:
+    """The scans of `preprocess.modality`: rows that say another are not part; what says nothing, and a table without the column, stays."""
+    if modality == "any" or "modality" not in df:
+        return df
+    return df[df["modality"].isna() | (df["modality"] == modality)].reset_index(drop=True)
 
 
 def _row(wrong: pd.Series) -> int:
@@ -180,6 +223,39 @@ def target(df: pd.DataFrame, column: str, classes: Sequence[str] = ()) -> NDArra
     return out
 
 
+def targets_of(df: pd.DataFrame, name: str, task: Task) -> NDArray[np.float64]:
+    """The targets of a task whose labels stand in the table: class [N], or numbers [N, R] of a regression; NaN = missing.
+
+    A multiclass task with `edges` counts how many of them the number (the sum of its columns; missing if one is) exceeds. Masks, clusters
+    and the pictures themselves are no column's values: NaN [N]. Raises ConsiliumError for a value that is no class or no number.
+    """
+    columns = columns_of(name, task)
+    if task.kind == "segmentation" or not columns:
+        return np.full(len(df), np.nan)
+    if task.kind == "regression":
+        return np.stack([_numbers(df, c) for c in columns], axis=1)
+    if task.kind == "multiclass" and task.edges:
+        if task.classes and len(task.classes) != len(task.edges) + 1:
+            raise ConsiliumError(
+                f"task '{name}' has {len(task.classes)} classes and {len(task.edges)} edges; give one class more than edges"
+            )
+        number = np.sum([_numbers(df, c) for c in columns], axis=0)
+        classes = np.searchsorted(np.asarray(task.edges), number, side="left").astype(float)  # edges strictly below it
+        return np.where(np.isnan(number), np.nan, classes)
+    return target(df, columns[0], task.classes)
+
+
+def _numbers(df: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """A column's numbers [N]; NaN where missing, throughout where there is no such column. Raises ConsiliumError for a word."""
+    if column not in df:
+        return np.full(len(df), np.nan)
+    numbers = pd.to_numeric(df[column], errors="coerce").to_numpy(dtype=float)
+    wrong = df[column].notna().to_numpy() & ~np.isfinite(numbers)
+    if wrong.any():
+        raise ConsiliumError(f"column '{column}' has {int(wrong.sum())} values that are no numbers; write a number or nothing")
+    return numbers
+
+
 def _name(value: object) -> str:
     """`1.0` in a column that became float is the class "1"."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -206,20 +282,42 @@ def check(df: pd.DataFrame, tasks: Mapping[str, Task]) -> list[str]:
     if len(df) > 9 and df["patient"].nunique() == 1:
         said.append("every scan names the same patient, so all fall into one split; give the patients in labels.csv")
     for name, task in tasks.items():
-        column = task.label or name
-        classes = list(task.classes)
-        if task.kind == "multiclass" and not classes and column in df:
-            classes = sorted({_name(v) for v in df[column].dropna()})
-        found = {split: label_counts(df[df["split"] == split], column, classes) for split in SPLITS}
-        if not sum(int(c.sum()) for c in found.values()):
-            said.append(f"no scan has a label for task '{name}' (column '{column}'); this centre will not train it")
+        columns = columns_of(name, task)
+        if not columns:  # the scans themselves are its labels
+            labelled += 1
+            continue
+        absent = [c for c in columns if c not in df]
+        if absent and len(absent) < len(columns):
+            said.append(f"task '{name}' adds up or predicts several columns, of which {len(absent)} are not there ({', '.join(absent)})")
+        found = {split: _cells(df[df["split"] == split], name, task) for split in SPLITS}
+        if not sum(sum(c.values()) for c in found.values()):
+            word = "mask" if task.kind == "segmentation" else "label"
+            shown = f"column '{columns[0]}'" if len(columns) == 1 else f"columns {', '.join(columns)}"
+            said.append(f"no scan has a {word} for task '{name}' ({shown}); this centre will not train it")
             continue
         labelled += 1
+        if task.kind in ("segmentation", "regression"):
+            here = ", ".join(f"{c['labelled']} in {split}" for split, c in found.items())
+            said.append(f"task '{name}': {'masks' if task.kind == 'segmentation' else 'numbers'} of {here}")
+            continue
         for split, count in found.items():
-            if count.sum() and (count > 0).sum() == 1 and column != "source":  # one source a centre is the rule
-                only = classes[int(count.argmax())] if classes else str(int(count.argmax()))
-                said.append(f"task '{name}' has one class only in {split} ({only}); it has no AUC there")
+            if len(count) == 1 and columns[0] != "source":  # one source a centre is the rule
+                said.append(f"task '{name}' has one class only in {split} ({next(iter(count))}); it has no AUC there")
     if tasks and not labelled:
-        columns = ", ".join(sorted({t.label or n for n, t in tasks.items()}))
-        raise ConsiliumError(f"the cohort has no label for any task; fill at least one of the columns: {columns}")
+        wanted = ", ".join(sorted({c for n, t in tasks.items() for c in columns_of(n, t)}))
+        raise ConsiliumError(f"the cohort has no label for any task; fill at least one of the columns: {wanted}")
     return said
+
+
+def _cells(df: pd.DataFrame, name: str, task: Task) -> dict[str, int]:
+    """Scans of each class that has any; `labelled` for masks (rows that name a file) and for numbers."""
+    column = columns_of(name, task)[0]
+    if task.kind == "segmentation":
+        return {"labelled": int(df[column].notna().sum())} if column in df else {"labelled": 0}
+    if task.kind == "multiclass" and not task.classes and not task.edges:  # `source` before the federation is known
+        return dict(df[column].dropna().map(_name).value_counts()) if column in df else {}
+    found = targets_of(df, name, task)
+    if task.kind == "regression":
+        return {"labelled": int(np.isfinite(found).all(axis=1).sum())}
+    names = task.classes or [str(k) for k in range(len(task.edges) + 1 if task.edges else 2)]
+    return {str(c): int(n) for c, n in zip(names, np.bincount(found[~np.isnan(found)].astype(int), minlength=len(names)), strict=True) if n}

@@ -1,7 +1,7 @@
-"""Which slices of a scan are kept: KDS (SSFL++, arXiv 2404.01643), the first paper's variant of it, and quantiles along z.
+"""Which slices of a scan are kept: KDS (SSFL++, arXiv 2404.01643), the first paper's variant of it, quantiles along z, and an even grid.
 
 Pure functions of the slices' areas. `kds` spreads the picks over the *distribution of areas*; `zquantile` over the *lung along z*,
-which noise on the areas hardly moves.
+which noise on the areas hardly moves; `even` over the slices that hold lung, each counting alike (whoever measures volumes wants that).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtr
 
-Selection = Literal["kds", "kds_paper", "zquantile"]
+Selection = Literal["kds", "kds_paper", "zquantile", "even"]
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 TIE = 1e-9
+HELD = 0.02  # of the largest lung area: a slice with less holds the windpipe, no lung
 
 
 def select(
@@ -48,6 +49,8 @@ def select(
         chosen = _kds(found, count, where, rng)
     elif selection == "kds_paper":
         chosen = _kds_paper(found, count, rng)
+    elif selection == "even":
+        chosen = _even(found, count, where, rng)
     else:
         chosen = _zquantile(found, count, where, rng)
     return order[np.sort(chosen)]
@@ -118,6 +121,14 @@ def _zquantile(areas: Floats, count: int, where: Floats, rng: np.random.Generato
     middle = (where @ areas) / areas.sum()
     level = level + 1e-7 * (where - middle) / max(float(np.ptp(where)), 1e-9)
     return one_a_bin(level.clip(0, 1), count, where, rng)
+
+
+def _even(areas: Floats, count: int, where: Floats, rng: np.random.Generator | None) -> Indices:
+    """An even grid from the first slice with lung to the last; of fewer than `count` the neighbours on both sides join."""
+    held = np.flatnonzero(areas > HELD * areas.max())
+    length = max(int(held[-1] - held[0]) + 1, count)
+    start = min(max(int(held[0] + held[-1] + 1 - length) // 2, 0), len(areas) - length)
+    return start + one_a_bin((np.arange(length) + 0.5) / length, count, where[start : start + length], rng)
 
 
 def _kds_paper(areas: Floats, count: int, rng: np.random.Generator | None) -> Indices:

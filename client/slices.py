@@ -24,24 +24,30 @@ class Kept:
     notes: list[str]
 
 
-def slices_of(volume: Volume, settings: Preprocess, window: tuple[float, float] | None = None) -> Kept:
+def slices_of(
+    volume: Volume, settings: Preprocess, window: tuple[float, float] | None = None, lung: NDArray[np.uint8] | None = None
+) -> Kept:
     """The slices kept of a scan by `settings`: S = settings.slices of a CT, 1 of a radiograph.
 
     `window` is the cohort's own (low, high) in the image's units and comes first; else `settings.window` for HU and the full 0..255 for
-    pictures. A crop keeps its shape: it is padded to a square with its darkest value.
+    pictures. `lung` [Z, H, W] is the cohort's own lung mask, for a crop to the lungs; else our finder's. A crop keeps its shape: it is padded
+    to a square with its darkest value.
     """
     notes = list(volume.notes)
     shades = window or (settings.window if volume.is_hounsfield else (0.0, 255.0))
     H, W = volume.voxels.shape[1:]
+    own = lungs.mask_box(lung, volume.spacing) if lung is not None and settings.crop == "lungs" else None
     if volume.modality == "XR":
         areas, indices = np.zeros(len(volume.voxels)), np.zeros(1, np.int64)
-        box = radiograph_box(volume.voxels[0]) if settings.crop != "none" else (0, H, 0, W)
+        if settings.crop == "lungs" and not own:
+            own = lungs.mask_box(lungs.radiograph_lungs(lungs.shown(volume.voxels[0], shades)), volume.spacing)
+        box = (0, H, 0, W) if settings.crop == "none" else own or radiograph_box(volume.voxels[0])
     else:
         paper = settings.selection == "kds_paper"
         if paper:
             outlines, boxes = lungs.paper_body(volume, shades)
             areas = outlines * volume.spacing[1] * volume.spacing[2]
-        if not paper or settings.crop == "lungs":
+        if not paper or (settings.crop == "lungs" and not own):
             chest = lungs.look(volume.voxels)
         if not paper:
             areas = lungs.areas_of(chest, volume.spacing)
@@ -53,7 +59,7 @@ def slices_of(volume: Volume, settings: Preprocess, window: tuple[float, float] 
         if settings.crop == "none":
             box = (0, H, 0, W)
         elif settings.crop == "lungs":
-            box = lungs.lung_box_of(chest, volume.spacing)
+            box = own or lungs.lung_box_of(chest, volume.spacing)
         else:
             box = lungs.paper_box_of(boxes, volume) if paper else lungs.body_box_of(chest)
     y0, y1, x0, x1 = box
@@ -74,10 +80,16 @@ def radiograph_box(image: NDArray[np.uint8]) -> lungs.Box:
 def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """`image` [h, w] at [size, size]: scaled by one factor, centred, the rest its darkest value."""
     h, w = image.shape
+    y0, y1, x0, x1 = place(h, w, size)
+    small = cv2.resize(image, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA if size < max(h, w) else cv2.INTER_LINEAR)
+    kept = np.full((size, size), image.min(), np.uint8)
+    kept[y0:y1, x0:x1] = small
+    return kept
+
+
+def place(h: int, w: int, size: int) -> lungs.Box:
+    """Where a crop of h x w pixels lies in its square of `size`: y0, y1, x0, x1, ends exclusive."""
     scale = size / max(h, w)
     wide, high = max(1, round(w * scale)), max(1, round(h * scale))
-    small = cv2.resize(image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    kept = np.full((size, size), image.min(), np.uint8)
     y, x = (size - high) // 2, (size - wide) // 2
-    kept[y : y + high, x : x + wide] = small
-    return kept
+    return y, y + high, x, x + wide

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from common.schema import Preprocess
 
 ALGORITHM = 1  # raise it when readers, lungs, selection or resizing give other pixels: every stored slice is then computed anew
+FINDER = 1  # the same for the lungs that a crop to the lungs, or a mask, is made from: slices of other crops are kept
 
 WRITING = ".writing-"
 
@@ -38,17 +39,28 @@ class Store:
     def _at(self, key: str, suffix: str) -> Path:
         return self.folder / key[:2] / (key + suffix)
 
-    def key(self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None) -> str:
-        """The key of a scan's slices. Raises FileNotFoundError when the scan is not there."""
-        return _key(self._content(path), settings, window, series)
+    def key(
+        self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None, lungs: str = ""
+    ) -> str:
+        """The key of a scan's slices. `lungs` says where the lungs of a crop to the lungs come from, if not from our finder by itself.
 
-    def ready(self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None) -> str | None:
+        Raises FileNotFoundError when the scan is not there.
+        """
+        return _key(self.content(path), settings, window, series, lungs)
+
+    def ready(
+        self, path: Path, settings: Preprocess, window: tuple[float, float] | None = None, series: str | None = None, lungs: str = ""
+    ) -> str | None:
         """The key when the scan's files are as they were at the last look and its slices are in the store, whole; else None. Cheap."""
         try:
-            key = _key(self._note(path).read_text(), settings, window, series)
+            key = _key(self.noted(path), settings, window, series, lungs)
         except OSError:
             return None
         return key if self.get(key) is not None else None
+
+    def mask_key(self, key: str, made_from: str) -> str:
+        """The key of a mask of the scan whose slices have `key`: what it was made from is its column's kind and its file's content."""
+        return _hash(json.dumps(["mask", FINDER, key, made_from]).encode())
 
     def _note(self, path: Path) -> Path:
         """Where the content's hash is noted for files of these names, sizes and times."""
@@ -56,7 +68,11 @@ class Store:
         quick = [str(path.resolve()), [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in looks]]
         return self._at(_hash(json.dumps(quick).encode()), ".content")
 
-    def _content(self, path: Path) -> str:
+    def noted(self, path: Path) -> str:
+        """The content's hash where it is known without reading a byte. Raises OSError where it is not, or the files are not there."""
+        return self._note(path).read_text()
+
+    def content(self, path: Path) -> str:
         """A hash of the scan's files, names and bytes; the bytes are read only when a size or a time has changed."""
         note = self._note(path)
         with contextlib.suppress(OSError):
@@ -104,8 +120,12 @@ class Store:
                     left.unlink()
 
 
-def _key(content: str, settings: Preprocess, window: tuple[float, float] | None, series: str | None) -> str:
-    made_from = {"algorithm": ALGORITHM, "settings": asdict(settings), "window": window, "series": series, "content": content}
+def _key(content: str, settings: Preprocess, window: tuple[float, float] | None, series: str | None, lungs: str) -> str:
+    wanted = asdict(settings)
+    del wanted["modality"]  # says which scans are taken, not what is kept of one
+    made_from = {"algorithm": ALGORITHM, "settings": wanted, "window": window, "series": series, "content": content}
+    if settings.crop == "lungs":
+        made_from |= {"lungs": lungs, "finder": FINDER}
     return _hash(json.dumps(made_from, sort_keys=True).encode())
 
 

@@ -179,7 +179,24 @@ def _read_ct(series: Series) -> Volume:
     if heads[0].spacing is None:
         notes.append("The pixel spacing is missing: 1 mm is assumed.")
     spacing = heads[0].spacing or (1.0, 1.0)
-    return Volume(_upright(voxels, series, heads[0], notes), (step, *spacing), places, "CT", notes)
+    turned = _turned(series, heads[0])
+    return Volume(_upright(voxels, series, heads[0], notes), (step, *spacing), places, "CT", notes, _origin(heads[0], turned, spacing))
+
+
+def _turned(series: Series, head: Head) -> tuple[bool, bool]:
+    """Whether rows and columns of an axial series run against the radiological view (to the front; to the patient's right)."""
+    if not series.axial or head.orientation is None or abs(head.orientation[0]) < 0.7:
+        return False, False
+    return head.orientation[4] <= 0, head.orientation[0] <= 0
+
+
+def _origin(head: Head, turned: tuple[bool, bool], spacing: tuple[float, float]) -> tuple[float, float]:
+    """mm (x, y) in LPS of the first pixel once the slices are upright; a tilted stack's is its lowest slice's."""
+    if head.position is None or head.orientation is None:
+        return 0.0, 0.0
+    (H, W), row, column = head.shape, np.array(head.orientation[:3]), np.array(head.orientation[3:])
+    first = np.array(head.position) + turned[0] * (H - 1) * spacing[0] * column + turned[1] * (W - 1) * spacing[1] * row
+    return float(first[0]), float(first[1])
 
 
 def _upright(voxels: NDArray[np.int16], series: Series, head: Head, notes: list[str]) -> NDArray[np.int16]:
@@ -188,11 +205,11 @@ def _upright(voxels: NDArray[np.int16], series: Series, head: Head, notes: list[
         if head.orientation is not None:
             notes.append("The slices are not axial.")
         return voxels
-    left, back = head.orientation[0], head.orientation[4]
-    if abs(left) < 0.7 or (left > 0 and back > 0):
+    up, across = _turned(series, head)
+    if not up and not across:
         return voxels
     notes.append("The slices were stored turned and were brought to the usual view (front up, patient's right at the left).")
-    return np.ascontiguousarray(voxels[:, :: 1 if back > 0 else -1, :: 1 if left > 0 else -1])
+    return np.ascontiguousarray(voxels[:, :: -1 if up else 1, :: -1 if across else 1])
 
 
 def _read_radiograph(series: Series) -> Volume:

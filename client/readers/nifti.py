@@ -37,8 +37,8 @@ def _values(data: NDArray[Any]) -> tuple[NDArray[np.int16] | NDArray[np.uint8], 
     return grey, [said]
 
 
-def read_nifti(path: Path) -> Volume:
-    """One `.nii` or `.nii.gz` file as axial slices. Raises ConsiliumError when it is damaged or not three-dimensional."""
+def axial(path: Path) -> tuple[NDArray[Any], Any]:
+    """The values [Z, H, W] of one file as axial slices, and nibabel's image in canonical axes. Raises ConsiliumError as `read_nifti` does."""
     try:
         image: Any = nibabel.as_closest_canonical(nibabel.load(path))  # type: ignore[no-untyped-call]
         data = np.asanyarray(image.dataobj)
@@ -49,10 +49,20 @@ def read_nifti(path: Path) -> Volume:
     if data.ndim != 3 or 0 in data.shape:
         raise ConsiliumError(f"{path} has the shape {data.shape}; a scan has three dimensions")
     # Canonical axes run right, front, head; a slice's columns run left and its rows back.
+    return np.ascontiguousarray(data.transpose(2, 1, 0)[:, ::-1, ::-1]), image
+
+
+def read_nifti(path: Path) -> Volume:
+    """One `.nii` or `.nii.gz` file as axial slices. Raises ConsiliumError when it is damaged or not three-dimensional."""
+    data, image = axial(path)
     try:
-        voxels, notes = _values(np.ascontiguousarray(data.transpose(2, 1, 0)[:, ::-1, ::-1]))
+        voxels, notes = _values(data)
     except ValueError as error:
         raise ConsiliumError(f"{path} cannot be used: {error}; store the scan in Hounsfield units") from error
     x, y, z = (float(v) if np.isfinite(v) and v > 0 else 1.0 for v in image.header.get_zooms()[:3])
+    H, W = voxels.shape[1:]
+    # Canonical x is largest, and y too, where a slice begins; LPS has both the other way round.
+    first = image.affine @ np.array([W - 1, H - 1, 0, 1.0])
+    origin = (-float(first[0]), -float(first[1])) if np.isfinite(first).all() else (0.0, 0.0)
     bottom = float(image.affine[2, 3])
-    return Volume(voxels, (z, y, x), bottom + z * np.arange(len(voxels), dtype=np.float64), "CT", notes)
+    return Volume(voxels, (z, y, x), bottom + z * np.arange(len(voxels), dtype=np.float64), "CT", notes, origin)

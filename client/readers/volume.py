@@ -21,6 +21,7 @@ class Volume:
     positions: NDArray[np.float64]  # [Z] mm along the slices' normal, ascending; the index where unknown
     modality: str  # "CT" | "XR" (radiograph: Z = 1)
     notes: list[str] = field(default_factory=list)
+    origin: tuple[float, float] = (0.0, 0.0)  # mm (x, y) to the patient's left and back (LPS), of the first pixel's middle; 0 where unknown
 
     @property
     def is_hounsfield(self) -> bool:

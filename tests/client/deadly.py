@@ -6,10 +6,10 @@ import os
 import signal
 import time
 
-from client.preprocess import Job, run_job
+from client.preprocess import Job, Outcome, run_job
 
 
-def deadly(job: Job) -> tuple[str, str]:
+def deadly(job: Job) -> Outcome:
     """Reads as it should, but one scan kills its process, as the kernel does when memory runs out."""
     if job.series == "deadly":
         time.sleep(0.05)  # so that others are under way

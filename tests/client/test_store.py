@@ -162,8 +162,8 @@ def test_a_killed_worker_costs_no_other_scan(centre: Path, tmp_path: Path) -> No
     cohort["series"] = [None, "deadly", None, None, None, None]
     jobs = jobs_of(cohort, centre, SMALL, Store(tmp_path))
     outcome = dict(_together(jobs, range(len(jobs)), 2, deadly))
-    assert outcome[1] == ("", KILLED)
-    assert all(key and not reason for row, (key, reason) in outcome.items() if row != 1)
+    assert outcome[1] == ("", KILLED, [])
+    assert all(key and not reason for row, (key, reason, _) in outcome.items() if row != 1)
     assert len(outcome) == 6
 
 

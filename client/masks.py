@@ -1,0 +1,96 @@
+"""Masks of scans: read, brought to the kept slices' geometry, and written back in the scan's own.
+
+A mask is a NIfTI file, a picture, or a folder of pictures, as large as its scan. A lung mask of a CT tells the lungs apart: 1 is the
+patient's right one (at the image's left), 2 the left one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from client import lungs
+from client.readers.nifti import NIFTI, axial
+from client.readers.pictures import read_picture, read_slices
+from client.readers.volume import Volume
+from client.slices import place
+from common.errors import ConsiliumError
+
+ASPECT = 0.02  # by how much a picture's shape may differ from its scan's and still show the same
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """A mask as uint8 [Z, H, W], 0 or 1: above 0 in a NIfTI file, above half of the largest value in pictures.
+
+    Raises ConsiliumError where nothing can be read, FileNotFoundError where nothing is.
+    """
+    return _binary(*_values(path))
+
+
+def _binary(values: NDArray[Any], nifti: bool) -> NDArray[np.uint8]:
+    return (values > (0 if nifti else values.max() / 2)).astype(np.uint8)
+
+
+def read_lungs(path: Path, tell_apart: bool) -> NDArray[np.uint8]:
+    """A lung mask: 0 or 1, or with `tell_apart` 1 for the right lung and 2 for the left. A file of exactly 0, 1 and 2 says which itself."""
+    values, nifti = _values(path)
+    if np.array_equal(np.unique(values), [0, 1, 2]):
+        return (values if tell_apart else values > 0).astype(np.uint8)
+    mask = _binary(values, nifti)
+    return lungs.right_and_left(mask) if tell_apart else mask
+
+
+def _values(path: Path) -> tuple[NDArray[Any], bool]:
+    """What the files hold [Z, H, W], and whether it is NIfTI."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if path.is_dir():
+        return read_slices(path).voxels, False
+    if path.name.lower().endswith(NIFTI):
+        return axial(path)[0], True
+    return read_picture(path).voxels, False
+
+
+def find_lungs(volume: Volume, ct: bool) -> NDArray[np.uint8]:
+    """Our own lung mask [Z, H, W] of a scan: 1 right and 2 left of a CT, 1 of a radiograph. All 0 where no lungs are found."""
+    if ct:
+        return lungs.right_and_left(lungs.lung_mask(volume.voxels))
+    return np.stack([lungs.radiograph_lungs(lungs.shown(image, _shades(volume))) for image in volume.voxels]).astype(np.uint8)
+
+
+def _shades(volume: Volume) -> tuple[float, float]:
+    return lungs.PAPER_WINDOW if volume.is_hounsfield else (0.0, 255.0)
+
+
+def fitted(mask: NDArray[np.uint8], shape: tuple[int, int, int], picture: bool) -> NDArray[np.uint8]:
+    """The mask at its scan's `shape` [Z, H, W]; a `picture` of another size is resized, if its sides have the same ratio.
+
+    Raises ConsiliumError (without any name) when it cannot be this scan's.
+    """
+    (Z, H, W), (z, h, w) = shape, mask.shape
+    if mask.shape == shape:
+        return mask
+    if not picture or z != Z or abs(h * W / (w * H) - 1) > ASPECT:
+        raise ConsiliumError(f"it has {z} slices of {h} x {w} pixels, its scan {Z} of {H} x {W}; give a mask of the scan's own size")
+    return np.stack([cv2.resize(m, (W, H), interpolation=cv2.INTER_NEAREST_EXACT) for m in mask])
+
+
+def cut(mask: NDArray[np.uint8], indices: NDArray[np.integer] | list[int], box: lungs.Box, size: int) -> NDArray[np.uint8]:
+    """The mask [Z, H, W] at the kept slices, uint8 [S, size, size]: as `slices.square` cuts and scales them, 0 around the crop.
+
+    A pixel has the value that covers at least half of it.
+    """
+    y0, y1, x0, x1 = box
+    top, bottom, left, right = place(y1 - y0, x1 - x0, size)
+    method = cv2.INTER_AREA if size < max(y1 - y0, x1 - x0) else cv2.INTER_LINEAR
+    kept = np.zeros((len(indices), size, size), np.uint8)
+    for s, z in enumerate(indices):
+        part = mask[z, y0:y1, x0:x1]
+        for value in np.unique(part[part > 0]):
+            share = cv2.resize((part == value).astype(np.float32), (right - left, bottom - top), interpolation=method)
+            kept[s, top:bottom, left:right][share >= 0.5] = value
+    return kept
