@@ -1,20 +1,36 @@
-"""Random changes of training slices, each slice on its own (paper 1's augmentation), on tensors: the same code on CPU and GPU."""
+"""Random changes of training slices, each slice on its own (paper 1's augmentation), on tensors: the same code on CPU and GPU.
+
+Masks go along with whatever moves pixels; what changes grey values, or covers, leaves them.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.schema import Augment
+from common.tasks import UNKNOWN
+
+KNOTS = 5  # each way, of the coarse grid that an elastic deformation is drawn on
 
 
-def augment(slices: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
-    """Slices [N, H, W] in [0, 1], changed; the draw depends on `generator` (a CPU generator, so that every device draws alike)."""
+@overload
+def augment(slices: Tensor, settings: Augment, generator: torch.Generator, masks: None = None) -> Tensor: ...
+@overload
+def augment(slices: Tensor, settings: Augment, generator: torch.Generator, masks: Tensor) -> tuple[Tensor, Tensor]: ...
+def augment(slices: Tensor, settings: Augment, generator: torch.Generator, masks: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Slices [N, H, W] in [0, 1], changed; the draw depends on `generator` (a CPU generator, so that every device draws alike).
+
+    With `masks` uint8 [N, H, W] both: a mask moves as its slice does, by the nearest pixel; what comes in from outside is 0, and a mask that
+    is UNKNOWN throughout stays so.
+    """
     n, h, w = slices.shape
     device = slices.device
+    unknown = None if masks is None else (masks == UNKNOWN).flatten(1).all(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).to(device)
@@ -24,6 +40,8 @@ def augment(slices: Tensor, settings: Augment, generator: torch.Generator) -> Te
 
     flip = draw(n) < settings.p_flip
     slices = torch.where(flip[:, None, None], slices.flip(-1), slices)
+    if masks is not None:
+        masks = torch.where(flip[:, None, None], masks.flip(-1), masks)
 
     moved = draw(n) < settings.p_affine
     angle, scale = uniform(math.radians(settings.rotate), n), 1 + uniform(settings.scale, n)
@@ -33,8 +51,14 @@ def augment(slices: Tensor, settings: Augment, generator: torch.Generator) -> Te
         cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
         theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)[rows]
         grid = F.affine_grid(theta, [len(rows), 1, h, w], align_corners=False)
-        slices = slices.clone()
-        slices[rows] = F.grid_sample(slices[rows, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+        slices, masks = sampled(slices, rows, grid, "bilinear"), None if masks is None else sampled(masks, rows, grid, "nearest")
+
+    if settings.p_elastic > 0:  # drawn only where it is wanted: the other changes draw as they did before there was this one
+        rows = (draw(n) < settings.p_elastic).nonzero().squeeze(1)
+        knots = uniform(1.0, n, 2, KNOTS, KNOTS)[rows]
+        if len(rows):
+            grid = elastic_grid(knots, settings.elastic, h, w)
+            slices, masks = sampled(slices, rows, grid, "bilinear"), None if masks is None else sampled(masks, rows, grid, "nearest")
 
     changed = (draw(n) < settings.p_brightness).float()
     contrast, brightness = 1 + changed * uniform(settings.contrast, n), changed * uniform(settings.brightness, n)
@@ -51,4 +75,25 @@ def augment(slices: Tensor, settings: Augment, generator: torch.Generator) -> Te
         inside_x = (x - centres[..., 1, None]).abs() < half
         hole = torch.einsum("nky,nkx->nyx", inside_y.float(), inside_x.float()) > 0
         slices = slices.masked_fill(hole & holed[:, None, None], 0.0)
-    return slices
+    if masks is None or unknown is None:
+        return slices
+    return slices, masks.masked_fill(unknown[:, None, None], UNKNOWN)
+
+
+def sampled(pictures: Tensor, rows: Tensor, grid: Tensor, mode: str) -> Tensor:
+    """Pictures [N, H, W] with those of `rows` read at `grid` [len(rows), H, W, 2]; outside is 0. The input stays as it was."""
+    pictures = pictures.clone()
+    found = F.grid_sample(pictures[rows, None].to(grid.dtype), grid, mode=mode, padding_mode="zeros", align_corners=False)
+    pictures[rows] = found[:, 0].to(pictures.dtype)
+    return pictures
+
+
+def elastic_grid(knots: Tensor, largest: float, h: int, w: int) -> Tensor:
+    """Where each pixel is read from, [n, h, w, 2], for displacements at `knots` [n, 2, k, k] in [-1, 1] times `largest` (of the side).
+
+    Smooth random displacement (Simard et al., "Best practices for convolutional neural networks", ICDAR 2003); cubic between knots instead of
+    a Gaussian filter over a field of noise.
+    """
+    field = F.interpolate(knots, (h, w), mode="bicubic", align_corners=True).clamp(-1, 1)
+    still = torch.eye(2, 3, device=knots.device).expand(len(knots), 2, 3)
+    return F.affine_grid(still, [len(knots), 1, h, w], align_corners=False) + 2 * largest * field.permute(0, 2, 3, 1)

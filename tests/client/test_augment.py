@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from client.augment import augment
+from client.augment import augment, elastic_grid
 from common.schema import Augment
 
 OFF = Augment(p_flip=0, p_affine=0, p_brightness=0, p_value=0, p_holes=0)
@@ -122,3 +122,41 @@ def test_holes_are_as_large_and_as_many_as_said() -> None:
     assert int(many.sum((1, 2)).max()) <= 8 * 64
     assert float(many.float().mean()) > 3 * float(one.float().mean())
     assert torch.equal(drawn(x, replace(OFF, p_holes=1, holes=0)), x)
+
+
+MOVES = replace(OFF, p_flip=0.5, p_affine=0.7, p_elastic=0.7, shift=0.3, scale=0.4, rotate=60.0, elastic=0.1)
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(16, 33))
+@settings(max_examples=40)
+def test_a_mask_moves_exactly_as_its_picture(seed: int, n: int, side: int) -> None:
+    blobs = torch.nn.functional.interpolate(slices(n, 5, seed)[:, None], (side, side), mode="nearest")[:, 0] > 0.5
+    picture, mask = augment(blobs.float(), MOVES, torch.Generator().manual_seed(seed), blobs.to(torch.uint8))
+    assert mask.dtype == torch.uint8
+    # The picture is read between four pixels, the mask at the nearest of them: where the four agree, so must the mask.
+    assert bool((mask[picture >= 1 - 1e-4] == 1).all())
+    assert bool((mask[picture <= 1e-4] == 0).all())
+    assert torch.equal(picture, drawn(blobs.float(), MOVES, seed))  # masks change no draw
+
+
+def test_grey_changes_leave_a_mask_and_an_unknown_one_stays_unknown() -> None:
+    x = slices()
+    mask = (x > 0.5).to(torch.uint8)
+    grey = augment(x, replace(ALWAYS, p_flip=0, p_affine=0), torch.Generator().manual_seed(1), mask)
+    assert torch.equal(grey[1], mask)
+    mask[2] = 255
+    mask[3, :12] = 255  # half known: what is unknown moves along
+    moved = augment(x, replace(OFF, p_flip=1, p_affine=1, shift=0.5), torch.Generator().manual_seed(1), mask)[1]
+    assert bool((moved[2] == 255).all())
+    assert 0 < int((moved[3] == 255).sum()) < 24 * 24
+    assert int(moved[:2].max()) <= 1
+
+
+def test_elastic_is_smooth_as_large_as_said_and_leaves_other_draws() -> None:
+    grid = elastic_grid(2 * torch.rand(30, 2, 5, 5, generator=torch.Generator().manual_seed(0)) - 1, 0.03, 48, 48)
+    still = elastic_grid(torch.zeros(1, 2, 5, 5), 0.03, 48, 48)
+    apart = (grid - still) / 2  # as a share of the side
+    assert 0.02 < float(apart.abs().max()) <= 0.03 + 1e-6
+    assert float((apart[:, 1:] - apart[:, :-1]).abs().max()) < 0.5 / 48  # no pixel overtakes its neighbour
+    torch.testing.assert_close(drawn(slices(), replace(OFF, p_elastic=1, elastic=0.0)), slices(), rtol=0, atol=1e-4)
+    assert torch.equal(drawn(slices(), replace(ALWAYS, elastic=0.5)), drawn(slices(), ALWAYS))
