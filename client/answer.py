@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
+import shutil
 import time
 import traceback
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
-from client import personal
-from client.cohort import Skipped, label_columns, load_cohort, target
-from client.dataset import Scans, batches, steps_in_round
-from client.phantom import write_centre
-from client.preprocess import preprocess, stack
+from client import personal, soft_labels
+from client.cohort import label_columns
+from client.dataset import batches, steps_in_round
 from client.queries import QUERIES, Question, class_counts
-from client.site import Site, data_root, holdings, name_of, state_folder
-from client.store import Store
+from client.scans import cohort_of, forget, read_scans
+from client.site import Site, holdings, home, name_of, safe
 from client.trainer import train
-from common.compose import config_from, to_dict
+from common.compose import config_from
 from common.errors import ConsiliumError, Refused
 from common.fingerprint import fingerprint
 from common.imbalance import logit_adjustment
@@ -33,10 +29,10 @@ from common.messages import Answer, Contribution, Hello, Presence, Query, Refusa
 from common.model import Model, make_model
 from common.schema import Config, Stage
 from common.seeds import derive
+from common.tasks import cells_of, columns_of
 from common.weights import Weights, flatten, layout_of, load
 
 log = logging.getLogger("consilium.centre")
-SPLITS = ("train", "val", "test")
 
 
 def answer(site: Site, request: Request) -> Reply:
@@ -67,15 +63,16 @@ def _where(error: Exception) -> str:
 
 def hello(site: Site, config: Config) -> Presence:
     """Make everything ready, and say what there is."""
-    _read_scans.cache_clear()
+    forget()
     own = holdings(site, config)
     held, skipped = read_scans(site, config) if own else ({}, [])
     tables = [cohort_of(site, config, centre, path) for centre, path in own.items()]
     columns = sorted({c for table in tables for c in [*label_columns(table), "source"]})
     sources = sorted({str(s) for table in tables for s in table["source"]})
     for name, task in config.tasks.items():
-        if own and (task.label or name) not in columns:
-            log.warning("no column '%s' for task '%s': this centre adds nothing to it", task.label or name, name)
+        for column in columns_of(name, task):
+            if own and column not in columns:
+                log.warning("no column '%s' for task '%s': this centre adds nothing to it", column, name)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "flwr")} | {"python": platform.python_version()}
     return Presence(
         centre=name_of(site, config),
@@ -100,10 +97,17 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     model = None
     if request.weights is not None:
         model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
+    if request.split not in scans or (request.task and request.task not in config.tasks):
+        raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
+    features = home(site, config) / "features" / safe(request.run)
+    question = Question(
+        scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device(), request.centroids, features
+    )
     with Threads(site):
-        sums = QUERIES[request.name](
-            Question(scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device())
-        )
+        sums = QUERIES[request.name](question)
+        if request.clustering:
+            soft_labels.keep(home(site, config), request.clustering, question)
+            shutil.rmtree(features, ignore_errors=True)
     return Answer(name_of(site, config), sums, time.perf_counter() - began)
 
 
@@ -112,29 +116,31 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
     began = time.perf_counter()
     centre, stage = name_of(site, config), config.stages[request.stage]
     tasks = {t: config.tasks[t] for t in (stage.tasks or list(config.tasks))}
-    scans = read_scans(site, config)[0]["train"]
-    labelled = {t: int(np.isfinite(scans.targets[t]).sum()) for t in tasks}
-    if not len(scans) or not any(labelled.values()):
-        raise Refused(f"{len(scans)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
+    held = read_scans(site, config)[0]["train"]
+    scans = held.with_label(list(tasks)) if len(held) else held
+    if not len(scans):
+        raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
     adjustments = {}
     for name, task in tasks.items():
         if task.prior != "none":
-            counts = request.global_counts[name] if task.prior == "global" else class_counts(scans.targets[name], task)[:-1]
+            counts = (
+                request.global_counts[name] if task.prior == "global" else class_counts(scans.targets[name], len(cells_of(name, task)))[:-1]
+            )
             adjustments[name] = torch.tensor(logit_adjustment(counts, task.tau, task.adjust), dtype=torch.float32)
 
     model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
-    average = sum(request.global_counts.get(next(iter(tasks)), [])) / len(config.federation.centres)
-    steps = steps_in_round(scans, stage, average)
+    steps = steps_in_round(scans, stage, request.average)
     seed = derive(config.seed, request.stage, request.round, centre)
     with Threads(site):
         report = train(
             model,
-            batches(scans, list(tasks), stage, steps, seed),
+            batches(scans, tasks, stage, steps, seed),
             stage,
             tasks,
             adjustments,
             progress=((request.round - 1) / stage.rounds, request.round / stage.rounds),
             steps=steps,
+            rate=request.rate,
             seed=seed,
             device=site.torch_device(),
         )
@@ -165,59 +171,9 @@ def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, r
     return model
 
 
-def read_scans(site: Site, config: Config) -> tuple[dict[str, Scans], list[Skipped]]:
-    """This site's scans by split, preprocessed where the store lacks them; and those that could not be read."""
-    return _read_scans(site, json.dumps(to_dict(config), sort_keys=True))
-
-
-@lru_cache(maxsize=4)  # a process answers many messages of one run: the files are looked at once, again at the next Hello
-def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Skipped]]:
-    config = config_from(json.loads(config_json))
-    found = {split: Scans([], {t: np.empty(0) for t in config.tasks}, []) for split in SPLITS}
-    skipped: list[Skipped] = []
-    for centre, path in holdings(site, config).items():
-        table = cohort_of(site, config, centre, path)
-        store = Store(state_folder(site, path) / "slices")
-        keys, failed = preprocess(table, path if path.is_dir() else path.parent, config.preprocess, store, site.workers, progress=False)
-        skipped += failed
-        read = np.array([key != "" for key in keys])
-        slices = stack(store, [key for key in keys if key])
-        table = table[read].reset_index(drop=True)
-        for split, scans in found.items():
-            rows = np.flatnonzero(table["split"].to_numpy() == split)
-            scans.slices += [slices[i] for i in rows]
-            scans.cohort += [centre] * len(rows)
-            for name, task in config.tasks.items():
-                column = task.label or name
-                known = column in table.columns and (
-                    task.kind == "binary" or task.classes
-                )  # before the first answer, sources have no numbers
-                labels = table
-                if column == "source":  # one that the federation does not know has no number: unlabelled
-                    labels = table.assign(source=table["source"].where(table["source"].isin(task.classes), np.nan))
-                values = target(labels, column, task.classes) if known else np.full(len(table), np.nan)
-                scans.targets[name] = np.append(scans.targets[name], values[rows])
-    if not len(found["train"]):
-        raise Refused(
-            f"no training scan could be read ({len(skipped)} were skipped); run `consilium-centre preprocess` there and read its list"
-        )
-    return found, skipped
-
-
-def cohort_of(site: Site, config: Config, centre: str, path: Path) -> pd.DataFrame:
-    """The cohort's table; a phantom federation's is written when it is not there yet."""
-    if config.federation.phantom and not site.centre:
-        write_centre(data_root(config), centre, config.federation.phantom, config.federation.centres.index(centre))
-    if not path.exists():
-        where = f"federation.root/{centre}" if not site.centre else "the `data` of site.yaml"
-        raise Refused(f"centre '{centre}' has no data: {where} does not exist; write a cohort there with `consilium-centre cohort`")
-    return load_cohort(path, centre)
-
-
 def personal_folder(site: Site, config: Config) -> Path:
     """Where this site's personal weights lie; the pooled site's with the first centre."""
-    first = next(iter(holdings(site, config).values()))
-    return state_folder(site, first) / ("pooled" if config.federation.mode == "central" else "personal")
+    return home(site, config) / ("pooled" if config.federation.mode == "central" else "personal")
 
 
 class Threads:

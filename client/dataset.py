@@ -1,37 +1,95 @@
-"""A cohort's scans ready to train on: memory-mapped slices, targets, and batches drawn from a seed."""
+"""A cohort's scans ready to train on: memory-mapped slices and masks, targets, and batches drawn from a seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.trainer import Batch
+from client.objective import Batch
 from common.errors import Refused
-from common.schema import Stage
+from common.schema import Kind, Stage, Task
+from common.tasks import UNKNOWN
+
+Mask = NDArray[np.uint8] | None
 
 
 @dataclass
 class Scans:
-    """`slices` N arrays uint8 [S, H, W] (memory maps); `targets` {task: float [N], NaN = missing}; `cohort` [N] the centre of each scan."""
+    """`slices` N arrays uint8 [S, H, W] (memory maps); `targets` {task: float [N], or [N, R] of a regression; NaN = missing}, where a mask's
+    says only whether there is one; `cohort` [N] the centre of each scan; `masks` {task: N masks uint8 [S, H, W] or None}; `lungs` likewise,
+    1 right, 2 left, empty when no task asks for them; `extra` {task: float [N]} what else the cohort says: the known severity beside a mask,
+    of a clustered task which scans take part (not NaN)."""
 
     slices: list[NDArray[np.uint8]]
     targets: dict[str, NDArray[np.float64]]
     cohort: list[str]
+    keys: list[str] = field(default_factory=list)  # in the store
+    masks: dict[str, list[Mask]] = field(default_factory=dict)
+    lungs: list[Mask] = field(default_factory=list)
+    extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    def labelled(self, task: str) -> NDArray[np.bool_]:
+        """[N]: which scans have the label; of a regression all of its columns."""
+        known = np.isfinite(self.targets[task])
+        return np.asarray(known.all(axis=1) if known.ndim > 1 else known)
+
+    def take(self, rows: NDArray[np.integer]) -> Scans:
+        """Some of the scans."""
+        return Scans(
+            [self.slices[i] for i in rows],
+            {t: y[rows] for t, y in self.targets.items()},
+            [self.cohort[i] for i in rows],
+            [self.keys[i] for i in rows] if self.keys else [],
+            {t: [masks[i] for i in rows] for t, masks in self.masks.items()},
+            [self.lungs[i] for i in rows] if self.lungs else [],
+            {t: y[rows] for t, y in self.extra.items()},
+        )
+
+    def with_label(self, tasks: Sequence[str]) -> Scans:
+        """The scans that have a label for any of the tasks: the others would teach nothing."""
+        known = np.any([self.labelled(t) for t in tasks], axis=0)
+        return self if known.all() else self.take(np.flatnonzero(known))
+
+    def target(self, task: str, rows: NDArray[np.integer]) -> Tensor:
+        """The targets of some scans, as the loss wants them (common/tasks.py)."""
+        if task not in self.masks:
+            return torch.from_numpy(self.targets[task][rows])
+        unknown = np.full(self.slices[int(rows[0])].shape, UNKNOWN, np.uint8)
+        found = [unknown if (mask := self.masks[task][i]) is None else mask for i in rows]
+        return torch.from_numpy(np.stack(found))
+
+
+def joined(parts: Sequence[Scans]) -> Scans:
+    """The scans of several cohorts of one configuration, in their order."""
+    whole = parts[0].take(np.arange(len(parts[0])))
+    for part in parts[1:]:
+        whole.slices += part.slices
+        whole.cohort += part.cohort
+        whole.keys += part.keys
+        whole.lungs += part.lungs
+        for name in whole.masks:
+            whole.masks[name] += part.masks[name]
+        for mine, others in ((whole.targets, part.targets), (whole.extra, part.extra)):
+            for name in mine:
+                mine[name] = np.concatenate([mine[name], others[name]])
+    return whole
 
 
 def stacked(slices: Sequence[NDArray[np.uint8]]) -> Tensor:
     """uint8 [B, S, H, W]. Raises Refused when a CT and a radiograph would share a batch."""
     if len({s.shape for s in slices}) > 1:
-        raise Refused("scans of different slice counts in one cohort (CT and radiographs?); give each kind a cohort of its own")
+        raise Refused(
+            "scans of different slice counts in one cohort (CT and radiographs?); add a column modality and set preprocess.modality=CT or XR"
+        )
     return torch.from_numpy(np.stack(slices))
 
 
@@ -51,9 +109,19 @@ def steps_in_round(scans: Scans, stage: Stage, average: float = 0.0) -> int:
     return total
 
 
-def batches(scans: Scans, tasks: Sequence[str], stage: Stage, steps: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches, shuffled anew each pass; the order depends on the seed and the number of scans only."""
+def batches(scans: Scans, tasks: Mapping[str, Task], stage: Stage, steps: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches, shuffled anew each pass, or drawn by kind of label (`stage.sample`); the order depends on the seed and the scans' number
+    and labels only."""
     generator = np.random.default_rng(seed)
+
+    def made(rows: NDArray[np.integer]) -> Batch:
+        return Batch(stacked([scans.slices[i] for i in rows]), {t: scans.target(t, rows) for t in tasks}, torch.from_numpy(rows))
+
+    if stage.sample:
+        odds = sampling_odds(scans, tasks, stage.sample)
+        for _ in range(steps):
+            yield made(generator.choice(len(scans), stage.batch, p=odds))
+        return
     done = 0
     while done < steps:
         order = generator.permutation(len(scans))
@@ -62,9 +130,27 @@ def batches(scans: Scans, tasks: Sequence[str], stage: Stage, steps: int, seed: 
             short = len(rows) < stage.batch
             if done == steps or (short and stage.drop_last and len(scans) >= stage.batch):
                 break
-            targets = {t: torch.from_numpy(scans.targets[t][rows]) for t in tasks}
-            yield Batch(stacked([scans.slices[i] for i in rows]), targets)
+            yield made(rows)
             done += 1
+
+
+def sampling_odds(scans: Scans, tasks: Mapping[str, Task], shares: Mapping[Kind, float]) -> NDArray[np.float64]:
+    """[N], each scan's odds to be drawn, so that the kinds of label come in their shares (triage, arXiv 2006.01441, section 4.4). What a centre
+    lacks is divided among what it has. Raises Refused where it has none of them."""
+    kinds = np.full(len(scans), "unlabelled")
+    binary = next((t for t, task in tasks.items() if task.kind == "binary"), None)
+    if binary:
+        kinds[scans.targets[binary] == 0], kinds[scans.targets[binary] == 1] = "negative", "positive"
+    for task in scans.masks.keys() & tasks.keys():
+        affected = [mask is not None and (binary is None or scans.targets[binary][i] != 0) for i, mask in enumerate(scans.masks[task])]
+        kinds[affected] = "masked"
+    odds = np.zeros(len(scans))
+    for kind, share in shares.items():
+        if (kinds == kind).any():
+            odds[kinds == kind] = share / (kinds == kind).sum()
+    if not odds.sum():
+        raise Refused(f"no training scan is of a kind that stage.sample names ({', '.join(shares)}); give another kind a share")
+    return np.asarray(odds / odds.sum())
 
 
 def in_order(scans: Scans, batch: int) -> Iterator[Tensor]:

@@ -117,6 +117,11 @@ def state_folder(site: Site, data: Path) -> Path:
     return Path(site.state) if site.state else (data if data.is_dir() else data.parent) / ".consilium"
 
 
+def home(site: Site, config: Config) -> Path:
+    """The state folder for what belongs to the site rather than to one cohort; that of the first where data are pooled."""
+    return state_folder(site, next(iter(holdings(site, config).values())))
+
+
 def safe(name: str) -> str:
     """A run's or stage's name as a file name; the coordinator chooses it, so it must not reach out of the state folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 
-from client.augment import augment
+from client.moco import Moco
+from client.objective import Batch, Objective, autocast
 from common.errors import Refused
-from common.model import Model
+from common.model import Model, shallow
 from common.schema import Optimiser, Stage, Task
-from common.tasks import stage_loss
+from common.tasks import labelled_rows
 
-
-@dataclass
-class Batch:
-    """`slices` uint8 [B, S, H, W]; `targets` {task: float [B], NaN = missing}."""
-
-    slices: Tensor
-    targets: dict[str, Tensor]
-
-    def parts(self, count: int) -> Iterator[Batch]:
-        """The batch cut into at most `count` parts of nearly equal size."""
-        for rows in torch.arange(len(self.slices)).tensor_split(min(count, len(self.slices))):
-            yield Batch(self.slices[rows], {t: y[rows] for t, y in self.targets.items()})
+__all__ = ["Batch", "Report", "infer", "learning_rate", "make_optimiser", "train"]
 
 
 @dataclass
@@ -49,25 +38,28 @@ def train(
     *,
     progress: tuple[float, float] = (0.0, 1.0),
     steps: int = 1,
+    rate: float = 1.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Report:
     """Train in place on `steps` batches.
 
     `adjustments` [K] by task are added to the logits (common/imbalance.py); `progress` is the share of the stage done before and after this
-    round, which the learning rate's schedule follows. The head of a task with `head: anchored` stays where it is while its gradient is summed;
-    it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of the deltas is a gradient step over all centres.
-    A head with `head: moments` is fitted by the server and never moves here. Raises Refused when the loss is not finite.
+    round, which the learning rate's schedule follows, and `rate` what the coordinator multiplies it by. The head of a task with `head: anchored`
+    stays where it is while its gradient is summed; it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of
+    the deltas is a gradient step over all centres. A head with `head: moments` is fitted by the server and never moves here. Raises Refused when
+    the loss is not finite.
     """
     device = torch.device(device)
     model.to(device).train()
     heads = {t: list(model.heads[t].parameters()) for t in tasks}
     fixed = {id(p) for t, task in tasks.items() if task.head != "local" for p in heads[t]}
     idle = {id(p) for t, head in model.heads.items() if t not in tasks for p in head.parameters()}
+    still = shallow(model, stage.freeze_share) | {n for n in model.state_dict() if any(fnmatch(n, pattern) for pattern in stage.freeze)}
     for name, p in model.named_parameters():
-        p.requires_grad_(id(p) not in idle and not _frozen(name, stage))
+        p.requires_grad_(id(p) not in idle and name not in still)
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and _frozen(f"{name}.running_mean", stage):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in still:
             module.eval()  # in training mode its statistics would drift under frozen weights
     movable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
     start = [p.detach().clone() for _, p in movable] if stage.proximal else []
@@ -76,25 +68,23 @@ def train(
     anchor_sum = [torch.zeros_like(p) for p in anchored]
     optimiser = make_optimiser(movable, stage.optimiser, anchored)
 
-    adjust = {t: a.to(device) for t, a in adjustments.items()}
+    objective = (
+        Moco(stage, tasks, adjustments, device, seed, model)
+        if any(task.kind == "contrast" for task in tasks.values())
+        else Objective(stage, tasks, adjustments, device, seed)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
-    draws = torch.Generator().manual_seed(seed)
     report = Report(losses={t: [0.0, 0.0] for t in tasks})
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # dropout
         for step, batch in enumerate(batches):
-            lr = learning_rate(stage.optimiser, progress[0] + (progress[1] - progress[0]) * step / max(steps, 1))
+            lr = rate * learning_rate(stage.optimiser, progress[0] + (progress[1] - progress[0]) * step / max(steps, 1))
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["scale"]
-            labelled = {t: int(torch.isfinite(batch.targets[t]).sum()) for t in tasks}
+            labelled = {t: int(labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()}
             model.zero_grad(set_to_none=True)
             for part in batch.parts(stage.accumulate):
-                b, s, h, w = part.slices.shape
-                x = part.slices.to(device, non_blocking=True).float().div_(255)
-                x = augment(x.view(b * s, h, w), stage.augment, draws).view(b, s, h, w)
-                with autocast(device, stage.precision):
-                    outputs = model(x, list(tasks))
-                losses = stage_loss(tasks, outputs, {t: y.to(device) for t, y in part.targets.items()}, adjust, labelled)
+                losses = objective.loss(model, part, labelled)
                 if not torch.isfinite(losses.total):
                     raise Refused(
                         f"the loss became {float(losses.total.detach())} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
@@ -110,6 +100,7 @@ def train(
                 for total, p, rate in zip(anchor_sum, anchored, anchor_rates, strict=True):
                     if p.grad is not None:
                         total.add_(p.grad, alpha=rate)
+            objective.stepped(model)
             report.steps += 1
             report.scans += len(batch.slices)
     with torch.no_grad():
@@ -135,10 +126,6 @@ def _step(
     scaler.update()
 
 
-def _frozen(name: str, stage: Stage) -> bool:
-    return any(fnmatch(name, pattern) for pattern in stage.freeze)
-
-
 def make_optimiser(
     parameters: list[tuple[str, nn.Parameter]], settings: Optimiser, anchored: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
@@ -159,16 +146,8 @@ def make_optimiser(
 
 
 def learning_rate(settings: Optimiser, done: float) -> float:
-    """The learning rate when the share `done` in [0, 1] of the stage is behind."""
-    return settings.lr if settings.schedule == "constant" else settings.lr * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision of the forward pass; fp16 exists on GPUs only and is bf16 elsewhere."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    half = torch.float16 if precision == "fp16" and device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=half)
+    """The learning rate when the share `done` in [0, 1] of the stage is behind; what a plateau takes off comes with the round."""
+    return settings.lr if settings.schedule != "cosine" else settings.lr * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import ConsiliumError, nearest
-from common.schema import Config, Stage
+from common.schema import Config, Stage, Task
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
@@ -101,6 +101,12 @@ def check(config: Config) -> Config:
     """What one value alone cannot tell: names that point at other names. Raises ConsiliumError."""
     if not config.tasks:
         raise ConsiliumError("the recipe has no tasks; it needs at least one under `tasks:`")
+    stages = {n: s for n, s in config.stages.items() if s.rounds}
+    if not stages:
+        raise ConsiliumError("every stage of the recipe has 0 rounds; give one of them some, e.g. stage.rounds=8")
+    used = {t for s in stages.values() for t in s.tasks or config.tasks} | {config.evaluation.task}
+    config = dataclasses.replace(config, stages=stages, tasks={n: t for n, t in config.tasks.items() if n in used})
+    config = dataclasses.replace(config, tasks={n: named(n, t) for n, t in config.tasks.items()})
     for name, stage in config.stages.items():
         for task in stage.tasks:
             if task not in config.tasks:
@@ -114,6 +120,10 @@ def check(config: Config) -> Config:
             raise ConsiliumError(
                 f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"
             )
+    if config.federation.mode == "local" and config.federation.evaluation == "loco":
+        raise ConsiliumError(
+            "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; use federated or central"
+        )
     if config.evaluation.task not in config.tasks:
         raise ConsiliumError(f"evaluation.task '{config.evaluation.task}' is not a task{nearest(config.evaluation.task, config.tasks)}")
     if config.federation.mode == "local":
@@ -121,6 +131,18 @@ def check(config: Config) -> Config:
         tasks = {n: dataclasses.replace(t, head="local") for n, t in config.tasks.items()}
         return dataclasses.replace(config, stages=stages, tasks=tasks)
     return config
+
+
+def named(name: str, task: Task) -> Task:
+    """The task with the names of its classes, where its settings say how many there are."""
+    if task.kind == "segmentation" and (task.label or name) == "lungs":
+        raise ConsiliumError(f"task '{name}' would learn the column 'lungs', where our own lung finder fills in; call the column otherwise")
+    if task.kind != "multiclass" or task.classes:
+        return task
+    if task.edges:
+        text = [f"{edge:g}" for edge in task.edges]
+        return dataclasses.replace(task, classes=[*(f"<={t}" for t in text), f">{text[-1]}"])
+    return dataclasses.replace(task, classes=[str(k) for k in range(max(task.clusters))]) if task.clusters else task
 
 
 def active(config: Config, stage: Stage) -> list[str]:

@@ -37,12 +37,14 @@ class Query:
 
     run: str
     config: dict[str, Any]
-    name: str  # counts | scores | moments
+    name: str  # counts | scores | moments | clusters
     stage: str
     split: str = "train"
     task: str = ""  # moments: of this task's classes
     weights: Weights | None = None
     personal: list[tuple[str, int]] = field(default_factory=list)  # (stage, round) of the centre's own weights to lay over, in this order
+    centroids: NDArray[np.float64] | None = None  # [K, D], clusters: the nearest is a scan's cluster
+    clustering: str = ""  # clusters: keep each scan's cluster at the centre under this name
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Train:
     global_counts: dict[str, list[float]] = field(default_factory=dict)  # {task: training scans per class, all centres}
     personal: list[tuple[str, int]] = field(default_factory=list)
     keep: list[int] = field(default_factory=list)  # rounds of this stage whose personal weights may still be asked for
+    average: float = 0.0  # training scans of the average centre: `stage.pace: equal` takes as many steps everywhere
+    rate: float = 1.0  # what the learning rate is multiplied by (`schedule: plateau`)
 
 
 # --- from a centre --------------------------------------------------------------------------------------------------------------------

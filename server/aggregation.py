@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.imbalance import centre_weights
 from common.messages import Contribution
-from common.schema import Aggregation
+from common.schema import Aggregation, Task
+from common.tasks import reads_map
 from common.weights import Layout, Weights
 
 
@@ -66,19 +67,27 @@ def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
     return found
 
 
-def group_weights(counts: Mapping[str, Mapping[str, ArrayLike]], settings: Aggregation, tasks: list[str]) -> dict[str, dict[str, float]]:
-    """{"backbone" or head: {centre: weight}} from each centre's training counts {task: [K + 1]}, the last cell being the unlabelled.
+def group_weights(
+    counts: Mapping[str, Mapping[str, ArrayLike]], settings: Aggregation, tasks: Mapping[str, Task]
+) -> dict[str, dict[str, float]]:
+    """{"backbone", "decoder" or head: {centre: weight}} from each centre's training counts {task: [K + 1]}, the last cell being the unlabelled.
 
-    The backbone goes by the first task's cells, the unlabelled scans being a cell of their own; a head by its labelled cells alone, so that a
-    centre without labels for a task never dilutes that head.
+    A head goes by the cells labelled for its task, so that a centre without labels for it never dilutes it. What tasks share goes by the mean of
+    their weights, each task counting as much as in the loss: the backbone by all of them, the decoder by those that read its map.
     """
-
-    def weigh(cells: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    weights: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        cells = {c: np.asarray(by[task], dtype=np.float64)[:-1] for c, by in counts.items()}
         whole = {c: n.sum(keepdims=True) for c, n in cells.items()} if settings.count == "scans" else cells
-        return centre_weights(whole, settings.tau)
+        weights[task] = centre_weights(whole, settings.tau)
 
-    cells = {task: {c: np.asarray(by[task], dtype=np.float64) for c, by in counts.items()} for task in tasks}
-    return {"backbone": weigh(cells[tasks[0]])} | {t: weigh({c: n[:-1] for c, n in cells[t].items()}) for t in tasks}
+    def shared(some: list[str]) -> dict[str, float]:
+        having = {t: tasks[t].weight for t in some if sum(weights[t].values()) > 0}
+        if not sum(having.values()):
+            having = dict.fromkeys(having, 1.0)
+        return {c: sum(v * weights[t][c] for t, v in having.items()) / (sum(having.values()) or 1.0) for c in counts}
+
+    return {"backbone": shared(list(tasks)), "decoder": shared([t for t, task in tasks.items() if reads_map(task)])} | weights
 
 
 def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:

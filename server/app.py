@@ -15,7 +15,8 @@ from common.compose import compose
 from common.errors import ConsiliumError
 from common.messages import Hello, Presence, Refusal, Reply, Request, Train, pack
 from common.records import from_records, to_records
-from server.runs import begin, open_ledger, resume, runs_folder
+from server.runs import new_id, open_ledger, runs_folder
+from server.study import carry_out, take_up
 from server.transport import Received
 
 app = ServerApp()
@@ -117,10 +118,10 @@ def main(grid: Grid, context: Context) -> None:
         ledger = open_ledger(runs, settings["ledger"])
         transport = FlowerTransport(grid)
         if settings["resume"]:
-            resume(settings["resume"], transport, runs, ledger)
+            take_up(settings["resume"], transport, runs, ledger)
         else:
             config = compose([f"recipe={settings['recipe']}", *shlex.split(settings["overrides"])])
-            begin(config, transport, runs, ledger, settings["run"])
+            carry_out(config, transport, runs, ledger, settings["run"] or new_id(config))
     except ConsiliumError as error:
         log.error("error: %s", error)
         sys.tracebacklimit = 0  # Flower logs what ends a run with its stack; the sentence is all a person needs

@@ -8,6 +8,7 @@ never stopped.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -17,16 +18,17 @@ from typing import Any
 import numpy as np
 
 from common.compose import active, to_dict
+from common.errors import ConsiliumError
 from common.imbalance import effective_number
 from common.messages import Contribution, Query, Request, Train
 from common.model import make_model
-from common.schema import Stage
-from common.tasks import outputs_of
+from common.schema import Evaluation, Stage
+from common.tasks import cells_of
 from common.weights import Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
 from server.initial import initial_model
-from server.presence import greet, readmit, with_sources
+from server.presence import filled, greet, readmit
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, ask, by_reason, leave_out, reason_of
 
@@ -42,7 +44,7 @@ def conduct(run: Run) -> dict[str, Any]:
     state = checkpoint.load_latest(run.folder)
     if state:
         run.result = state.facts["result"]
-        run.config = replace(run.config, tasks=with_sources(run.config, run.result["sources"]).tasks)
+        run.config = filled(run.config, run.result["filled"])
     greet(run)
     model = make_model(run.config.backbone, run.config.tasks, 0) if state else initial_model(run.config)
     run.layout = layout_of(model)
@@ -103,7 +105,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
     """The stage's remaining rounds."""
     for round in range(len(place["rounds"]), stage.rounds + 1):
         patience = run.config.evaluation.patience
-        if patience and all(round - 1 - best["round"] >= patience for best in _bests(place)):
+        late = round > run.config.evaluation.warmup
+        if patience and late and all(round - 1 - best["round"] >= patience for best in _bests(place)):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
         started, began = datetime.now(UTC), time.perf_counter()
@@ -121,6 +124,9 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
 
 def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round: int) -> tuple[dict[str, Any], str]:
     """One round's training and aggregation, retried below the quorum. Returns the report's entry and why the round closed. Raises Paused."""
+    taught, average = training(run, stage)
+    quorum = max(1, math.ceil(run.config.federation.quorum * len(taught)))
+    rate = plateau(stage, place, run.config.evaluation) if stage.optimiser.schedule == "plateau" else 1.0
     for attempt in range(run.config.federation.retries + 1):
         folder = run.folder / "spool"
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,9 +136,18 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         globals_ = global_counts(run)
         requests: dict[str, Request] = {
             c: Train(
-                run.id, to_dict(run.config), name, round, run.weights, globals_, chain(run, place, c, round - 1), keep(place, c, round)
+                run.id,
+                to_dict(run.config),
+                name,
+                round,
+                run.weights,
+                globals_,
+                chain(run, place, c, round - 1),
+                keep(place, c, round),
+                average,
+                rate,
             )
-            for c in run.expected
+            for c in taught
         }
         for received in run.transport.ask(requests, run.config.federation.deadline):
             bytes_up, bytes_down = bytes_up + received.bytes_up, bytes_down + received.bytes_down
@@ -158,21 +173,21 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         for centre, said in facts.items():
             if not said["accepted"]:
                 leave_out(run, name, round, centre, said["reason"])
-        if len(arrived) >= run.quorum:
+        if len(arrived) >= quorum:
             break
-        log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), run.quorum, attempt + 1)
-        run.ledger.event(run.id, "below_quorum", f"stage {name} round {round}: {len(arrived)} of {run.quorum} needed")
+        log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
+        run.ledger.event(run.id, "below_quorum", f"stage {name} round {round}: {len(arrived)} of {quorum} needed")
     else:
         why = by_reason({c: said["reason"] for c, said in sorted(facts.items()) if not said["accepted"]})
-        raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {run.quorum} needed ({why}); mend it, then resume")
+        raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {quorum} needed ({why}); mend it, then resume")
     weights: dict[str, dict[str, float]] = {}
     if not place["personal"]:
         counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
-        weights = group_weights(counts, run.config.aggregation, active(run.config, stage))
+        weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
         update = weighted_sum(list(arrived.values()), weights, run.layout)
         run.weights = step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments)
     shutil.rmtree(folder, ignore_errors=True)
-    because = "all replied" if len(arrived) == len(run.expected) else f"{len(arrived)} of {len(run.expected)}, quorum {run.quorum}"
+    because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
     effective = {group: effective_number(w) for group, w in weights.items()}
     return {
         "round": round,
@@ -184,9 +199,36 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     }, because
 
 
+def training(run: Run, stage: Stage) -> tuple[list[str], float]:
+    """The centres that have something to teach in a stage (one that has not answered yet may have), and the average one's training scans.
+
+    Raises ConsiliumError where nobody has a label for any of its tasks.
+    """
+    scans = {c: max(counted(run, c, t)[:-1].sum() for t in active(run.config, stage)) for c in run.expected if c in run.presence}
+    teachers = [c for c in run.expected if scans.get(c, 1) and c not in run.config.federation.unseen]
+    known = [n for n in scans.values() if n]
+    if not teachers or not known:
+        raise ConsiliumError(
+            f"no centre has a labelled training scan for the tasks {', '.join(active(run.config, stage))}; fill a column or drop them"
+        )
+    return teachers, float(np.mean(known))
+
+
+def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:
+    """What the learning rate is multiplied by: `factor` for each `patience` rounds without a new best on validation (PyTorch's ReduceLROnPlateau)."""
+    best, waited, rate = -math.inf, 0, 1.0
+    for entry in place["rounds"]:
+        value = scores.chosen(entry["val"], evaluation) if evaluation.task in entry["val"] else None
+        waited = 0 if value is None or value > best else waited + 1
+        best = max(best, -math.inf if value is None else value)
+        if waited >= stage.optimiser.patience:
+            rate, waited = rate * stage.optimiser.factor, 0
+    return rate
+
+
 def counted(run: Run, centre: str, task: str) -> Any:
     """A centre's training scans [K + 1] for a task, all its cohorts together."""
-    width = (2 if run.config.tasks[task].kind == "binary" else outputs_of(run.config.tasks[task])) + 1
+    width = len(cells_of(task, run.config.tasks[task])) + 1
     cohorts = run.presence[centre].cohorts if centre in run.presence else [centre]
     return sum((run.counts.get(f"{c}/train/{task}", np.zeros(width)) for c in cohorts), np.zeros(width))
 

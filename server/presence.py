@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import yaml
 
@@ -12,7 +13,9 @@ from common.errors import ConsiliumError, nearest
 from common.fingerprint import fingerprint
 from common.messages import Hello, Presence, Query, Request
 from common.schema import Config
+from common.tasks import columns_of
 from server import scores
+from server.soft_labels import cluster
 from server.state import Paused, Run, ask, by_reason, reason_of
 
 log = logging.getLogger("consilium.server")
@@ -30,18 +33,19 @@ def greet(run: Run) -> None:
         raise Paused(f"{len(run.presence)} of {len(run.expected)} centres are ready, {run.quorum} are needed ({why or help_})")
     columns = sorted({c for p in run.presence.values() for c in p.columns})
     for name, task in run.config.tasks.items():
-        if (task.label or name) not in columns:
-            raise ConsiliumError(f"no centre has a column '{task.label or name}' for task '{name}'{nearest(task.label or name, columns)}")
+        for column in columns_of(name, task):
+            if column not in columns:
+                raise ConsiliumError(f"no centre has a column '{column}' for task '{name}'{nearest(column, columns)}")
     if not run.result:
         # One that comes late is not without a class: its source is as a rule its own name.
         sources = sorted({s for p in run.presence.values() for s in p.sources} | (set(run.expected) - set(run.presence)))
-        run.config = with_sources(run.config, sources)
+        run.config = cluster(run, with_sources(run.config, sources))
         count(run, list(run.presence))
-        for name in active(run.config, next(iter(run.config.stages.values()))):
+        for name in [t for stage in run.config.stages.values() if stage.rounds for t in active(run.config, stage)]:
             if not any(n[:-1].sum() for key, n in run.counts.items() if key.endswith(f"/train/{name}")):
                 raise ConsiliumError(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
         run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
-        run.result["sources"] = sources
+        run.result["filled"] = {n: [t.classes, t.clustering] for n, t in run.config.tasks.items()}
     else:
         count(run, list(run.presence))
     (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config), sort_keys=False))
@@ -88,4 +92,10 @@ def readmit(run: Run) -> None:
 def with_sources(config: Config, sources: list[str]) -> Config:
     """The configuration with the federation's sources as the classes of every task that names none."""
     tasks = {n: replace(t, classes=sources) if t.kind == "multiclass" and not t.classes else t for n, t in config.tasks.items()}
+    return check(replace(config, tasks=tasks))
+
+
+def filled(config: Config, known: dict[str, list[Any]]) -> Config:
+    """The configuration of a run that goes on, with the classes and clusterings that its beginning found."""
+    tasks = {n: replace(t, classes=known[n][0], clustering=known[n][1]) for n, t in config.tasks.items()}
     return check(replace(config, tasks=tasks))

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-import client.answer
+import client.scans
 from client.answer import answer
 from client.phantom import write_centre
 from client.site import Site
@@ -297,7 +297,7 @@ def test_wrong_requests_are_refused_and_never_raise(hospital: Path) -> None:
     ]
     for request in requests:
         assert reason(answer(site, request))
-    assert reason(answer(site, requests[0])) == "query 'pixels' is not one this centre answers: counts, scores, moments"
+    assert reason(answer(site, requests[0])) == "query 'pixels' is not one this centre answers: counts, scores, moments, clusters"
     assert "is for simulation only" in reason(answer(site, requests[-2]))
     assert "is not a name for a run or a stage" in reason(answer(site, requests[-1]))
     assert "shows no GPU" in reason(answer(replace(site, device="cuda"), train(config))) or torch.cuda.is_available()
@@ -312,7 +312,7 @@ def test_an_unexpected_errors_text_stays_out_of_the_refusal_and_the_log(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(client.answer, "preprocess", fails)
+    monkeypatch.setattr(client.scans, "preprocess", fails)
     said = reason(answer(site_of(hospital), Hello("run", to_dict(config_of()))))
     assert said.startswith(f"{type(error).__name__} in test_answer.fails, line ")
     assert WHO not in caplog.text
@@ -325,7 +325,7 @@ def test_a_sentence_of_ours_may_name_a_file_so_it_stays_in_a_hospital(
     def fails(*_: object, **__: object) -> None:
         raise ConsiliumError("the store is full; make room")
 
-    monkeypatch.setattr(client.answer, "preprocess", fails)
+    monkeypatch.setattr(client.scans, "preprocess", fails)
     request = Hello("run", to_dict(config_of(f"federation.root={tmp_path}")))
     said = reason(answer(site_of(hospital), request))
     assert "full" not in said

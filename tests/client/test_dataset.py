@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from client.dataset import Scans, batches, in_order, steps_in_round
 from common.errors import Refused
-from common.schema import Stage
+from common.schema import Stage, Task
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 EPOCHS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0])
@@ -27,7 +27,7 @@ def scans_of(*sizes: int) -> Scans:
 
 def passes(n: int, stage: Stage, steps: int, seed: int = 0) -> list[list[int]]:
     """The scans of each batch."""
-    return [b.slices[:, 0, 0, 0].tolist() for b in batches(scans_of(n), ["covid"], stage, steps, seed)]
+    return [b.slices[:, 0, 0, 0].tolist() for b in batches(scans_of(n), {"covid": Task()}, stage, steps, seed)]
 
 
 @given(SIZES, st.integers(1, 40), st.sampled_from(["own", "equal"]), EPOCHS, st.booleans())
@@ -82,15 +82,15 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 def test_targets_go_with_their_scans_missing_ones_too() -> None:
     scans = scans_of(9)
     scans.targets["covid"][[2, 5]] = np.nan
-    for batch in batches(scans, ["covid"], Stage(batch=4), 6, 1):
+    for batch in batches(scans, {"covid": Task()}, Stage(batch=4), 6, 1):
         number = batch.slices[:, 0, 0, 0].double()
         expected = torch.where((number == 2) | (number == 5), torch.nan, number)
-        torch.testing.assert_close(batch.targets["covid"], expected, equal_nan=True)
+        torch.testing.assert_close(batch.targets{"covid": Task()}, expected, equal_nan=True)
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_parts_make_up_the_batch(n: int, count: int) -> None:
-    (batch,) = batches(scans_of(n), ["covid"], Stage(batch=n), 1, 0)
+    (batch,) = batches(scans_of(n), {"covid": Task()}, Stage(batch=n), 1, 0)
     parts = list(batch.parts(count))
     assert len(parts) == min(n, count)
     assert max(len(p.slices) for p in parts) - min(len(p.slices) for p in parts) <= 1
@@ -105,5 +105,5 @@ def test_in_order_is_all_scans_in_order(n: int, batch: int) -> None:
 
 def test_a_ct_and_a_radiograph_in_one_batch_are_refused() -> None:
     mixed = Scans([np.zeros((8, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)], {}, ["a", "a"])
-    with pytest.raises(Refused, match="give each kind a cohort of its own"):
+    with pytest.raises(Refused, match="set preprocess.modality=CT or XR"):
         list(in_order(mixed, 2))

@@ -39,7 +39,7 @@ def counts(**cells: list[list[float]]) -> dict[str, dict[str, list[float]]]:
 def test_fedavg_is_the_textbook_sum(tmp_path: Path) -> None:
     """tau = 0 equals FedAvg to 1e-6: every tensor by n_c / n, computed tensor by tensor in float64."""
     held = counts(north=[[60, 40, 0], [100, 0, 0]], east=[[10, 10, 0], [0, 20, 0]], south=[[5, 0, 0], [0, 5, 0]])
-    weights = group_weights(held, Aggregation(tau=0.0, count="scans"), list(TASKS))
+    weights = group_weights(held, Aggregation(tau=0.0, count="scans"), TASKS)
     after = step(START, weighted_sum(spooled(tmp_path, 1, 2, 3), weights, LAYOUT), [], Aggregation(), LAYOUT, {})
     n = np.array([100, 20, 5]) / 125
     deltas = np.stack([contribution("", s).delta.astype(np.float64) for s in (1, 2, 3)])
@@ -48,10 +48,13 @@ def test_fedavg_is_the_textbook_sum(tmp_path: Path) -> None:
 
 def test_heads_go_by_their_own_labels(tmp_path: Path) -> None:
     held = counts(north=[[50, 50, 0], [0, 0, 100]], east=[[0, 0, 40], [20, 20, 0]])
-    weights = group_weights(held, Aggregation(tau=1.0), list(TASKS))
+    weights = group_weights(held, Aggregation(tau=1.0), TASKS)
     assert weights["covid"] == {"north": pytest.approx(1), "east": pytest.approx(0)}  # east has no covid labels
     assert weights["source"] == {"north": pytest.approx(0), "east": pytest.approx(1)}
-    assert weights["backbone"] == {"north": pytest.approx(2 / 3), "east": pytest.approx(1 / 3)}  # two cells against one of unlabelled
+    both = sum(t.weight for t in TASKS.values())
+    assert weights["backbone"] == {
+        c: pytest.approx(TASKS[t].weight / both) for c, t in (("north", "covid"), ("east", "source"))
+    }  # as in the loss
     update = weighted_sum(spooled(tmp_path, 1, 2), weights, LAYOUT)
     for entry in LAYOUT.floats:
         if entry.group == "covid":
@@ -60,7 +63,7 @@ def test_heads_go_by_their_own_labels(tmp_path: Path) -> None:
 
 def test_a_head_nobody_labels_does_not_move(tmp_path: Path) -> None:
     held = counts(north=[[5, 5, 0], [0, 0, 10]], east=[[5, 5, 0], [0, 0, 10]])
-    update = weighted_sum(spooled(tmp_path, 1, 2), group_weights(held, Aggregation(), list(TASKS)), LAYOUT)
+    update = weighted_sum(spooled(tmp_path, 1, 2), group_weights(held, Aggregation(), TASKS), LAYOUT)
     for entry in LAYOUT.floats:
         assert (update[entry.where] == 0).all() == (entry.group == "source")
 

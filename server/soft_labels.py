@@ -1,0 +1,65 @@
+"""Soft labels (Martinez 2020): the clusters that the initial encoder's features fall into, found by exact federated k-means (server/kmeans.py).
+
+The centres answer with sums for each cluster and keep the cluster of each scan to themselves; features are computed once and stay there too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.compose import check, to_dict
+from common.messages import Query, Request
+from common.schema import Config
+from common.seeds import derive
+from common.weights import Weights, flatten, layout_of
+from server.initial import initial_model
+from server.kmeans import choose
+from server.state import Run, ask
+
+log = logging.getLogger("consilium.server")
+Floats = NDArray[np.float64]
+Sums = tuple[Floats, Floats, Floats]
+
+
+def cluster(run: Run, config: Config) -> Config:
+    """The configuration with every clustered task's classes and the name under which the centres keep their scans' clusters."""
+    for name, task in config.tasks.items():
+        if not task.clusters or task.clustering:
+            continue
+        model = initial_model(config)
+        weights = flatten(model, layout_of(model))
+        train, val = (asker(run, config, name, split, weights) for split in ("train", "val"))
+        seed = derive(config.seed, "clusters", name)
+        found = choose(train, val, train(np.zeros((1, int(model.encoder.num_features)))), task.clusters, seed)  # type: ignore[arg-type]
+        clustering = f"{run.id[:80]}-{name}"
+        ask(
+            run,
+            _requests(run, config, Query(run.id, to_dict(config), "clusters", "", "train", name, weights, [], found.centroids, clustering)),
+        )
+        log.info("task '%s': %d clusters of %s scans", name, len(found.sizes), ", ".join(f"{n:.0f}" for n in found.sizes))
+        filled = replace(task, classes=[str(k) for k in range(len(found.sizes))], clustering=clustering)
+        config = check(replace(config, tasks=config.tasks | {name: filled}))
+    return config
+
+
+def asker(run: Run, config: Config, task: str, split: str, weights: Weights) -> Callable[[Floats], Sums]:
+    """A step of k-means as a function: centroids [K, D] -> (n [K], sum [K, D], sum of squared lengths [K]) over all centres. The weights travel
+    the first time only."""
+    known = False
+
+    def step(centroids: Floats) -> Sums:
+        nonlocal known
+        query = Query(run.id, to_dict(config), "clusters", "", split, task, None if known else weights, [], centroids)
+        sums, known = ask(run, _requests(run, config, query)), True
+        return sums["n"], sums["sum"], sums["square"]
+
+    return step
+
+
+def _requests(run: Run, config: Config, query: Query) -> dict[str, Request]:
+    return {c: query for c in run.presence if c not in config.federation.unseen}

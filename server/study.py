@@ -1,0 +1,94 @@
+"""Runs that belong together: leave-one-centre-out and k-fold evaluation. Each part is an ordinary run with its own folder and ledger rows.
+
+`loco` trains without each centre in turn and tests on all of that centre's scans; `kfold` gives every patient one turn in the test split. A study
+that was interrupted goes on where it stopped: its finished parts are kept, the unfinished one is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from common.compose import to_dict
+from common.errors import ConsiliumError
+from common.schema import Config
+from server.ledger import Ledger
+from server.runs import begin, config_of, find, resume
+from server.transport import Transport
+
+log = logging.getLogger("consilium.server")
+STUDY = "study.json"
+
+
+def parts_of(config: Config) -> dict[str, Config]:
+    """{name: configuration} of a study's runs; empty for a run of its own."""
+    federation = config.federation
+    if federation.evaluation == "loco":
+        if len(federation.centres) < 2:
+            raise ConsiliumError("federation.evaluation=loco needs two centres or more; one trains while the other is left out")
+        made = {f"without-{c}": replace(federation, unseen=[c]) for c in federation.centres}
+    elif federation.evaluation == "kfold":
+        made = {f"fold-{k}": replace(federation, fold=k) for k in range(federation.folds)}
+    else:
+        return {}
+    return {name: replace(config, federation=replace(f, evaluation="holdout")) for name, f in made.items()}
+
+
+def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
+    """A new run, or a study of several. Returns the run's result, or the study's summary. Raises ConsiliumError."""
+    parts = parts_of(config)
+    if not parts:
+        return begin(config, transport, runs, ledger, run)
+    folder = runs / run
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    results = {}
+    for number, (name, part) in enumerate(parts.items(), 1):
+        own = f"{run}-{name}"
+        log.info("study %s: %s (%d of %d)", config.federation.evaluation, name, number, len(parts))
+        if (runs / own / "metrics.json").is_file():
+            results[name] = json.loads((runs / own / "metrics.json").read_text())
+        elif (runs / own / "checkpoints").exists():
+            results[name] = resume(own, transport, runs, ledger)
+        else:
+            results[name] = begin(part, transport, runs, ledger, own)
+    found = {"run": run, "recipe": config.recipe, "evaluation": config.federation.evaluation, **summary(results)}
+    (folder / STUDY).write_text(json.dumps(found, indent=1))
+    return found
+
+
+def take_up(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[str, Any]:
+    """Go on with an interrupted run or study. Raises ConsiliumError."""
+    folder = find(runs, run)
+    config = config_of(folder)
+    if not parts_of(config):
+        return resume(run, transport, runs, ledger)
+    if (folder / STUDY).is_file():
+        raise ConsiliumError(f"study '{folder.name}' is finished; there is nothing to resume")
+    return carry_out(config, transport, runs, ledger, folder.name)
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"parts": {name: {task: metrics}}, "mean", "spread"}: of `loco` at the centre left out, of `kfold` the mean over centres."""
+    parts: dict[str, dict[str, dict[str, float]]] = {}
+    for name, result in results.items():
+        unseen = result["config"]["federation"]["unseen"]
+        parts[name] = {}
+        for task, views in result["test"].items():
+            seen = views["centres"].get(unseen[0]) if unseen else views["macro"]
+            if seen:
+                parts[name][task] = {m: v for m, v in seen.items() if isinstance(v, float)}
+    of: dict[str, dict[str, list[float]]] = {}
+    for tasks in parts.values():
+        for task, metrics in tasks.items():
+            for metric, value in metrics.items():
+                of.setdefault(task, {}).setdefault(metric, []).append(value)
+    mean = {t: {m: float(np.mean(v)) for m, v in metrics.items()} for t, metrics in of.items()}
+    spread = {t: {m: float(np.std(v, ddof=1)) if len(v) > 1 else None for m, v in metrics.items()} for t, metrics in of.items()}
+    return {"parts": parts, "mean": mean, "spread": spread}
