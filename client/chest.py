@@ -13,6 +13,14 @@ import cv2
 import numpy as np
 
 
+@dataclass
+class Truth:
+    """What was drawn, on the voxels' grid: what a reader of the scan should find."""
+
+    lungs: np.ndarray  # [Z, N, N] uint8: 0 none, 1 the patient's right lung, 2 the left one; lesions belong to their lung
+    lesion: np.ndarray  # [Z, N, N] bool
+
+
 @dataclass(frozen=True)
 class Scanner:
     """How one hospital's scanner sees a chest."""
@@ -68,8 +76,8 @@ def _vessels(rng: np.random.Generator, shape: tuple[int, int, int], mm: float, h
 
 def chest(
     person: np.random.Generator, visit: np.random.Generator, scanner: Scanner, covid: bool, slices: int, pixels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One scan, feet to head: voxels `[Z, N, N]` int16 HU and the lesion mask `[Z, N, N]` bool.
+) -> tuple[np.ndarray, Truth]:
+    """One scan, feet to head: voxels `[Z, N, N]` int16 HU and what was drawn.
 
     `person` draws the anatomy (the same for a patient's two scans), `visit` the disease, the position and the noise.
     """
@@ -104,7 +112,7 @@ def chest(
     dome = 0.95 * np.sqrt(np.clip(1 - u / person.uniform(0.25, 0.4), 0, 1))
     heart = ((x - 0.13 * a) / (0.36 * a)) ** 2 + ((y + 0.2 * b) / (0.42 * b)) ** 2 + ((u - 0.25) / 0.32)[:, None, None] ** 2 < 1
     lungs, rim = np.zeros(depth.shape, bool), np.zeros(depth.shape, np.float32)
-    tubes = np.zeros(depth.shape, np.uint8)
+    sides, tubes = np.zeros(depth.shape, np.uint8), np.zeros(depth.shape, np.uint8)
     crowded = visit.random() < 0.3  # vessels crowded at the bases: a look-alike
     for side, wide in ((-1, 0.40), (1, 0.37)):
         cx, rx, ry = side * 0.45 * a, wide * a, 0.76 * b
@@ -114,6 +122,7 @@ def chest(
         below = ((x - cx * 0.95) / (rx * top)) ** 2 + ((y + 0.2 * b) / (ry * top)) ** 2 < 1
         lung = (ellipse < 1) & ~below & ~heart & (depth > fat + 0.10)
         lungs |= lung
+        sides[lung] = 1 if side < 0 else 2
         rim = np.where(lung, ellipse, rim)
         inside = np.argwhere(lung)
         if len(inside):
@@ -148,7 +157,7 @@ def chest(
         soft = cv2.GaussianBlur(hu[z], (0, 0), max(0.5, -scanner.kernel))
         hu[z] = soft if scanner.kernel < 0 else hu[z] + scanner.kernel * (hu[z] - soft)
     voxels = np.clip(np.rint(hu + scanner.offset), -1024, 3071).astype(np.int16)
-    return voxels, (lesion > 0.1) & lungs
+    return voxels, Truth(sides * lungs, (lesion > 0.1) & lungs)
 
 
 def _spots(

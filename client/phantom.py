@@ -1,4 +1,4 @@
-"""Made-up hospitals: chest CTs drawn from ellipses, written as DICOM series, with the first paper's imbalance.
+"""Made-up hospitals: chest CTs drawn from ellipses, written as DICOM series, with the first paper's imbalance; a film with each.
 
 What is the paper's (arXiv 2604.03320, true counts): scans and COVID scans per centre in training, 338/340/204/340 with
 175/175/39/175, and in validation, 88/90/45/87 with 43/43/-/42. What is ours: the third centre has 8 COVID of 45 in validation (the
@@ -7,6 +7,9 @@ by `Phantom.scale` but keeps at least 4 scans of each class in training and 3 el
 
 Hospitals differ as scanners do (noise, kernel, HU offset, spacing, field of view, positioning, slice order, compression), so that the
 source can be told from the pixels and the shift between centres is real.
+
+Every visit is two scans, a CT and its projection as a radiograph (client/radiograph.py). What is known of them follows from what was drawn,
+and differs from hospital to hospital (`Hospital.holds`), as in the papers, so that every recipe finds centres with and without its labels.
 """
 
 from __future__ import annotations
@@ -21,20 +24,31 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import cv2
+import nibabel
 import numpy as np
 import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 from rich.progress import Progress
 
-from client.chest import Scanner, chest
+from client.chest import Scanner, Truth, chest
+from client.radiograph import project, project_mask, write_film, zone_shares
 from common.schema import Phantom
 
+DRAWING = ("chest.py", "phantom.py", "radiograph.py")
 # A change of the drawing rewrites the federations that lie on disk.
-VERSION = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("chest.py", "phantom.py"))).hexdigest()[:16]
+VERSION = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in DRAWING)).hexdigest()[:16]
 MARKER = "phantom.json"
 SPLITS = ("train", "val", "test")
+CT_LABELS = ["severity", "lesion", "transition", "target"]
+FILM_LABELS = [*(f"brixia_{zone}" for zone in "abcdef"), "outcome", "finding", "infection", "lungs"]
+BOTTOM = -150.0  # mm, of a CT's lowest slice
+HEIGHT = 300.0  # mm of a chest on its film; a CT of few slices would make a flat one
+LUNG = 60.0  # mm of air that let a lung be seen on the film: not behind the diaphragm
+BRIXIA = (0.05, 0.3, 0.6)  # affected share of a zone from which its score is 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,35 @@ class Hospital:
     train: tuple[int, int]
     val: tuple[int, int]
     scanner: Scanner
+    holds: tuple[str, ...]  # of the labels (brixia: all six zones'); covid is known everywhere
 
 
+# The only place that says who knows what.
 HOSPITALS = {
-    "north": Hospital((338, 175), (88, 43), Scanner("Boreal", 360, 5.0, 30, -0.6, 0, (0, 0), 0)),
-    "east": Hospital((340, 175), (90, 43), Scanner("Levant", 420, 6.0, 40, 0.8, 20, (12, -10), 3, flipped=True)),
-    "south": Hospital((204, 39), (45, 8), Scanner("Austral", 390, 8.0, 75, -0.9, -25, (-15, 8), -5, compressed=True)),
-    "west": Hospital((340, 175), (87, 42), Scanner("Occident", 340, 7.0, 22, -1.2, 35, (5, 4), 0)),
+    "north": Hospital(
+        (338, 175),
+        (88, 43),
+        Scanner("Boreal", 360, 5.0, 30, -0.6, 0, (0, 0), 0),
+        ("severity", "lesion", "transition", "outcome", "finding", "infection"),
+    ),
+    "east": Hospital(
+        (340, 175),
+        (90, 43),
+        Scanner("Levant", 420, 6.0, 40, 0.8, 20, (12, -10), 3, flipped=True),
+        ("severity", "transition", "outcome", "finding", "lungs"),
+    ),
+    "south": Hospital(
+        (204, 39),
+        (45, 8),
+        Scanner("Austral", 390, 8.0, 75, -0.9, -25, (-15, 8), -5, compressed=True),
+        ("lesion", "transition", "brixia", "outcome", "finding", "lungs"),
+    ),
+    "west": Hospital(
+        (340, 175),
+        (87, 42),
+        Scanner("Occident", 340, 7.0, 22, -1.2, 35, (5, 4), 0),
+        ("severity", "target", "brixia", "finding", "infection"),
+    ),
 }
 
 
@@ -97,7 +133,7 @@ def write_series(
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = uid(z)
         ds.InstanceNumber = z + 1 if scanner.flipped else len(voxels) - z
-        place = -150 + z * scanner.spacing
+        place = BOTTOM + z * scanner.spacing
         ds.ImagePositionPatient = [f"{corner if scanner.flipped else -corner:.6g}", f"{-corner:.6g}", f"{place:.6g}"]
         ds.SliceLocation = f"{place:.6g}"
         ds.PixelData = stored[z].astype("<u2").tobytes()
@@ -112,7 +148,7 @@ def _uid(*names: object) -> UID:
 
 
 def scan_list(centre: str, settings: Phantom, hospital: Hospital) -> pd.DataFrame:
-    """The centre's cohort: scan, path, patient, source, split, covid; about one patient in fifteen comes twice, within a split."""
+    """The centre's CTs: scan, path, patient, source, split, modality, covid; about one patient in fifteen comes twice, within a split."""
     rng = _rng(settings.seed, centre, "list")
     rows: list[tuple[str, str, float]] = []
     for split, cell in counts(hospital, settings).items():
@@ -126,7 +162,83 @@ def scan_list(centre: str, settings: Phantom, hospital: Hospital) -> pd.DataFram
     table.insert(0, "scan", scans)
     table.insert(1, "path", [f"dicom/{s}" for s in scans])
     table.insert(3, "source", centre)
+    table.insert(5, "modality", "CT")
     return table
+
+
+def labels_of(
+    truth: Truth, rng: np.random.Generator, mm: float, slice_mm: float
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    """What is known of a visit's CT, of its radiograph, and the radiograph's masks, by column; `mm` per pixel and `slice_mm` per slice of it.
+
+    Severity is the affected per cent of the worse lung (arXiv 2006.01441). The zones are Brixia's (Borghesi & Maroldi, Radiol. Med. 2020):
+    A, B, C are the thirds of the patient's right lung from above, D, E, F those of the left one.
+    """
+    noise, readers = rng.standard_normal(), rng.random(6)
+    sides = [truth.lungs == side for side in (1, 2)]
+    shares = [100 * int((truth.lesion & side).sum()) / max(int(side.sum()), 1) for side in sides]
+    severity = round(max(shares), 2)
+    lesion = project_mask(truth.lesion, mm, slice_mm)
+    lungs = [project_mask(side, mm, slice_mm, LUNG) for side in sides]
+    scores = map(_score, [share for lung in lungs for share in zone_shares(lung, lesion)], readers)
+    film: dict[str, Any] = {f"brixia_{zone}": score for zone, score in zip("abcdef", scores, strict=True)}
+    film["outcome"] = float(severity + 8 * noise > 10)  # the course depends on the burden, and on what no picture shows
+    film["finding"] = _finding(shares, truth.lesion)
+    return {"severity": severity}, film, {"infection": lesion, "lungs": lungs[0] | lungs[1]}
+
+
+def _score(share: float, reader: float) -> float:
+    """A zone's score 0..3; one reader in ten (`reader` is uniform in 0..1) gives a point too many or too few."""
+    score = int(np.searchsorted(BRIXIA, share, side="right"))
+    return float(np.clip(score + (reader > 0.95) - (reader < 0.05), 0, 3))
+
+
+def _finding(shares: list[float], lesion: np.ndarray) -> str:
+    """The class of a film by where the lesions lie, as in SIIM-FISABIO-RSNA: typical is both lungs, much of them, and rather below."""
+    if not lesion.any():
+        return "negative"
+    area = lesion.sum(axis=(1, 2))
+    height = float(area @ (np.arange(len(area)) + 0.5)) / (area.sum() * len(area))
+    if min(shares) < 5 or height > 0.5:
+        return "atypical"
+    return "typical" if max(shares) >= 16 else "indeterminate"
+
+
+def write_visit(folder: Path, row: dict[str, Any], settings: Phantom, hospital: Hospital) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write one visit's CT, its radiograph and their masks below `folder`; returns the cohort's two rows, `row` being the CT's without labels.
+
+    The labels draw from a generator of their own, so that they may change without a voxel changing.
+    """
+    scan, patient, scanner, holds = row["scan"], row["patient"], hospital.scanner, hospital.holds
+    names = (settings.seed, row["source"], scan)
+    person, visit = _rng(settings.seed, row["source"], patient), _rng(*names)
+    voxels, truth = chest(person, visit, scanner, bool(row["covid"]), settings.slices, settings.pixels)
+    (folder / row["path"]).mkdir(parents=True)
+    write_series(folder / row["path"], voxels, scanner, names, patient, visit)
+    mm, slice_mm = scanner.fov / settings.pixels, HEIGHT / settings.slices
+    film = {**row, "scan": f"{scan}-xr", "path": f"xr/{scan}.dcm", "modality": "XR"}
+    write_film(folder / film["path"], project(voxels, mm, slice_mm), mm, names, patient, scanner.maker)
+
+    of_ct, of_film, masks = labels_of(truth, _rng(*names, "labels"), mm, slice_mm)
+    of_ct |= {"transition": row["covid"], "target": row["covid"], "lesion": f"masks/{scan}.nii.gz"}
+    of_film |= {name: f"masks/{scan}-{name}.png" for name in masks}
+    ct = row | {k: v for k, v in of_ct.items() if k in holds}
+    film |= {k: v for k, v in of_film.items() if k.split("_")[0] in holds}
+    if "lesion" in ct:
+        write_mask(folder / ct["lesion"], truth.lesion, scanner)
+    for name in masks.keys() & film.keys():
+        cv2.imwrite(str(folder / film[name]), 255 * masks[name].astype(np.uint8))
+    return ct, film
+
+
+def write_mask(path: Path, mask: np.ndarray, scanner: Scanner) -> None:
+    """`mask [Z, N, N]` as NIfTI where `write_series` puts the voxels: its axes run to the right, the front and the head."""
+    mm = scanner.fov / mask.shape[2]
+    corner = (mask.shape[2] - 1) / 2 * mm
+    affine = np.diag([-mm, -mm, scanner.spacing, 1.0])
+    affine[:3, 3] = corner, corner, BOTTOM
+    image = nibabel.Nifti1Image(mask.astype(np.uint8).transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+    nibabel.save(image, path)
 
 
 def _hospital(centre: str, position: int | None) -> Hospital:
@@ -158,7 +270,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def write_centre(root: Path, centre: str, settings: Phantom, position: int | None = None, progress: Progress | None = None) -> Path:
-    """Write one made-up hospital to `root/<centre>`: `dicom/<scan>/NNN.dcm` and `cohort.csv`; returns that folder.
+    """Write one made-up hospital to `root/<centre>`: `dicom/<scan>/NNN.dcm`, `xr/<scan>.dcm`, `masks/`, `cohort.csv`; returns it.
 
     The same settings give the same files, byte for byte. A finished folder of the same settings is left as it is, one of other settings
     is replaced as a whole; a process killed on the way leaves a folder that the next one clears away.
@@ -176,16 +288,16 @@ def write_centre(root: Path, centre: str, settings: Phantom, position: int | Non
         work.chmod(0o755)
         table = scan_list(centre, settings, hospital)
         bar = progress.add_task(centre, total=len(table)) if progress else None
-        for row in table.itertuples():
-            names = (settings.seed, centre, row.scan)
-            target = work / str(row.path)
-            target.mkdir(parents=True)
-            person, visit = _rng(settings.seed, centre, row.patient), _rng(*names)
-            voxels, _ = chest(person, visit, hospital.scanner, bool(row.covid), settings.slices, settings.pixels)
-            write_series(target, voxels, hospital.scanner, names, str(row.patient), visit)
+        for folder_name in ("dicom", "xr", "masks"):
+            (work / folder_name).mkdir()
+        visits = []
+        for row in table.to_dict("records"):
+            visits.append(write_visit(work, {str(k): v for k, v in row.items()}, settings, hospital))
             if progress and bar is not None:
                 progress.advance(bar)
-        table.to_csv(work / "cohort.csv", index=False)
+        cohort = pd.DataFrame([row for rows in zip(*visits, strict=True) for row in rows])  # the CTs, then the radiographs
+        cohort = cohort.reindex(columns=[*table.columns, *(c for c in CT_LABELS + FILM_LABELS if c in cohort)])
+        cohort.to_csv(work / "cohort.csv", index=False)
         (work / MARKER).write_text(json.dumps(_marker(settings, hospital), indent=1))
         if folder.exists():
             folder.rename(Path(tempfile.mkdtemp(prefix=f".{centre}-", dir=root)) / "old")
