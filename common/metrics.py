@@ -15,7 +15,7 @@ A metric that is not defined is None, never 0 and never 0.5, and `reasons` says 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -29,15 +29,7 @@ Metrics = dict[str, float | None]
 LIMIT = 8.0  # logits; beyond it a probability is within 0.0004 of 0 or 1
 COUNTS = ("n", "positives")  # of a metrics dict: sizes, not performance; a mean or a worst of them says nothing
 LOWER_IS_BETTER = ("ece", "brier", "mae", "rmse", "loss")
-LEADING = (
-    "auc",
-    "balanced_accuracy",
-    "accuracy",
-    "dice",
-    "r2",
-    "mae",
-    "loss",
-)  # of a task that is not the chosen one, the first it has is shown
+LEADING = ("auc", "balanced_accuracy", "accuracy", "dice", "r2", "mae", "loss")  # the first that a task has speaks for it
 UNLABELLED = "no labelled scans"
 
 # Bins of a predicted share in [0, 1], narrow where most scans are: near 0.
@@ -292,6 +284,11 @@ def summary(per_centre: Mapping[str, Mapping[str, float | None]], pooled: Mappin
         views["worst"][name] = {"value": value, "centre": centre}
         views["spread"][name] = known[-1][0] - known[0][0] if known else None
     return views
+
+
+def leading(chosen: str, known: Collection[str]) -> str:
+    """The metric that speaks for a task with the metrics `known`: the one that a run was judged by, or else the first of LEADING."""
+    return chosen if chosen in known else next((name for name in LEADING if name in known), chosen)
 
 
 def challenge_score(hists: Iterable[Array], threshold: float = 0.5, absent: Literal["zero", "skip"] = "skip") -> float | None:

@@ -8,30 +8,50 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.metrics import calibration, roc
+from common.metrics import calibration, leading, roc
 
 Result = Mapping[str, Any]
 Figure = dict[str, Any]
 Rounds = list[tuple[int, str, Result]]  # (place over all stages, stage, round)
 
-NAMES = {
-    "n": "scans",
-    "positives": "positive",
-    "auc": "ROC-AUC",
-    "f1": "F1",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "precision": "precision",
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "ece": "calibration error",
-    "brier": "Brier score",
-    "loss": "loss",
+
+class Column(NamedTuple):
+    """How a metric is shown."""
+
+    name: str
+    short: str = ""  # in the terminal, where it is left out without one
+    digits: int = 3
+
+
+# Of all kinds of tasks, in the order in which they stand side by side; a task's table has those that its kind knows.
+COLUMNS = {
+    "n": Column("scans", "scans", 0),
+    "positives": Column("positive", "pos.", 0),
+    "auc": Column("ROC-AUC", "AUC"),
+    "f1": Column("F1", "F1"),
+    "dice": Column("Dice", "Dice"),
+    "dice_affected": Column("Dice where affected", "Dice aff."),
+    "dice_pixels": Column("Dice of all pixels", "Dice pix."),
+    "sensitivity": Column("sensitivity", "sens."),
+    "specificity": Column("specificity", "spec."),
+    "precision": Column("precision"),
+    "balanced_accuracy": Column("balanced accuracy", "bal. acc."),
+    "gmean": Column("G-mean"),
+    "accuracy": Column("accuracy"),
+    "mae": Column("mean absolute error", "MAE"),
+    "rmse": Column("root mean squared error", "RMSE"),
+    "r2": Column("R²", "R²"),
+    "pearson": Column("Pearson's r", "r"),
+    "spearman": Column("Spearman's rho", "rho"),
+    "ece": Column("calibration error", "cal. err."),
+    "brier": Column("Brier score"),
+    "loss": Column("loss"),
 }
+NAMES = {metric: column.name for metric, column in COLUMNS.items()}
 COLOURS, DASHES = 7, ("solid", "dash", "dot", "dashdot")
 LEGEND = {"showlegend": True, "legend": {"orientation": "h", "y": 1.07, "yanchor": "bottom", "x": 0}, "margin": {"t": 44}}  # in the figure
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
@@ -66,12 +86,12 @@ def score_figures(task: str, hists: Mapping[str, Any], names: Sequence[str]) -> 
 
 
 def round_figures(rounds: Rounds, names: Sequence[str], chosen: str, metric: str) -> list[Figure]:
-    """Validation by centre for every task, then the loss."""
+    """Validation by centre for every task by `metric` or, where it has no such, its leading one; then the loss."""
     figures = []
     tasks = dict.fromkeys(task for _, _, r in rounds for task in r.get("val", {}))
     for task in sorted(tasks, key=lambda name: name != chosen):
         known = {name for _, _, r in rounds for name, v in r.get("val", {}).get(task, {}).get("macro", {}).items() if v is not None}
-        shown = metric if task == chosen else next((m for m in ("auc", "balanced_accuracy", "accuracy") if m in known), "accuracy")
+        shown = leading(metric, known)
         lines = {
             name: [finite(r.get("val", {}).get(task, {}).get("centres", {}).get(name, {}).get(shown)) for _, _, r in rounds]
             for name in names

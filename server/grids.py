@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from server.figures import NAMES, Result, Rounds, finite
+from common.metrics import COUNTS
+from server.figures import COLUMNS, NAMES, Result, Rounds, finite
 
 VIEWS = {"macro": "mean of centres", "pooled": "pooled", "worst": "worst centre", "spread": "spread"}
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -43,11 +44,15 @@ class Grid(NamedTuple):
 
 
 def score_grid(task: str, scores: Result, columns: Sequence[str]) -> Grid:
-    """Centre x metric, then the four views over centres."""
+    """Centre x metric, then the four views over centres. A centre without a scan to score has no row, but is named."""
     rows: list[Line] = []
+    absent: list[str] = []
     undefined: dict[str, list[str]] = {}  # what is so and why: the centres
     for centre, values in scores.get("centres", {}).items():
-        why = values.get("reasons", {})
+        why = {name: reason for name, reason in values.get("reasons", {}).items() if name in columns}
+        if values.get("n") == 0 and all(finite(v) is None for k, v in values.items() if k not in COUNTS):
+            absent.append(centre)
+            continue
         cells = [_score(values.get(name), name, why.get(name, "")) for name in columns]
         rows.append(Line([Cell(centre), *cells]))
         for reason in dict.fromkeys(why.values()):
@@ -63,21 +68,36 @@ def score_grid(task: str, scores: Result, columns: Sequence[str]) -> Grid:
             cells.append(Cell("") if blank else _score(value, name, over.get("reasons", {}).get(name, ""))._replace(small=who))
         rows.append(Line(cells, "view first" if i == 0 else "view"))
     head = [Head("centre", False), *(Head(NAMES.get(name, name)) for name in columns)]
-    return Grid([head], rows, f"{task}, test scans", [f"{', '.join(centres)}: {what}" for what, centres in undefined.items()])
+    notes = [f"{', '.join(centres)}: {what}" for what, centres in undefined.items()]
+    return Grid([head], rows, f"{task}, test scans", notes + ([f"Nothing to score at {', '.join(absent)}."] if absent else []))
 
 
 def _score(value: Any, name: str, why: str) -> Cell:
-    if (text := text_of(value, 0 if name in ("n", "positives") else 3)) is not None:
+    if (text := text_of(value, COLUMNS[name].digits if name in COLUMNS else 3)) is not None:
         return Cell(text, "n")
     return Cell(f"undefined: {why.split(' (')[0]}" if why else "undefined", "none", title=why)
 
 
 def columns_of(scores: Result) -> list[str]:
-    """The metrics that are there, in the order of NAMES, others after."""
+    """The metrics that are there, in the order of COLUMNS, others after."""
     there = dict.fromkeys(
         name for of in (*scores.get("centres", {}).values(), scores.get("pooled", {})) for name in of if name != "reasons"
     )
-    return sorted(there, key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES))
+    return sorted(there, key=lambda name: list(COLUMNS).index(name) if name in COLUMNS else len(COLUMNS))
+
+
+def stages_grid(result: Result, task: str, metric: str) -> Grid:
+    """What each stage trained, for how long, and which of its rounds the next one, or the test, began from."""
+    rows = []
+    for stage in result.get("stages", []):
+        rounds, best = stage.get("rounds", []), stage.get("best") or {}
+        tasks = ", ".join(dict.fromkeys(name for r in rounds for name in r.get("val", {})))
+        taken = "–" if not best else f"round {best['round']}" if "round" in best else "each centre's own best"
+        value = text_of(best.get("value"))
+        played = sum(r["round"] > 0 for r in rounds)
+        rows.append(Line([Cell(stage["name"]), Cell(tasks, "text"), Cell(str(played), "n"), Cell(taken, "text"), Cell(value or "–", "n")]))
+    head = [Head("stage", False), Head("tasks", False), Head("rounds"), Head("taken", False), Head(f"{task}: {NAMES.get(metric, metric)}")]
+    return Grid([head], rows)
 
 
 def weights_grid(rounds: Rounds, names: Sequence[str]) -> Grid:

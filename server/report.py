@@ -19,18 +19,21 @@ from plotly.offline import get_plotlyjs
 from rich.table import Table
 from rich.text import Text
 
-from server.figures import COLOURS, NAMES, Figure, Result, Rounds, cost_figures, dash, round_figures, score_figures, weight_figures
-from server.grids import VIEWS, about_grid, columns_of, cost_grid, label_grids, left_out_grid, score_grid, text_of, weights_grid
+from common.metrics import leading
+from server.figures import COLOURS, COLUMNS, NAMES, Figure, Result, Rounds, cost_figures, dash, round_figures, score_figures, weight_figures
+from server.grids import (
+    VIEWS,
+    about_grid,
+    columns_of,
+    cost_grid,
+    label_grids,
+    left_out_grid,
+    score_grid,
+    stages_grid,
+    text_of,
+    weights_grid,
+)
 from server.page import PAGE
-
-SHORT = {
-    "positive": "pos.",
-    "ROC-AUC": "AUC",
-    "sensitivity": "sens.",
-    "specificity": "spec.",
-    "balanced accuracy": "bal. acc.",
-    "calibration error": "cal. err.",
-}
 
 
 def write_report(path: Path, result: Result) -> None:
@@ -44,16 +47,17 @@ def write_report(path: Path, result: Result) -> None:
 
 def table(result: Result) -> Table:
     """The chosen task's test metrics by centre, for a terminal; of the run's last validation where there was no test."""
-    task, _ = _chosen(result)
+    task, metric = _chosen(result)
     split, scores = "test", result.get("test", {}).get(task)
     if not scores:
         split, scores = "validation", next((r["val"][task] for _, _, r in reversed(_rounds(result)) if task in r.get("val", {})), {})
-    columns = [name for name in columns_of(scores) if name not in ("precision", "accuracy", "brier", "loss")] if scores else []
+    columns = [name for name in columns_of(scores) if name == metric or (name in COLUMNS and COLUMNS[name].short)] if scores else []
     grid = score_grid(task, scores, columns)
     drawn = Table(title=f"{task}, {split}: run {result.get('run', '')}", caption="\n".join(grid.notes) or None, caption_justify="left")
     drawn.title = Text(str(drawn.title))  # names are text, not markup
-    for column in grid.head[-1]:
-        drawn.add_column(Text(SHORT.get(column.text, column.text)), justify="right" if column.number else "left", overflow="fold")
+    drawn.add_column("centre", overflow="fold")
+    for name in columns:
+        drawn.add_column(Text(COLUMNS[name].short or COLUMNS[name].name if name in COLUMNS else name), justify="right", overflow="fold")
     for i, row in enumerate(grid.rows):
         ends = i + 1 < len(grid.rows) and grid.rows[i + 1].kind == "view first"
         # what is undefined is a dash here: a cell is too narrow for the reason, which stands below the table
@@ -126,6 +130,7 @@ def _context(result: Result) -> dict[str, Any]:
         **_headline(result, task, metric),
         "results": [score_grid(name, test[name], columns_of(test[name])) for name in tasks],
         "who": [{"name": name, "colour": i % COLOURS, "style": styles[dash(i)]} for i, name in enumerate(names)] if drawn else [],
+        "stages": stages_grid(result, *_judged_by(result)),
         "weights": weights_grid(rounds, names),
         "labels": label_grids(result),
         "about": about_grid(result),
@@ -152,8 +157,10 @@ def _headline(result: Result, task: str, metric: str) -> dict[str, Any]:
     last = next((stage for stage in reversed(result.get("stages", [])) if stage.get("best")), None)
     after = ""
     if last:  # where nothing is exchanged, each centre has its own best
-        which = f"round {last['best']['round']}" if "round" in last["best"] else "each centre's own best round"
-        after = f", after {which} of {last['name']}, the best on validation"
+        one = "round" in last["best"]
+        which = f"round {last['best']['round']}" if one else "each centre's own best round"
+        compared = _judge(result).get("choose") != "last" and (not one or last["best"].get("value") is not None)
+        after = f", after {which} of {last['name']}" + (", the best on validation" if compared else "")
     return {
         "headline": [{"label": label, "value": text_of(value) or "undefined", "small": small} for label, value, small in said],
         "headline_note": f"{NAMES.get(metric, metric)} of {task} on the test scans{after}.",
@@ -181,11 +188,22 @@ def _names(result: Result, rounds: Rounds) -> list[str]:
 
 
 def _chosen(result: Result) -> tuple[str, str]:
-    """The task and metric that the run was judged by."""
-    evaluation = result.get("config", {}).get("evaluation", {})
-    tasks = [*result.get("test", {}), *(task for _, _, r in _rounds(result) for task in r.get("val", {}))]
-    task = evaluation.get("task", "covid")
-    return (task if task in tasks or not tasks else tasks[0]), evaluation.get("metric", "auc")
+    """The task and metric to show first: what the run was judged by, if its last scores have it, else what they have."""
+    task, metric = _judged_by(result)
+    scores: Result = result.get("test") or next((r["val"] for _, _, r in reversed(_rounds(result)) if r.get("val")), {})
+    if scores and task not in scores:
+        task = next((name for name, views in scores.items() if views.get("macro", {}).keys() - {"loss"}), next(iter(scores)))
+    return task, leading(metric, scores.get(task, {}).get("macro", {}))
+
+
+def _judged_by(result: Result) -> tuple[str, str]:
+    """The task and metric that choose the best round."""
+    return _judge(result).get("task", "covid"), _judge(result).get("metric", "auc")
+
+
+def _judge(result: Result) -> Result:
+    evaluation: Result = result.get("config", {}).get("evaluation", {})
+    return evaluation
 
 
 def _get(scores: Result, view: str, metric: str) -> Any:

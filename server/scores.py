@@ -11,11 +11,11 @@ import numpy as np
 from common.compose import to_dict
 from common.messages import Presence, Sums
 from common.metrics import (
-    LEADING,
     Array,
     Metrics,
     binary_metrics,
     challenge_score,
+    leading,
     loss_metrics,
     loss_reasons,
     multiclass_metrics,
@@ -117,8 +117,7 @@ def line(scores: Table, task: str, metric: str) -> str:
         task = next(iter(scores), "")
     if task not in scores:
         return ""
-    if metric not in scores[task]["macro"]:
-        metric = next((name for name in LEADING if name in scores[task]["macro"]), metric)
+    metric = leading(metric, scores[task]["macro"])
     macro, worst = scores[task]["macro"].get(metric), scores[task]["worst"].get(metric)
     if macro is None or worst is None or worst["value"] is None:
         return f"{task} {metric} undefined"

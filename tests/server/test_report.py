@@ -13,7 +13,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.metrics import binary_metrics, challenge_score, histogram, multiclass_metrics, multiclass_reasons, reasons, summary
+from common.messages import Sums
+from common.metrics import (
+    SEVERITY_EDGES,
+    SHARE_EDGES,
+    binary_metrics,
+    challenge_score,
+    histogram,
+    joint_histogram,
+    multiclass_metrics,
+    multiclass_reasons,
+    overlap_sums,
+    reasons,
+    regression_sums,
+    summary,
+)
+from common.schema import Config, Evaluation, Task
+from server import scores as tables
 from server.report import side_by_side, table, write_report
 
 CENTRES = ("north", "east", "south", "west")
@@ -197,9 +213,8 @@ def test_an_undefined_metric_is_never_a_number(tmp_path: Path) -> None:
     got = page(result, tmp_path)
     row = next(r for r in got.rows if r[0] == "south")
     assert row[3] == "undefined: one class only"
-    assert (
-        "south: ROC-AUC, F1, sensitivity, precision, balanced accuracy undefined: one class only (no positive scan among 60)." in got.text
-    )
+    undefined = "south: ROC-AUC, F1, sensitivity, precision, balanced accuracy, G-mean undefined"
+    assert f"{undefined}: one class only (no positive scan among 60)." in got.text
     roc_names = {trace.get("name") for trace in next(iter(json.loads(got.scripts[1]).values()))["data"]}
     assert roc_names == {None, "north", "east", "west", "pooled"}  # the diagonal has no name
     shown = printed(result)
@@ -293,3 +308,104 @@ def test_each_centre_may_have_its_own_best(tmp_path: Path) -> None:
     result = sample()
     result["stages"][-1]["best"] = {c: {"stage": "main", "round": k, "value": 0.8} for k, c in enumerate(CENTRES)}
     assert "after each centre's own best round of main" in page(result, tmp_path).text
+
+
+# --- stages of different tasks, centres with different labels
+
+TASKS = {
+    "moco": Task(kind="contrast"),
+    "covid": Task(),
+    "finding": Task(kind="multiclass", classes=["none", "typical", "other"]),
+    "brixia": Task(kind="regression", columns=["left", "right"]),
+    "lesion": Task(kind="segmentation", burden="severity"),
+}
+
+
+def answered(seed: int, skill: float) -> Sums:
+    """All kinds: west has masks only, south neither masks nor scores, and of south's scans one class."""
+    random = np.random.default_rng(seed)
+    sums: Sums = {}
+    for k, c in enumerate(CENTRES):
+        n = {task: 40 for task in TASKS} | ({"covid": 0, "finding": 0, "brixia": 0} if c == "west" else {})
+        n |= {"brixia": 0, "lesion": 0} if c == "south" else {}
+        truth = random.integers(0, 2, n["covid"]) * float(c != "south")
+        target = random.integers(0, 4, (n["brixia"], 2)).astype(float)
+        mask = (random.uniform(size=(n["lesion"], 1, 16, 16)) < 0.2).astype(np.uint8)
+        share = mask.mean((1, 2, 3))
+        sums |= {
+            f"{c}/covid/hist": histogram(random.normal(size=len(truth)) + skill * (2 * truth - 1), truth),
+            f"{c}/finding/confusion": random.integers(1, 9, (3, 3)) * float(n["finding"] > 0) + skill * n["finding"] * np.eye(3),
+            f"{c}/brixia/regression": regression_sums(target + random.normal(0, 1 / (1 + skill), target.shape), target),
+            f"{c}/lesion/overlap": overlap_sums(np.clip(mask * skill / 2 + random.uniform(0, 0.6, mask.shape), 0, 1), mask),
+            f"{c}/lesion/joint": joint_histogram(share + random.normal(0, 0.02, len(share)), 100 * share, SHARE_EDGES, SEVERITY_EDGES),
+        }
+        sums |= {f"{c}/{task}/loss": np.array([n[task] * (1 + 0.1 * k) / (1 + skill), n[task]]) for task in TASKS}
+    return sums
+
+
+def mixed(stages: dict[str, tuple[int, list[str]]], task: str = "covid", metric: Any = "auc") -> dict[str, Any]:
+    """A run of {stage: (rounds, tasks)}, judged by `task`; the last stage's tasks are tested."""
+    config = Config(recipe="mixed", tasks=TASKS, evaluation=Evaluation(task=task, metric=metric))
+    result: dict[str, Any] = {**sample(), "recipe": "mixed", "stages": []}
+    result["config"]["evaluation"] = {"task": task, "metric": metric}
+    for name, (count, of) in stages.items():
+        rounds: list[dict[str, Any]] = []
+        for r in range(count + 1):
+            replies = {
+                c: {"loss": 1 / (1 + r), "scans": 40, "steps": 4, "seconds": 2.0, "accepted": True, "reason": ""} for c in CENTRES if r
+            }
+            entry = {"round": r, "seconds": 2.0, "bytes_up": 1, "bytes_down": 1, "weights": {}, "effective": {}, "centres": replies}
+            rounds.append({**entry, "val": tables.table(answered(r, 0.3 * r), config, of)})
+        value = tables.chosen(rounds[-1]["val"], config.evaluation)
+        result["stages"].append({"name": name, "rounds": rounds, "best": {"stage": name, "round": count, "value": value}})
+    result["test"] = tables.table(answered(99, 1.5), config, of, with_sums=True)
+    return result
+
+
+def test_each_kind_of_task_has_its_columns_and_its_figure(tmp_path: Path) -> None:
+    result = mixed({"moco": (2, ["moco"]), "main": (3, [task for task in TASKS if task != "moco"])}, "lesion", "dice")
+    got = page(result, tmp_path)
+    lesion, brixia = result["test"]["lesion"], result["test"]["brixia"]
+    heads = [row for row in got.rows if row[0] == "centre" and "scans" in row]
+    assert any({"Dice", "Dice where affected", "Spearman's rho", "loss"} <= set(row) and "ROC-AUC" not in row for row in heads)
+    assert any({"mean absolute error", "R²", "Pearson's r"} <= set(row) and "Dice" not in row for row in heads)
+    assert f"{lesion['macro']['dice']:.3f}" in got.text
+    assert f"{brixia['pooled']['rmse']:.3f}" in got.text
+    assert "Nothing to score at south." in got.text
+    assert "Nothing to score at south, west." in got.text
+    titles = {str(attrs.get("aria-label")) for _, attrs in got.elements if attrs.get("class") == "plot"}
+    for task, label in (("moco", "loss"), ("lesion", "Dice"), ("brixia", "R²"), ("covid", "ROC-AUC"), ("finding", "balanced accuracy")):
+        assert f"{task}: {label} on validation; mean of centres bold" in titles
+    dice = f"{result['stages'][1]['best']['value']:.3f}"
+    assert ["moco", "moco", "2", "round 2", "–"] in got.rows
+    assert ["main", "covid, finding, brixia, lesion", "3", "round 3", dice] in got.rows
+    shown = printed(result)
+    assert "lesion, test" in shown
+    assert "Dice aff." in shown
+    assert f"{lesion['centres']['west']['spearman']:.3f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("stages", "first"),
+    [
+        ({"main": (2, ["covid"]), "last": (2, ["brixia", "finding"])}, "R² of brixia"),
+        ({"main": (1, ["covid"]), "last": (0, ["moco"])}, "loss of moco"),
+        ({"passed over": (0, ["covid"]), "main": (1, ["lesion"])}, "Dice of lesion"),
+    ],
+)
+def test_the_last_stage_need_not_have_the_task_that_chooses(tmp_path: Path, stages: dict[str, Any], first: str) -> None:
+    result = mixed(stages)
+    assert result["stages"][-1]["best"]["value"] is None
+    for tested in (True, False):
+        if not tested:
+            del result["test"]
+        got = page(result, tmp_path)
+        assert (f"{first} on the test scans, after round {stages[[*stages][-1]][0]} of {[*stages][-1]}." in got.text) == tested
+        printed(result)
+        side_by_side({"a": result, "b": sample()})
+
+
+def test_a_stage_that_was_passed_over_is_shown_as_such(tmp_path: Path) -> None:
+    result = sample()
+    result["stages"].insert(0, {"name": "skipped", "rounds": [], "best": {}})
+    assert ["skipped", "", "0", "–", "–"] in page(result, tmp_path).rows
