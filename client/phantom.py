@@ -199,7 +199,7 @@ def _finding(shares: list[float], lesion: np.ndarray) -> str:
         return "negative"
     area = lesion.sum(axis=(1, 2))
     height = float(area @ (np.arange(len(area)) + 0.5)) / (area.sum() * len(area))
-    if min(shares) < 5 or height > 0.5:
+    if min(shares) < 4 or height > 0.52:
         return "atypical"
     return "typical" if max(shares) >= 16 else "indeterminate"
 
