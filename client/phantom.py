@@ -53,7 +53,7 @@ BRIXIA = (0.05, 0.3, 0.6)  # affected share of a zone from which its score is 1,
 
 @dataclass(frozen=True)
 class Hospital:
-    """One hospital's scanner and how many scans it has: (all, COVID) in train and in val (= test)."""
+    """One hospital's scanner, how many CTs it has ((all, COVID) in train and in val = test), and which labels it knows."""
 
     train: tuple[int, int]
     val: tuple[int, int]
@@ -227,12 +227,12 @@ def write_visit(folder: Path, row: dict[str, Any], settings: Phantom, hospital: 
     if "lesion" in ct:
         write_mask(folder / ct["lesion"], truth.lesion, scanner)
     for name in masks.keys() & film.keys():
-        cv2.imwrite(str(folder / film[name]), 255 * masks[name].astype(np.uint8))
+        (folder / film[name]).write_bytes(cv2.imencode(".png", 255 * masks[name].astype(np.uint8))[1].tobytes())
     return ct, film
 
 
 def write_mask(path: Path, mask: np.ndarray, scanner: Scanner) -> None:
-    """`mask [Z, N, N]` as NIfTI where `write_series` puts the voxels: its axes run to the right, the front and the head."""
+    """`mask [Z, N, N]` as NIfTI where `write_series` puts the voxels; a NIfTI's millimetres run to the right, the front and the head."""
     mm = scanner.fov / mask.shape[2]
     corner = (mask.shape[2] - 1) / 2 * mm
     affine = np.diag([-mm, -mm, scanner.spacing, 1.0])
