@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -94,3 +95,60 @@ def cut(mask: NDArray[np.uint8], indices: NDArray[np.integer] | list[int], box: 
             share = cv2.resize((part == value).astype(np.float32), (right - left, bottom - top), interpolation=method)
             kept[s, top:bottom, left:right][share >= 0.5] = value
     return kept
+
+
+def to_nifti(
+    path_out: Path,
+    probability: NDArray[np.floating],
+    indices: NDArray[np.integer] | list[int],
+    box: lungs.Box,
+    volume: Volume,
+    cut: float,
+) -> None:
+    """Write the kept slices' maps [S, size, size] as a mask of the whole scan: uint8 NIfTI, 1 from probability `cut` on, lying over the scan.
+
+    Each map is resized back into the crop's box; between two kept slices it is interpolated linearly by where the slices lie (mm), and
+    nothing is said beyond the outermost ones. Slices that lie unevenly (one is missing) are written on an even grid. A tilted gantry's shear is
+    not written. Raises ConsiliumError when the file cannot be written.
+    """
+    y0, y1, x0, x1 = box
+    top, bottom, left, right = place(y1 - y0, x1 - x0, probability.shape[-1])
+    maps = [
+        cv2.resize(np.asarray(m[top:bottom, left:right], np.float32), (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+        for m in probability
+    ]
+    lies, step, wanted = _grid(volume)
+    kept, first = np.unique(np.asarray(indices), return_index=True)  # a slice that was repeated counts once
+    at = lies[kept]
+    mask = np.zeros((len(wanted), *volume.voxels.shape[1:]), np.uint8)
+    for z, here in enumerate(wanted):
+        if not at[0] - 1e-3 * step <= here <= at[-1] + 1e-3 * step:
+            continue
+        above = min(int(np.searchsorted(at, here)), len(at) - 1)
+        below = max(above - 1, 0)
+        share = 1.0 if above == below else float(np.clip((here - at[below]) / (at[above] - at[below]), 0, 1))
+        mask[z, y0:y1, x0:x1] = (1 - share) * maps[first[below]] + share * maps[first[above]] >= cut
+    (x, y), (_, high, wide) = volume.origin, volume.spacing
+    # Columns run left and rows back, where NIfTI's axes run right and front.
+    affine = np.array([[-wide, 0, 0, -x], [0, -high, 0, -y], [0, 0, step, wanted[0]], [0, 0, 0, 1]])
+    image: Any = nibabel.Nifti1Image(mask.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units("mm")
+    try:
+        Path(path_out).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(image, path_out)
+    except OSError as error:
+        raise ConsiliumError(f"the mask cannot be written to {path_out} ({error.strerror}); choose another folder") from error
+
+
+def _grid(volume: Volume) -> tuple[NDArray[np.float64], float, NDArray[np.float64]]:
+    """Where the scan's slices lie (mm), and an even grid over them: its step and its places; the slices' own places where they are even."""
+    lies, Z = volume.positions.astype(np.float64), len(volume.voxels)
+    if Z == 1:
+        return lies, volume.spacing[0], lies
+    if np.array_equal(lies, np.arange(Z)):  # positions unknown: numbered only
+        lies = lies * volume.spacing[0]
+    gaps = np.diff(lies)
+    if np.ptp(gaps) <= 0.1 * gaps.mean():
+        return lies, float(gaps.mean()), lies
+    step = float(np.median(gaps))
+    return lies, step, lies[0] + step * np.arange(round((lies[-1] - lies[0]) / step) + 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from client import lungs
+from client.masks import find_lungs
 from client.readers import Volume, read_scan
 from client.slices import Kept, slices_of, square
 from common.errors import ConsiliumError
@@ -54,10 +55,10 @@ def draw(volume: Volume, kept: Kept, settings: Preprocess, window: tuple[float, 
     pen.text((MARGIN, 18), "Radiograph" if radiograph else f"{S} of {len(volume.voxels)} slices, {settings.selection}", INK, _font(24))
     pen.text((MARGIN, 48), _facts(volume, kept, settings, window), FAINT, _font(15))
 
-    masks = None if radiograph else lungs.lung_mask(volume.voxels)[kept.indices]
+    masks = find_lungs(volume, not radiograph)[kept.indices] > 0
     for k, picture in enumerate(kept.slices):
         x, y = MARGIN + k % columns * (side + GAP), HEAD + k // columns * (side + GAP)
-        page.paste(_tile(picture, None if masks is None else masks[k], kept.box, side), (x, y))
+        page.paste(_tile(picture, masks[k], kept.box, side), (x, y))
         if not radiograph:
             _label(pen, (x + 8, y + side - 26), f"{kept.indices[k] + 1}", f"of {len(volume.voxels)}" if side > 200 else "")
     if not radiograph:
@@ -82,11 +83,11 @@ def _facts(volume: Volume, kept: Kept, settings: Preprocess, window: tuple[float
     return f"{size}{apart}   |   {crop}   |   window {shades[0]:g} to {shades[1]:g}   |   kept at {settings.size} x {settings.size}"
 
 
-def _tile(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, box: lungs.Box, side: int) -> Image.Image:
+def _tile(picture: NDArray[np.uint8], mask: NDArray[np.bool_], box: lungs.Box, side: int) -> Image.Image:
     """One slice as the model sees it, `side` pixels wide, with the lungs' outline."""
     tile = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC)
     tile = np.repeat(tile[:, :, None], 3, axis=2)
-    if mask is not None and mask.any():
+    if mask.any():
         y0, y1, x0, x1 = box
         lung = square(mask[y0:y1, x0:x1].astype(np.uint8) * 255, side) > 127
         contours, _ = cv2.findContours(lung.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

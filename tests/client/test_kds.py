@@ -11,7 +11,7 @@ from scipy.stats import gaussian_kde
 
 from client.kds import select
 
-SELECTIONS = ["kds", "kds_paper", "zquantile"]
+SELECTIONS = ["kds", "kds_paper", "zquantile", "even"]
 Floats = NDArray[np.float64]
 law = settings(deadline=None)  # a busy machine is no failure
 
@@ -168,3 +168,13 @@ def test_zquantile_weighs_by_millimetres_not_by_slices() -> None:
 def test_nothing_to_choose_from() -> None:
     with pytest.raises(ValueError, match="of 0 slices"):
         select([], 8, "kds")
+
+
+def test_even_is_a_grid_over_the_slices_that_hold_lung() -> None:
+    areas = np.zeros(60)
+    areas[20:52] = 100.0
+    areas[16:20] = 1.0  # the windpipe
+    assert select(areas, 8, "even").tolist() == [21, 25, 29, 33, 37, 41, 45, 49]
+    areas[:] = 0
+    areas[57:] = 9.0  # fewer than are wanted: their neighbours join, within the scan
+    assert select(areas, 8, "even").tolist() == list(range(52, 60))
