@@ -313,7 +313,7 @@ def _cells(df: pd.DataFrame, name: str, task: Task) -> dict[str, int]:
     """Scans of each class that has any; `labelled` for masks (rows that name a file) and for numbers."""
     column = columns_of(name, task)[0]
     if task.kind == "segmentation":
-        return {"labelled": int(df[column].notna().sum())} if column in df else {"labelled": 0}
+        return {"labelled": sum(isinstance(v, str) and bool(v.strip()) for v in df[column]) if column in df else 0}
     if task.kind == "multiclass" and not task.classes and not task.edges:  # `source` before the federation is known
         return dict(df[column].dropna().map(_name).value_counts()) if column in df else {}
     found = targets_of(df, name, task)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from client.kds import select
+from client.kds import Selection, select
 from client.readers.volume import Volume
 from client.slices import slices_of, square
 from common.schema import Preprocess
@@ -25,8 +25,8 @@ def scan(Z: int = 24, H: int = 120, W: int = 160) -> Volume:
 
 
 @pytest.mark.parametrize("crop", ["body", "lungs", "none"])
-@pytest.mark.parametrize("selection", ["kds", "kds_paper", "zquantile"])
-def test_eight_square_slices_in_order(crop: Literal["body", "lungs", "none"], selection: Literal["kds", "kds_paper", "zquantile"]) -> None:
+@pytest.mark.parametrize("selection", ["kds", "kds_paper", "zquantile", "even"])
+def test_eight_square_slices_in_order(crop: Literal["body", "lungs", "none"], selection: Selection) -> None:
     volume = scan()
     kept = slices_of(volume, Preprocess(crop=crop, selection=selection, size=64))
     assert kept.slices.shape == (8, 64, 64)
@@ -71,6 +71,17 @@ def test_a_radiograph_keeps_one_slice_without_its_dark_margins() -> None:
     assert kept.indices.tolist() == [0]
     assert kept.box == (30, 290, 50, 360)
     assert slices_of(volume, Preprocess(size=128, crop="none")).box == (0, 300, 0, 400)
+
+
+@pytest.mark.parametrize("selection", ["kds", "kds_paper"])
+def test_a_crop_to_the_lungs_goes_by_the_given_ones(selection: Selection) -> None:
+    volume, mask = scan(), np.zeros((24, 120, 160), np.uint8)
+    mask[3:5, 40:80, 60:100] = 1
+    how = Preprocess(crop="lungs", selection=selection, size=64)
+    kept = slices_of(volume, how, lung=mask)
+    assert kept.box == (35, 85, 55, 105)  # and 10 mm
+    assert np.array_equal(kept.indices, slices_of(volume, how).indices)
+    assert slices_of(volume, how, lung=mask * 0).box == slices_of(volume, how).box  # an empty one says nothing
 
 
 def test_few_slices_are_repeated_and_no_lungs_means_an_even_grid() -> None:
