@@ -67,7 +67,8 @@ def hello(site: Site, config: Config) -> Presence:
     own = holdings(site, config)
     held, skipped = read_scans(site, config) if own else ({}, [])
     tables = [cohort_of(site, config, centre, path) for centre, path in own.items()]
-    columns = sorted({c for table in tables for c in [*label_columns(table), "source"]})
+    asked = {c for name, task in config.tasks.items() for c in columns_of(name, task)}  # what else the table holds is nobody's business
+    columns = sorted({c for table in tables for c in [*label_columns(table), "source"] if c in asked})
     sources = sorted({str(s) for table in tables for s in table["source"]})
     for name, task in config.tasks.items():
         for column in columns_of(name, task):

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from client import phantom as phantoms
-from client.cohort import Skipped, build_cohort, check, load_cohort, save_cohort
+from client.cohort import Skipped, build_cohort, check, load_cohort, of_modality, save_cohort
 from client.montage import montage as draw
 from client.predict import predict as predict_folder
 from client.preprocess import preprocess as bring_in
+from client.scans import masks_wanted
 from client.site import Site, data_root, state_folder
 from client.store import Store
 from common.cli import run
@@ -58,9 +59,10 @@ def preprocess(
 ) -> None:
     """Read every scan, choose its slices and keep them, so that training can start at once."""
     config = compose(settings or [])
-    table = load_cohort(data, "this centre")
+    table = of_modality(load_cohort(data, "this centre"), config.preprocess.modality)
     store = Store(state_folder(Site(state=state), data) / "slices")
-    keys, skipped = bring_in(table, data if data.is_dir() else data.parent, config.preprocess, store, workers)
+    base = data if data.is_dir() else data.parent
+    keys, skipped = bring_in(table, base, config.preprocess, store, workers, masks=masks_wanted(config))
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
@@ -111,7 +113,8 @@ def phantom(
     phantoms.write_federation(where, config.federation.phantom, config.federation.centres)
     for centre in config.federation.centres if prepare else []:
         folder = where / centre
-        keys, skipped = bring_in(load_cohort(folder, centre), folder, config.preprocess, Store(folder / ".consilium" / "slices"), workers)
+        table, store = of_modality(load_cohort(folder, centre), config.preprocess.modality), Store(folder / ".consilium" / "slices")
+        keys, skipped = bring_in(table, folder, config.preprocess, store, workers, masks=masks_wanted(config))
         console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False, markup=False, soft_wrap=True)
         _list(skipped)
 

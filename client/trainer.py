@@ -97,9 +97,9 @@ def train(
             scale = scaler.get_scale()
             _step(optimiser, scaler, stage, [p for _, p in movable], start)
             if scaler.get_scale() >= scale:  # else fp16's gradients overflowed, and the step counts for nothing
-                for total, p, rate in zip(anchor_sum, anchored, anchor_rates, strict=True):
+                for total, p, pull in zip(anchor_sum, anchored, anchor_rates, strict=True):
                     if p.grad is not None:
-                        total.add_(p.grad, alpha=rate)
+                        total.add_(p.grad, alpha=pull)
             objective.stepped(model)
             report.steps += 1
             report.scans += len(batch.slices)

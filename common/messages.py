@@ -74,7 +74,7 @@ class Presence:
     cohorts: list[str]  # the centres whose cohorts it holds: its own name, or all of them when data are pooled
     fingerprint: str  # of the code it runs
     sources: list[str]
-    columns: list[str]  # label columns it has
+    columns: list[str]  # those of the recipe that its cohort has
     scans: dict[str, int]  # {split: scans ready}
     skipped: dict[str, int]  # {reason: scans that could not be read}
     versions: dict[str, str]

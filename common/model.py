@@ -60,7 +60,7 @@ class Model(nn.Module):
         self.reads = {name: what_is_read(task) for name, task in tasks.items()}
         self.grad_scale = {name: task.grad_scale for name, task in tasks.items()}
         channels = self.decoder.out_channels if self.decoder is not None else 0
-        widths = {"features": int(self.encoder.num_features), "map": channels, "cells": channels * CELLS}  # type: ignore[arg-type]
+        widths = {"features": width_of(self.encoder), "map": channels, "cells": channels * CELLS}
         self.heads = nn.ModuleDict({name: make_head(task, widths[self.reads[name]]) for name, task in tasks.items()})
         # Constants of the configuration, not weights: they do not travel.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
@@ -163,6 +163,11 @@ def make_encoder(backbone: Backbone) -> nn.Module:
     options: dict[str, Any] = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     encoder: nn.Module = timm.create_model(backbone.name, pretrained=False, num_classes=0, in_chans=3, **options)
     return group_norm(encoder) if backbone.norm == "group" else encoder
+
+
+def width_of(encoder: nn.Module) -> int:
+    """D of the encoder's features. MobileNetV3, LCNet and GhostNet widen them behind the pooling."""
+    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
 
 
 def group_norm(module: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from common.compose import active, check, to_dict
-from common.errors import ConsiliumError, nearest
+from common.errors import ConsiliumError
 from common.fingerprint import fingerprint
 from common.messages import Hello, Presence, Query, Request
 from common.schema import Config
@@ -35,7 +35,9 @@ def greet(run: Run) -> None:
     for name, task in run.config.tasks.items():
         for column in columns_of(name, task):
             if column not in columns:
-                raise ConsiliumError(f"no centre has a column '{column}' for task '{name}'{nearest(column, columns)}")
+                raise ConsiliumError(
+                    f"no centre has a column '{column}' for task '{name}'; fill it at one centre, or set tasks.{name}.label to the column's name"
+                )
     if not run.result:
         # One that comes late is not without a class: its source is as a rule its own name.
         sources = sorted({s for p in run.presence.values() for s in p.sources} | (set(run.expected) - set(run.presence)))

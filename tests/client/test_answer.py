@@ -202,7 +202,7 @@ def test_corrupt_scans_are_counted_and_the_centre_trains_on(copy: Path, caplog: 
 def test_a_cohort_of_which_nothing_can_be_read(copy: Path) -> None:
     shutil.rmtree(copy / "dicom")
     said = reason(answer(site_of(copy), Hello("run", to_dict(config_of()))))
-    assert said == "no training scan could be read (20 were skipped); run `consilium-centre preprocess` there and read its list"
+    assert said == "no scan could be read (20 were skipped); run `consilium-centre preprocess` there and read its list"
 
 
 def test_a_data_path_that_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

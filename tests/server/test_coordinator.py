@@ -195,7 +195,7 @@ def test_stages_hand_weights_on_and_a_personal_stage_starts_from_them(phantom: P
 
 
 def test_no_column_for_a_task(phantom: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConsiliumError, match="no centre has a column 'covit' for task 'covid'; did you mean 'covid'"):
+    with pytest.raises(ConsiliumError, match="no centre has a column 'covit' for task 'covid'; fill it at one centre"):
         run(phantom_config(phantom, "tasks.covid.label=covit"), tmp_path)
 
 
