@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from client import lungs
 from client.readers.nifti import NIFTI, axial
-from client.readers.pictures import read_picture, read_slices
+from client.readers.pictures import PICTURES, read_picture, read_slices
 from client.readers.volume import Volume
 from client.slices import place
 from common.errors import ConsiliumError
@@ -50,6 +50,8 @@ def _values(path: Path) -> tuple[NDArray[Any], bool]:
     if not path.exists():
         raise FileNotFoundError(path)
     if path.is_dir():
+        if not any(p.name.lower().endswith(PICTURES) for p in path.iterdir()):
+            raise ConsiliumError(f"{path} holds no pictures; a mask is a NIfTI file, a picture, or a folder of pictures")
         return read_slices(path).voxels, False
     if path.name.lower().endswith(NIFTI):
         return axial(path)[0], True

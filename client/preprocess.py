@@ -98,7 +98,7 @@ def _crop_lungs(job: Job, volume: Volume, notes: list[str]) -> NDArray[np.uint8]
     if job.lungs:
         try:
             return masks.fitted(masks.read_lungs(job.lungs, False), _shape(volume.voxels.shape), not _is_nifti(job.lungs))
-        except (ConsiliumError, OSError):
+        except Exception:  # readers fail in ways of their own, and a mask must not cost its scan
             notes.append("The lung mask that the cohort names cannot be used: the lungs were looked for.")
     return masks.find_lungs(volume, True) if job.modality == "CT" and volume.modality == "XR" else None
 

@@ -190,6 +190,11 @@ def test_masks_go_through_preprocessing_and_leave_the_slices_as_they_are(tmp_pat
     assert not np.array_equal(again, lesion)
     assert stack_masks(store, cohort, tmp_path, [""] * 4, "lungs", how) == [None] * 4
 
+    several = Store(tmp_path / "several")
+    assert preprocess(cohort, tmp_path, how, several, workers=2, progress=False, masks=["lesion", "lungs"])[0] == keys
+    for one, other in zip(lungs, stack_masks(several, cohort, tmp_path, keys, "lungs", how), strict=True):
+        np.testing.assert_array_equal(one, other)
+
 
 def test_a_crop_goes_by_the_cohorts_lungs_and_a_picture_is_resized(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
