@@ -15,12 +15,20 @@ from common.seeds import derive
 
 
 def initial_model(config: Config) -> Model:
-    """The model that a run starts from. Raises ConsiliumError when the weights cannot be had or do not fit."""
+    """The model that a run starts from: its encoder from `backbone.weights`, decoder and heads random by the seed.
+
+    Raises ConsiliumError when the weights cannot be had or do not fit.
+    """
     model = make_model(config.backbone, config.tasks, derive(config.seed, "initial"))
     source = config.backbone.weights
     if source == "random":
         return model
     if source == "timm":
+        if not timm.models.is_model_pretrained(config.backbone.name):
+            raise ConsiliumError(
+                f"timm has no weights for '{config.backbone.name}'; give a file (backbone.weights=/path/weights.safetensors) or "
+                "backbone.weights=random"
+            )
         try:
             encoder = timm.create_model(config.backbone.name, pretrained=True, num_classes=0, in_chans=3)
         except Exception as error:  # the hub's client raises many kinds

@@ -44,6 +44,20 @@ def test_groups_cover_every_weight_once() -> None:
     assert all(e.batch_norm for e in layout.floats if "bn" in e.name)
 
 
+def test_the_decoder_is_a_group_of_its_own() -> None:
+    tasks = {**TASKS, "lesion": Task(kind="segmentation"), "outcome": Task(reads="map", hidden=[4])}
+    model = make_model(Backbone(), tasks, 1)
+    layout = layout_of(model)
+    plain = layout_of(make_model(Backbone(), TASKS, 1))
+    sizes = {group: sum(run.stop - run.start for run in runs) for group, runs in layout.groups().items()}
+    assert list(sizes) == ["backbone", "decoder", "covid", "source", "lesion", "outcome"]
+    assert sizes["backbone"] == sum(run.stop - run.start for run in plain.groups()["backbone"])
+    assert sizes["decoder"] == sum(t.numel() for t in model.decoder.state_dict().values() if t.is_floating_point())  # type: ignore[union-attr]
+    assert sizes["lesion"] == 16 + 1
+    assert sizes["outcome"] == 585 * 16 * 4 + 4 + 4 + 1
+    assert {e.group for e in layout.matching(["decoder.*"])} == {"decoder"}
+
+
 def test_wrong_weights_are_named() -> None:
     model = make_model(Backbone(), TASKS, 1)
     layout = layout_of(model)

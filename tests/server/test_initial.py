@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.model import make_model
-from common.schema import Config
+from common.schema import Config, Task
 from server.initial import initial_model
 
 
@@ -37,6 +37,18 @@ def test_group_norm_takes_what_a_batch_norm_file_has(tmp_path: Path) -> None:
     assert not any("running" in name for name in model.state_dict())
 
 
+def test_decoder_and_heads_stay_random_by_the_seed(tmp_path: Path) -> None:
+    base = config()
+    base = replace(base, tasks={**base.tasks, "lesion": Task(kind="segmentation")})
+    donor = make_model(base.backbone, base.tasks, 99).state_dict()
+    torch.save(donor, tmp_path / "whole.pth")
+    loaded = initial_model(replace(base, backbone=replace(base.backbone, weights=str(tmp_path / "whole.pth")))).state_dict()
+    fresh = initial_model(base).state_dict()
+    assert any(name.startswith("decoder.") for name in loaded)
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, (donor if name.startswith("encoder.") else fresh)[name]), name
+
+
 def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match=r"nowhere.pth' does not exist; give a file, 'timm' or 'random'"):
         initial_model(config(weights=str(tmp_path / "nowhere.pth")))
@@ -53,3 +65,9 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConsiliumError, match=r"could not be fetched .*the coordinator needs internet for backbone.weights=timm"):
         initial_model(config(name="tf_efficientnet_b0", weights="timm"))
+
+
+def test_weights_that_timm_does_not_have() -> None:
+    for name in ("residual_unet", "mobilenetv1_075"):
+        with pytest.raises(ConsiliumError, match=f"timm has no weights for '{name}'; give a file"):
+            initial_model(config(name=name, weights="timm"))
