@@ -30,7 +30,10 @@ class ResidualBlock(nn.Module):
         self.drop = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or c != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(c, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            # ResNet-D's (He et al., CVPR 2019): averaged, not strided, which would pass three quarters of the pixels over. In channels_last,
+            # the backward pass of a strided 1 x 1 convolution of 8 channels also kills the process on CPUs (torch 2.15, oneDNN).
+            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+            self.shortcut = nn.Sequential(pool, nn.Conv2d(c, width, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))

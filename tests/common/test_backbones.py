@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,15 +14,6 @@ from common.tasks import stage_loss
 NAMES = sorted({*PAPERS.values(), "residual_unet", "mobilenetv1_075"})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pictures this small are done sooner by one thread than by two that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_papers_lists_are_whole() -> None:
     assert len(PROGNOSIS) == len(set(PROGNOSIS.values())) == 18
     assert len(TRANSFER) == 4
@@ -33,7 +22,7 @@ def test_the_papers_lists_are_whole() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_and_takes_a_step(name: str) -> None:
     tasks = {"severe": Task(hidden=[8]), "lesion": Task(kind="segmentation")}
-    model = make_model(Backbone(name=name, decoder=Decoder(widths=[16, 8])), tasks, 1)
+    model = make_model(Backbone(name=name, decoder=Decoder(widths=[16, 8])), tasks, 1, channels_last=True)
     side = 75 if name == "inception_v3" else 64  # 75 is the least that Inception takes
     x = torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(0))
     read: list[Tensor] = []
