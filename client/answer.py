@@ -71,9 +71,8 @@ def hello(site: Site, config: Config) -> Presence:
     columns = sorted({c for table in tables for c in [*label_columns(table), "source"] if c in asked})
     sources = sorted({str(s) for table in tables for s in table["source"]})
     for name, task in config.tasks.items():
-        for column in columns_of(name, task):
-            if own and column not in columns:
-                log.warning("no column '%s' for task '%s': this centre adds nothing to it", column, name)
+        if missing := [c for c in columns_of(name, task) if own and c not in columns]:
+            log.warning("no column '%s' for task '%s': this centre adds nothing to it", ", ".join(missing), name)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "flwr")} | {"python": platform.python_version()}
     return Presence(
         centre=name_of(site, config),
@@ -98,6 +97,8 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     model = None
     if request.weights is not None:
         model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
+        if request.split == "test" and request.personal:
+            personal.note(personal_folder(site, config), request.run, request.personal, request.weights)
     if request.split not in scans or (request.task and request.task not in config.tasks):
         raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
     features = home(site, config) / "features" / safe(request.run)

@@ -75,7 +75,8 @@ def scores(q: Question) -> Sums:
         return found
     for centre in sorted(set(whole.cohort)):
         scans = whole.take(np.flatnonzero([c == centre for c in whole.cohort]))
-        tasks = {t: q.config.tasks[t] for t in (q.stage.tasks or list(q.config.tasks)) if scans.labelled(t).any()}
+        tasks = {t: q.config.tasks[t] for t in (q.stage.tasks or list(q.config.tasks))}
+        tasks = {t: task for t, task in tasks.items() if scans.labelled(t).any() or (task.burden and np.isfinite(scans.extra[t]).any())}
         kept: dict[str, list[Tensor]] = {}
         for start in range(0, len(scans), q.stage.batch) if tasks else []:
             rows = np.arange(start, min(start + q.stage.batch, len(scans)))

@@ -53,7 +53,7 @@ def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS) -> Config:
     for name, own in (values.get("stages") or {"main": {}}).items():
         merged = OmegaConf.merge({"stage": common}, {"stage": own or {}})
         for key in forced:
-            if key == "stage.rounds" and merged["stage"].get("rounds") == 0:
+            if key == "stage.rounds" and OmegaConf.select(merged, key) == 0:
                 continue  # a stage that the recipe passes over is switched on by its name alone
             if f"stages.{name}.{key.removeprefix('stage.')}" not in keys:  # what names a stage comes before what names all
                 OmegaConf.update(merged, key, OmegaConf.select(every, key))

@@ -337,5 +337,8 @@ def test(run: Run) -> None:
     for c in run.expected:
         personal = chain(run, place, c, best_of(place, c)["round"])
         requests[c] = Query(run.id, to_dict(run.config), "scores", name, "test", "", run.weights, personal)
-    run.result["test"] = scores.table(ask(run, requests), run.config, active(run.config, stage), with_sums=True)
+    sums = ask(run, requests)
+    run.result["test"] = scores.table(sums, run.config, active(run.config, stage), with_sums=True)
+    if run.config.federation.unseen or run.config.federation.fold is not None:
+        run.result["test_sums"] = {key: array.tolist() for key, array in sums.items()}  # a study adds its parts up
     run.ledger.add_metrics(run.id, name, place["rounds"][-1]["round"], "test", scores.without_sums(run.result["test"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from common.compose import to_dict
+from common.compose import active, config_from, to_dict
 from common.errors import ConsiliumError
+from common.messages import Sums, add
 from common.schema import Config
 from server.ledger import Ledger
 from server.runs import begin, config_of, find, resume
+from server.scores import table
 from server.transport import Transport
 
 log = logging.getLogger("consilium.server")
@@ -58,8 +61,10 @@ def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, 
             results[name] = resume(own, transport, runs, ledger)
         else:
             results[name] = begin(part, transport, runs, ledger, own)
-    found = {"run": run, "recipe": config.recipe, "evaluation": config.federation.evaluation, **summary(results)}
-    (folder / STUDY).write_text(json.dumps(found, indent=1))
+    found = {"run": run, "evaluation": config.federation.evaluation, **summary(results)}
+    written = folder / f"{STUDY}.part"  # whole or not at all: its presence says that the study is finished
+    written.write_text(json.dumps(found, indent=1))
+    written.replace(folder / STUDY)
     return found
 
 
@@ -74,21 +79,16 @@ def take_up(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[
     return carry_out(config, transport, runs, ledger, folder.name)
 
 
-def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"parts": {name: {task: metrics}}, "mean", "spread"}: of `loco` at the centre left out, of `kfold` the mean over centres."""
-    parts: dict[str, dict[str, dict[str, float]]] = {}
+def summary(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the parts say together: `test` as of a run, from the sum of their sums (of `loco` only what the centre left out says), so that every
+    scan counts once; and each part's own mean over centres (of `loco`, that centre's)."""
+    total: Sums = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         unseen = result["config"]["federation"]["unseen"]
-        parts[name] = {}
-        for task, views in result["test"].items():
-            seen = views["centres"].get(unseen[0]) if unseen else views["macro"]
-            if seen:
-                parts[name][task] = {m: v for m, v in seen.items() if isinstance(v, float)}
-    of: dict[str, dict[str, list[float]]] = {}
-    for tasks in parts.values():
-        for task, metrics in tasks.items():
-            for metric, value in metrics.items():
-                of.setdefault(task, {}).setdefault(metric, []).append(value)
-    mean = {t: {m: float(np.mean(v)) for m, v in metrics.items()} for t, metrics in of.items()}
-    spread = {t: {m: float(np.std(v, ddof=1)) if len(v) > 1 else None for m, v in metrics.items()} for t, metrics in of.items()}
-    return {"parts": parts, "mean": mean, "spread": spread}
+        add(total, {key: np.array(sums) for key, sums in result["test_sums"].items() if not unseen or key.split("/")[0] in unseen})
+        parts[name] = {task: views["centres"].get(unseen[0], {}) if unseen else views["macro"] for task, views in result["test"].items()}
+    last = next(iter(results.values()))
+    config = config_from(last["config"])
+    test = table(total, config, active(config, config.stages[last["stages"][-1]["name"]]), with_sums=True)
+    return {"recipe": config.recipe, "mode": config.federation.mode, "config": last["config"], "parts": parts, "test": test}

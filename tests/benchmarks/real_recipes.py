@@ -1,0 +1,414 @@
+"""The other four papers' recipes on real data, each against pooled training and its paper's own baseline designs: a table of settings x seeds.
+
+    .venv/bin/python -m tests.benchmarks.real_recipes [--recipes triage,transfer] [--seeds 1,2,3] [--workers 2] [--out DIR]
+
+What is finished is kept in DIR/results and not done again. DIR/<recipe>.md are the tables. What came out, and what it says: README.md here.
+The data are found by `$CONSILIUM_REAL_DATA`, else `../shared/data`; derived pictures stay in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+
+from client.cohort import load_cohort, save_cohort, split_of
+from client.preprocess import preprocess
+from client.scans import masks_wanted
+from client.site import Site
+from client.store import Store
+from common.compose import compose
+from common.errors import ConsiliumError
+from server.ledger import Ledger
+from server.study import carry_out
+from tests.benchmarks.real_ct import ROOT, WINDOWS, _cell, data_folder, name_of
+from tests.inprocess import InProcess
+
+Rows = dict[str, pd.DataFrame]  # {centre: its cohort}, paths absolute
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One recipe on its real data."""
+
+    write: Callable[[Path, Path], Rows]
+    base: list[str]
+    settings: dict[str, list[str]]
+    columns: dict[str, tuple[str, str, str]]  # {title: (task, centre or view, metric)}
+
+
+def prognosis_data(data: Path, out: Path) -> Rows:
+    """Frontal radiographs of the Cohen collection: three centres know outcomes (went to intensive care) only, two know Brixia scores only.
+
+    Outcomes: the one real hospital, and publications by their publisher; a publisher's cases may all have ended the same way. No film is at
+    two centres: one with both labels (43) is where its source belongs.
+    """
+    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
+    films = films[films["view"] != "L"]
+    zones = {f"brixia_{z}": pd.to_numeric(films[f"brixia_S_{z.upper()}"]) for z in "abcdef"}
+    table = pd.DataFrame(
+        {"path": [str(data / "cxr_cohen" / f) for f in films["file"]], "scan": films["file"], "source": films["source"], **zones}
+    )
+    table["patient"] = films["patientid"].fillna(films["file"]).to_numpy()
+    table["outcome"] = films["went_icu"].map({"Y": 1.0, "N": 0.0})
+    scored = films["source"].isin(["radiopaedia.org", "sirm.org", "pubs.rsna.org", "rad2share.com", "radiologyassistant.nl", "ams.edu.sg"])
+    place = np.select(
+        [films["source"] == "hannover", films["source"] == "eurorad.org", films["source"] == "radiopaedia.org", scored],
+        ["hannover", "eurorad", "radiopaedia", "sirm"],
+        "journals",
+    )
+    centres: Rows = {}
+    for centre in ("hannover", "eurorad", "journals", "radiopaedia", "sirm"):
+        scores = centre in ("radiopaedia", "sirm")
+        own = table[place == centre].drop(columns=["outcome"] if scores else list(zones))
+        own = own[own["brixia_a" if scores else "outcome"].notna()]
+        centres[centre] = own
+    return _split(_own_patients(centres))
+
+
+FINDINGS = {
+    "covid": ["COVID-19", "COVID-19, ARDS"],
+    "viral": ["SARS", "Varicella", "Influenza"],
+    "bacterial": ["Streptococcus", "Klebsiella", "Mycoplasma Bacterial Pneumonia", "Legionella", "E.Coli", "Bacterial"],
+    "other": ["No Finding", "Pneumocystis", "Lipoid", "ARDS"],
+}
+
+
+def finegrained_data(data: Path, out: Path) -> Rows:
+    """The same films with their finding in four classes, and lung masks where there are any (166). Centres by publisher."""
+    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
+    films = films[films["view"] != "L"]
+    of = {finding: name for name, findings in FINDINGS.items() for finding in findings}
+    folder = data / "cxr_cohen"
+    table = pd.DataFrame({"path": [str(folder / f) for f in films["file"]], "scan": films["file"], "source": films["source"]})
+    table["patient"] = films["patientid"].fillna(films["file"]).to_numpy()
+    table["finding"] = films["finding"].map(of).to_numpy()
+    table["lung_mask"] = [str(folder / m) if isinstance(m, str) else np.nan for m in films["mask"]]
+    known = {"radiopaedia.org": "radiopaedia", "eurorad.org": "eurorad", "hannover": "hannover", "sirm.org": "hannover"}
+    place = films["source"].map(known).fillna("journals").to_numpy()
+    return _split(_own_patients({c: table[place == c] for c in ("radiopaedia", "eurorad", "hannover", "journals")}))
+
+
+def triage_data(data: Path, out: Path) -> Rows:
+    """COVID-SemiSeg (98 slices, all infected, all with expert masks; its official test split; turned upright) and MosMed (924 studies' middle
+    slices; infected or not, severity CT-0 to 2, 50 with masks) as two centres by the hash of the study."""
+    semi = data / "covid_semiseg"
+    upright = out / "upright"
+    rows = []
+    sets = {"train": semi / "TrainingSet/LungInfection-Train/Doctor-label", "test": semi / "TestingSet/LungInfection-Test"}
+    for split, folder in sets.items():
+        for picture in sorted((folder / "Imgs").iterdir()):
+            mask = next((folder / "GT").glob(f"{picture.stem}.*"))
+            name = f"{split}-{picture.stem}"
+            turned = [_turned(source, upright / kind / name) for kind, source in (("image", picture), ("mask", mask))]
+            part = "val" if split == "train" and int(picture.stem) % 5 == 0 else split
+            rows.append({"scan": name, "path": turned[0], "patient": name, "split": part, "covid": 1.0, "lesion": turned[1]})
+    centres = {"semiseg": pd.DataFrame(rows)}
+    manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv")
+    manifest = manifest[manifest["source"] == "mosmed"].reset_index(drop=True)
+    folder = data / "ct_multisource"
+    places = [_slice(folder / f, out / "slices" / Path(f).stem) for f in manifest["file"]]
+    masks = [str(folder / m) if isinstance(m, str) else np.nan for m in manifest["mask"]]
+    table = pd.DataFrame(
+        {"scan": manifest["file"], "path": places, "patient": manifest["patient"].fillna(manifest["file"]), "lesion": masks}
+    )
+    table["covid"], table["severity"] = manifest["label"].astype(float), manifest["severity"].str[-1].astype(float)
+    table["window_low"], table["window_high"] = WINDOWS["mosmed"]
+    table["split"] = [split_of(str(p)) for p in table["patient"]]
+    half = np.array([split_of(str(p), seed=1, shares=(0.5, 0.0, 0.5)) == "train" for p in table["patient"]])
+    return centres | {"mosmed_a": table[half], "mosmed_b": table[~half]}
+
+
+def _turned(source: Path, target: Path) -> str:
+    """COVID-SemiSeg's pictures lie on their side. A CT of one slice is a folder of one picture."""
+    image = cv2.imread(str(source), cv2.IMREAD_GRAYSCALE)
+    target.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(target / "slice.png"), cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE))
+    return str(target)
+
+
+def _slice(picture: Path, target: Path) -> str:
+    target.mkdir(parents=True, exist_ok=True)
+    link = target / f"slice{picture.suffix}"
+    if not link.is_symlink():
+        link.symlink_to(picture)
+    return str(target)
+
+
+def transfer_data(data: Path, out: Path) -> Rows:
+    """Soares and MosMed know the transition's label, UCSD (official split) the target's."""
+    manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv", dtype={"label": float})
+    centres: Rows = {}
+    for centre, source in (("soares", "soares_saopaulo"), ("mosmed", "mosmed"), ("ucsd", "ucsd_covidct")):
+        rows = manifest[manifest["source"] == source].reset_index(drop=True)
+        places = [_slice(data / "ct_multisource" / f, out / "slices" / f"{centre}-{k:04d}") for k, f in enumerate(rows["file"])]
+        patients = rows["patient"].fillna(rows["file"])
+        splits = [s if isinstance(s, str) else split_of(str(p)) for p, s in zip(patients, rows["split"], strict=True)]
+        table = pd.DataFrame({"scan": rows["file"], "path": places, "patient": patients, "split": splits})
+        table["target" if centre == "ucsd" else "transition"] = rows["label"]
+        if centre in WINDOWS:
+            table["window_low"], table["window_high"] = WINDOWS[centre]
+        centres[centre] = table
+    return centres
+
+
+def _own_patients(centres: Rows) -> Rows:
+    """A publisher numbers its patients for itself."""
+    return {c: rows.assign(patient=[f"{c}-{p}" for p in rows["patient"]]) for c, rows in centres.items()}
+
+
+def _split(centres: Rows) -> Rows:
+    return {c: rows.assign(split=[split_of(str(p)) for p in rows["patient"]]) for c, rows in centres.items()}
+
+
+MOBILENET = [
+    "federation=folder",
+    "backbone=mobilenetv1_075",
+    "stage.optimiser.name=adamw",
+    "stage.optimiser.schedule=cosine",
+    "evaluation.choose=last",
+]
+CXR = [
+    *MOBILENET,
+    "preprocess.size=128",
+    "preprocess.crop=body",
+    "stage.batch=16",
+    "stage.optimiser.lr=3e-4",
+    "stage.optimiser.weight_decay=0.01",
+]
+BENCHES = {
+    "prognosis": Bench(
+        prognosis_data,
+        [
+            *CXR,
+            "recipe=prognosis",
+            "preprocess.crop=lungs",
+            "federation.evaluation=kfold",
+            "stages.main.rounds=10",
+            "evaluation.patience=0",
+        ],
+        {
+            "multi-dataset multi-task, federated": [],
+            "the same, pooled": ["federation.mode=central"],
+            "single task (outcome alone), federated": ["stage.tasks=[outcome]"],
+            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=10", "stages.main.tasks=[outcome]"],
+        },
+        {
+            "outcome accuracy": ("outcome", "pooled", "accuracy"),
+            "F1": ("outcome", "pooled", "f1"),
+            "G-mean": ("outcome", "pooled", "gmean"),
+            "AUC pooled": ("outcome", "pooled", "auc"),
+            "AUC hannover": ("outcome", "hannover", "auc"),
+            "Brixia bin accuracy": ("brixia", "pooled", "accuracy"),
+        },
+    ),
+    "finegrained": Bench(
+        finegrained_data,
+        [
+            *CXR,
+            "recipe=finegrained",
+            "tasks.finding.classes=[covid,viral,bacterial,other]",
+            "tasks.finding.prior=global",
+            "tasks.infection.label=lung_mask",
+            "stages.main.rounds=12",
+            "stages.pretrain.rounds=6",
+            "stages.pretrain.optimiser.lr=3e-4",
+        ],
+        {
+            "MoCo, then both tasks, federated": [],
+            "the same, pooled": ["federation.mode=central"],
+            "inpainting, then both tasks, federated": ["stages.pretrain.tasks=[inpainting]"],
+            "ImageNet only, both tasks, federated": ["stages.pretrain.rounds=0"],
+            "MoCo, then classification alone, federated": ["stages.main.tasks=[finding]"],
+        },
+        {
+            "balanced accuracy": ("finding", "pooled", "balanced_accuracy"),
+            "F1 (mean over classes)": ("finding", "pooled", "f1"),
+            "accuracy": ("finding", "pooled", "accuracy"),
+            "lung Dice": ("infection", "pooled", "dice"),
+        },
+    ),
+    "triage": Bench(
+        triage_data,
+        [
+            *MOBILENET,
+            "recipe=triage",
+            "preprocess.slices=1",
+            "preprocess.size=128",
+            "preprocess.crop=body",
+            "backbone.decoder.widths=[128,64,32,16,8]",
+            "stage.batch=16",
+            "stage.pace=equal",
+            "stage.optimiser.lr=3e-4",
+            "stages.main.rounds=10",
+        ],
+        {
+            "head on the full-resolution map, federated": [],
+            "the same, pooled": ["federation.mode=central"],
+            "head on the latent features, federated": ["tasks.covid.reads=features", "tasks.covid.hidden=[]"],
+            "identification alone, federated": ["stage.tasks=[covid]", "stage.sample={}"],
+            "segmentation alone, federated": [
+                "stage.tasks=[lesion]",
+                "stage.sample={}",
+                "evaluation.task=lesion",
+                "evaluation.metric=dice",
+            ],
+        },
+        {
+            "AUC mosmed_a": ("covid", "mosmed_a", "auc"),
+            "AUC mosmed_b": ("covid", "mosmed_b", "auc"),
+            "Dice semiseg": ("lesion", "semiseg", "dice"),
+            "Spearman mosmed": ("lesion", "pooled", "spearman"),
+        },
+    ),
+    "transfer": Bench(
+        transfer_data,
+        [
+            "federation=folder",
+            "backbone=mobilenetv1_075",
+            "recipe=transfer",
+            "preprocess.slices=1",
+            "preprocess.size=96",
+            "preprocess.crop=body",
+            "stages.transition.rounds=6",
+            "stages.target.rounds=20",
+        ],
+        {
+            "ImageNet only": ["stages.transition.rounds=0"],
+            "hard labels, federated": [],
+            "hard labels, pooled": ["federation.mode=central"],
+            "soft labels, federated": ["stages.transition.tasks=[soft]"],
+        },
+        {
+            m: ("target", "ucsd", k)
+            for m, k in (("F1", "f1"), ("accuracy", "accuracy"), ("precision", "precision"), ("recall", "sensitivity"), ("AUC", "auc"))
+        },
+    ),
+}
+
+
+def overrides_of(recipe: str, setting: str, out: Path, data: Path) -> list[str]:
+    """A run's overrides; the ones that name places stand first and are no part of its id."""
+    bench = BENCHES[recipe]
+    cohorts = sorted(p.name for p in (out / recipe / "federation").iterdir())
+    places = [f"federation.root={out}/{recipe}/federation", f"federation.centres=[{','.join(cohorts)}]"]
+    return [*places, f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth", *bench.base, *bench.settings[setting]]
+
+
+def run_one(job: tuple[str, str, int, str, str]) -> str:
+    """One (recipe, setting, seed, data, out), unless it is there already; returns its line for the screen."""
+    recipe, setting, seed, data, out = job[0], job[1], job[2], Path(job[3]), Path(job[4])
+    bench = BENCHES[recipe]
+    run = name_of(f"{recipe}-{list(bench.settings).index(setting)}", seed, [*bench.base, *bench.settings[setting]])
+    kept = out / "results" / f"{run}.json"
+    if not kept.exists():
+        torch.set_num_threads(1)
+        logging.basicConfig(filename=out / "log.txt", format=f"%(asctime)s {run}  %(message)s", level=logging.INFO, force=True)
+        runs = out / "runs"
+        for stale in [p for p in runs.glob(f"{run}*")]:
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        began, cpu = time.perf_counter(), time.process_time()
+        config = compose([*overrides_of(recipe, setting, out, data), f"seed={seed}"])
+        transport = InProcess([Site(index=i, threads=1, device="cpu") for i in range(len(config.federation.centres))])
+        try:
+            result = carry_out(config, transport, runs, Ledger(f"sqlite:///{runs}/{run}.db"), run)
+        except ConsiliumError as error:  # the others go on
+            return f"{recipe}  {setting:44} seed {seed}  failed: {error}"
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        sums = ("hist", "confusion", "overlap", "regression", "joint")
+        test = {t: {k: v for k, v in views.items() if k not in sums} for t, views in result["test"].items()}
+        facts = {
+            "recipe": recipe,
+            "setting": setting,
+            "seed": seed,
+            "test": test,
+            "classes": {t: len(c[0]) for t, c in result.get("filled", {}).items()},
+        }
+        kept.with_suffix(".part").write_text(json.dumps({**facts, **spent}, indent=1))
+        kept.with_suffix(".part").replace(kept)
+        for stale in [p for p in runs.glob(f"{run}*") if p.is_dir()]:
+            shutil.rmtree(stale)  # checkpoints of hundreds of runs would fill the disk
+    facts = json.loads(kept.read_text())
+    shown = "  ".join(f"{title} {value:.3f}" for title, at in bench.columns.items() if (value := value_of(facts, *at)) is not None)
+    return f"{recipe}  {setting:44} seed {seed}  {shown}  {facts['cpu_seconds']:.0f} CPU-s"
+
+
+def value_of(facts: dict[str, Any], task: str, where: str, metric: str) -> float | None:
+    """A test metric at a centre or over all of them; None where it is undefined."""
+    views = facts["test"].get(task, {})
+    values = views.get(where) if where in ("macro", "pooled") else views.get("centres", {}).get(where)
+    value = (values or {}).get(metric)
+    return None if value is None else float(value)
+
+
+def table(recipe: str, out: Path, seeds: list[int]) -> str:
+    """The markdown table: mean +- standard deviation over the seeds that are finished."""
+    bench = BENCHES[recipe]
+    lines = [f"| {recipe} | {' | '.join(bench.columns)} | seeds |", "|---" * (len(bench.columns) + 2) + "|"]
+    for number, (setting, own) in enumerate(bench.settings.items()):
+        kept = [out / "results" / f"{name_of(f'{recipe}-{number}', seed, [*bench.base, *own])}.json" for seed in seeds]
+        found = [json.loads(k.read_text()) for k in kept if k.exists()]
+        if found:
+            values = [[v for f in found if (v := value_of(f, *at)) is not None] for at in bench.columns.values()]
+            lines.append(f"| {setting} | {' | '.join(_cell(v) if v else '–' for v in values)} | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command; see the module docstring."""
+    parser = argparse.ArgumentParser(description="Four recipes on real data: settings x seeds.")
+    parser.add_argument("--recipes", default=",".join(BENCHES))
+    parser.add_argument("--settings", default="", help="numbers of the recipe's settings, comma between; empty: all")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "real_recipes")
+    given = parser.parse_args()
+    recipes, seeds = given.recipes.split(","), [int(s) for s in given.seeds.split(",")]
+    unknown = [r for r in recipes if r not in BENCHES]
+    if unknown:
+        raise ConsiliumError(f"recipe '{unknown[0]}' is not one of: {', '.join(BENCHES)}")
+    data, out = data_folder(), given.out.resolve()
+    for folder in ("results", "runs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for recipe in recipes:
+        root = out / recipe / "federation"
+        for centre, rows in BENCHES[recipe].write(data, out / recipe).items():
+            save_cohort(rows.reset_index(drop=True), root / centre / "cohort.csv")
+        for setting in BENCHES[recipe].settings:  # once, before the workers look
+            config = compose(overrides_of(recipe, setting, out, data))
+            for centre in config.federation.centres:
+                cohort, store = load_cohort(root / centre, centre), Store(root / centre / ".consilium" / "slices")
+                _, skipped = preprocess(cohort, root / centre, config.preprocess, store, given.workers, False, masks_wanted(config))
+                if skipped:
+                    print(f"{recipe} {centre}: {len(cohort)} scans, {len(skipped)} skipped: {skipped[0].reason}", flush=True)
+        numbers = [int(n) for n in given.settings.split(",")] if given.settings else range(len(BENCHES[recipe].settings))
+        jobs += [(recipe, list(BENCHES[recipe].settings)[n], seed, str(data), str(out)) for seed in seeds for n in numbers]
+    with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for line in pool.map(run_one, jobs):
+            print(line, flush=True)
+    for recipe in recipes:
+        text = table(recipe, out, seeds)
+        (out / f"{recipe}.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConsiliumError as error:
+        sys.exit(f"error: {error}")
