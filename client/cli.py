@@ -89,9 +89,15 @@ def predict(
     state: Annotated[Path, typer.Option(help="where slices are kept")] = Path(".consilium"),
     device: str = "auto",
     workers: Workers = 1,
+    personal: Annotated[
+        Path | None, typer.Option(help="this centre's own weights of that run, STATE/personal/RUN: the model becomes the centre's own")
+    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="folder for masks, NIfTI in each scan's own geometry")] = None,
+    sort: Annotated[str, typer.Option(help="column to order the table by, the largest first: a worklist")] = "",
 ) -> None:
     """Predict for every scan in a folder."""
-    table, skipped = predict_folder(model, folder, state / "slices", str(Site(device=device).torch_device()), workers)
+    place = str(Site(device=device).torch_device())
+    table, skipped = predict_folder(model, folder, state / "slices", place, workers, personal, masks, sort)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)

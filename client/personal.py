@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -10,8 +12,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from client.site import safe
+from common.errors import ConsiliumError
 from common.schema import Personal, Stage
 from common.weights import Layout, Weights
+
+NOTE = "used.json"  # beside the stages' folders: which weights the run was tested with here
 
 
 def mask_of(layout: Layout, personal: list[Personal]) -> NDArray[np.bool_]:
@@ -51,3 +56,47 @@ def forget(folder: Path, run: str, stage: Stage, name: str, keep: list[int]) -> 
         for path in (folder / safe(run) / safe(name)).glob("*.safetensors"):
             if int(path.stem) not in keep:
                 path.unlink(missing_ok=True)
+
+
+def digest(weights: Weights) -> str:
+    """Equal for equal weights."""
+    return hashlib.sha256(weights.floats.tobytes() + weights.integers.tobytes()).hexdigest()[:16]
+
+
+def note(folder: Path, run: str, personal: list[tuple[str, int]], common: Weights) -> None:
+    """Remember what a run is tested with here, so that `as_tested` finds the same again; written whole or not at all.
+
+    Only the coordinator knows each stage's best round, and it says so with its question for the test split.
+    """
+    known = {"personal": personal, "common": digest(common), "own": digest(lay_over(folder, run, personal, common))}
+    path = folder / safe(run) / NOTE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(known))
+    os.replace(temporary, path)
+
+
+def as_tested(folder: Path, common: Weights) -> Weights:
+    """A run's common weights with this centre's own of `folder` (`<state>/personal/<run>`) laid over, as the run was tested here.
+
+    Raises ConsiliumError where the run was not tested, where the common weights are another run's, and where own ones are gone or damaged.
+    """
+    try:
+        known = json.loads((folder / NOTE).read_text())
+        personal, model, own = [(str(stage), int(round)) for stage, round in known["personal"]], known["common"], known["own"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConsiliumError(
+            f"{folder} holds no own weights that a run was tested with ({NOTE}: {type(error).__name__}); give <state>/personal/<run> of a "
+            "finished run whose stages keep some"
+        ) from None
+    if model != digest(common):
+        raise ConsiliumError(
+            f"the own weights in {folder} belong to another model; give the model.safetensors of run '{folder.resolve().name}'"
+        )
+    try:
+        merged = lay_over(folder.resolve().parent, folder.resolve().name, personal, common)
+    except Exception:  # a damaged file fails in many ways
+        merged = common
+    if own != digest(merged):
+        raise ConsiliumError(f"some of the own weights in {folder} are gone or damaged; restore the folder, or predict without --personal")
+    return merged

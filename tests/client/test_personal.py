@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from client.personal import forget, lay_over, mask_of, save
-from common.errors import Refused
+from client.personal import as_tested, forget, lay_over, mask_of, note, save
+from common.errors import ConsiliumError, Refused
 from common.model import make_model
 from common.schema import Backbone, Personal, Stage, Task
 from common.weights import Layout, Weights, flatten, layout_of
@@ -102,6 +102,31 @@ def test_only_what_may_be_asked_for_again_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "other").iterdir())) == 6
 
 
+def test_what_was_tested_with_comes_back_whatever_was_kept_beside(tmp_path: Path) -> None:
+    """The best round of a stage, not its last; a stage whose start was the best adds nothing."""
+    heads, norms, common = mask_of(LAYOUT, ["heads"]), mask_of(LAYOUT, ["batch_norm"]), constant(0)
+    for round in (1, 2, 3):
+        save(tmp_path, "run", "main", round, constant(round), heads)
+        save(tmp_path, "run", "norms", round, constant(10 + round), norms)
+    note(tmp_path, "run", [("main", 2), ("norms", 0)], common)
+    found = as_tested(tmp_path / "run", common)
+    assert (found.floats[heads] == 2).all()
+    assert (found.floats[~heads] == 0).all()
+    note(tmp_path, "run", [("main", 2), ("norms", 3)], common)  # tested anew, after a resume
+    assert (as_tested(tmp_path / "run", common).floats[norms] == 13).all()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    with pytest.raises(ConsiliumError, match="belong to another model"):
+        as_tested(tmp_path / "run", constant(1))
+    (tmp_path / "run" / "main" / "00002.safetensors").unlink()
+    with pytest.raises(ConsiliumError, match="gone or damaged"):  # not the round before in its place
+        as_tested(tmp_path / "run", common)
+    for text in ("", "[]", "{}", '{"personal": [[1]], "common": "", "own": ""}'):
+        (tmp_path / "run" / "used.json").write_text(text)
+        with pytest.raises(ConsiliumError, match="holds no own weights that a run was tested with"):
+            as_tested(tmp_path / "run", common)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_a_name_that_reaches_out_of_the_folder_is_refused(tmp_path: Path, bad: str) -> None:
     folder = tmp_path / "state"
@@ -113,6 +138,8 @@ def test_a_name_that_reaches_out_of_the_folder_is_refused(tmp_path: Path, bad: s
             save(folder, run, stage, 1, constant(1), mask)
         with pytest.raises(Refused):
             lay_over(folder, run, [(stage, 1)], constant(1))
+        with pytest.raises(Refused):
+            note(folder, run, [(stage, 1)], constant(1))
         with pytest.raises(Refused):
             forget(folder, run, FEDBN, stage, [])
     assert (tmp_path / "x" / "00001.safetensors").read_bytes() == b"another's"
