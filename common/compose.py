@@ -108,6 +108,9 @@ def check(config: Config) -> Config:
         raise ConsiliumError("every stage of the recipe has 0 rounds; give one of them some, e.g. stage.rounds=8")
     used = {t for s in stages.values() for t in s.tasks or config.tasks} | {config.evaluation.task}
     config = dataclasses.replace(config, stages=stages, tasks={n: t for n, t in config.tasks.items() if n in used})
+    for reserved in ("backbone", "decoder"):
+        if reserved in config.tasks:
+            raise ConsiliumError(f"a task cannot be called '{reserved}': so is a part of the model; choose another name")
     config = dataclasses.replace(config, tasks={n: named(n, t) for n, t in config.tasks.items()})
     for name, stage in config.stages.items():
         for task in stage.tasks:

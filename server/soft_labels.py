@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.compose import check, to_dict
 from common.messages import Query, Request
+from common.model import width_of
 from common.schema import Config
 from common.seeds import derive
 from common.weights import Weights, flatten, layout_of
@@ -35,13 +36,16 @@ def cluster(run: Run, config: Config) -> Config:
         weights = flatten(model, layout_of(model))
         train, val = (asker(run, config, name, split, weights) for split in ("train", "val"))
         seed = derive(config.seed, "clusters", name)
-        found = choose(train, val, train(np.zeros((1, int(model.encoder.num_features)))), task.clusters, seed)  # type: ignore[arg-type]
+        found = choose(train, val, train(np.zeros((1, width_of(model.encoder)))), task.clusters, seed)
         clustering = f"{run.id[:80]}-{name}"
         ask(
             run,
             _requests(run, config, Query(run.id, to_dict(config), "clusters", "", "train", name, weights, [], found.centroids, clustering)),
         )
-        log.info("task '%s': %d clusters of %s scans", name, len(found.sizes), ", ".join(f"{n:.0f}" for n in found.sizes))
+        tried = ", ".join(f"{k}: {index:.1f}" for k, index in found.tried.items() if index is not None)
+        said = f"task '{name}': {len(found.sizes)} clusters of {', '.join(f'{n:.0f}' for n in found.sizes)} scans (index on validation: {tried})"
+        log.info("%s", said)
+        run.ledger.event(run.id, "clusters", said)
         filled = replace(task, classes=[str(k) for k in range(len(found.sizes))], clustering=clustering)
         config = check(replace(config, tasks=config.tasks | {name: filled}))
     return config
@@ -56,7 +60,8 @@ def asker(run: Run, config: Config, task: str, split: str, weights: Weights) -> 
         nonlocal known
         query = Query(run.id, to_dict(config), "clusters", "", split, task, None if known else weights, [], centroids)
         sums, known = ask(run, _requests(run, config, query)), True
-        return sums["n"], sums["sum"], sums["square"]
+        k, d = centroids.shape
+        return sums.get("n", np.zeros(k)), sums.get("sum", np.zeros((k, d))), sums.get("square", np.zeros(k))
 
     return step
 
