@@ -1,25 +1,19 @@
-"""`consilium-centre`: the hospital's command."""
+"""`consilium-centre`: the hospital's command. Each command imports what it needs: `--help` need not wait for PyTorch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from client import phantom as phantoms
-from client.cohort import Skipped, build_cohort, check, load_cohort, of_modality, save_cohort
-from client.montage import montage as draw
-from client.predict import predict as predict_folder
-from client.preprocess import preprocess as bring_in
-from client.scans import masks_wanted
-from client.site import Site, data_root, state_folder
-from client.store import Store
 from common.cli import run
-from common.compose import compose
 from common.errors import ConsiliumError
+
+if TYPE_CHECKING:
+    from client.gather import Skipped
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's side: cohort, preprocess, montage, predict, phantom.")
 console = Console()
@@ -36,6 +30,9 @@ def cohort(
     shares: Annotated[tuple[float, float, float], typer.Option(help="of train, val and test, by patient")] = (0.7, 0.15, 0.15),
 ) -> None:
     """Build and check a cohort table from a folder of scans."""
+    from client.cohort import build_cohort, check, load_cohort, save_cohort
+    from common.compose import compose
+
     table, skipped = build_cohort(folder, centre, seed, shares)
     save_cohort(table, out)
     load_cohort(out, centre)  # what was written can be read
@@ -58,6 +55,13 @@ def preprocess(
     workers: Workers = 2,
 ) -> None:
     """Read every scan, choose its slices and keep them, so that training can start at once."""
+    from client.cohort import load_cohort, of_modality
+    from client.preprocess import preprocess as bring_in
+    from client.scans import masks_wanted
+    from client.site import Site, state_folder
+    from client.store import Store
+    from common.compose import compose
+
     config = compose(settings or [])
     table = of_modality(load_cohort(data, "this centre"), config.preprocess.modality)
     store = Store(state_folder(Site(state=state), data) / "slices")
@@ -77,6 +81,9 @@ def montage(
     window: Annotated[tuple[float, float] | None, typer.Option(help="in the scan's own units")] = None,
 ) -> None:
     """Draw a scan's chosen slices with the lung outline and the area curve. For the centre's eyes only."""
+    from client.montage import montage as draw
+    from common.compose import compose
+
     draw(scan, compose(settings or []).preprocess, out, window)
     console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False, markup=False, soft_wrap=True)
 
@@ -95,7 +102,10 @@ def predict(
     masks: Annotated[Path | None, typer.Option(help="folder for masks, NIfTI in each scan's own geometry")] = None,
     sort: Annotated[str, typer.Option(help="column to order the table by, the largest first: a worklist")] = "",
 ) -> None:
-    """Predict for every scan in a folder."""
+    """Predict for every scan in FOLDER by MODEL, the model.safetensors of a run: a table with one row a scan, and masks."""
+    from client.predict import predict as predict_folder
+    from client.site import Site
+
     place = str(Site(device=device).torch_device())
     table, skipped = predict_folder(model, folder, state / "slices", place, workers, personal, masks, sort)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,11 +122,19 @@ def phantom(
     workers: Workers = 2,
 ) -> None:
     """Write the made-up federation of four hospitals as DICOM, and preprocess it at each."""
+    from client.cohort import load_cohort, of_modality
+    from client.phantom import write_federation
+    from client.preprocess import preprocess as bring_in
+    from client.scans import masks_wanted
+    from client.site import data_root
+    from client.store import Store
+    from common.compose import compose
+
     config = compose([*(settings or []), *([f"federation.root={root.resolve()}"] if root else [])])
     if config.federation.phantom is None:
         raise ConsiliumError(f"federation '{config.federation.name}' is not made up; use federation=phantom")
     where = data_root(config)
-    phantoms.write_federation(where, config.federation.phantom, config.federation.centres)
+    write_federation(where, config.federation.phantom, config.federation.centres)
     for centre in config.federation.centres if prepare else []:
         folder = where / centre
         table, store = of_modality(load_cohort(folder, centre), config.preprocess.modality), Store(folder / ".consilium" / "slices")

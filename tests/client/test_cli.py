@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from client.cli import main
 from client.cohort import load_cohort
 from client.phantom import write_centre
+from common.compose import compose, to_dict
+from common.model import make_model
 from common.schema import Phantom
 from server.runs import begin, open_ledger
 from tests.inprocess import InProcess, phantom_config, sites
@@ -102,6 +106,20 @@ def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: P
     assert not [c for c in predictions.columns if c.startswith("source")]
 
 
+def test_a_worklist_with_masks(consilium: Command, folder: Path, tmp_path: Path) -> None:
+    config = compose(["recipe=triage", "backbone=small", "preprocess.size=32", "preprocess.slices=4"])
+    save_file(make_model(config.backbone, config.tasks, 1).state_dict(), tmp_path / "model", {"config": json.dumps(to_dict(config))})
+    for scan in ("north-0000", "north-0003", "north-0005"):
+        shutil.copytree(folder / scan, tmp_path / "new" / scan)
+    status, out, _ = consilium("predict", "model", "new", "--masks", "masks", "--sort", "covid", "--device", "cpu")
+    assert (status, "3 predictions written to predictions.csv, 0 skipped" in out) == (0, True)
+    table = pd.read_csv("predictions.csv")
+    assert table["covid"].is_monotonic_decreasing
+    assert table["lesion_severity"].between(0, 100).all()
+    assert set(table["lesion_mask"]) == {str(p) for p in (tmp_path / "masks").iterdir()}
+    assert len(table) == 3
+
+
 def test_the_made_up_federation_is_written_and_prepared(consilium: Command, tmp_path: Path) -> None:
     tiny = ["federation.centres=[north]", "federation.phantom.scale=0.001", "federation.phantom.slices=10", "federation.phantom.pixels=64"]
     settings = [word for setting in tiny for word in ("-s", setting)]
@@ -136,6 +154,9 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
         (["montage", scan, "--out", "text/montage.png"], "the montage cannot be written to text/montage.png"),
         (["predict", "gone.safetensors", folder], f"gone.safetensors {ours} (FileNotFoundError); give the model.safetensors of a run"),
         (["predict", "text", folder], f"text {ours} (SafetensorError); give the model.safetensors of a run"),
+        (["predict", model, folder, "--sort", "covit"], "there is no column 'covit' to sort by; did you mean 'covid'?"),
+        (["predict", model, folder, "--masks", "m"], f"{model} draws no masks (covid); leave --masks out"),
+        (["predict", model, folder, "--personal", "empty"], "empty holds no own weights that a run was tested with (used.json: FileNot"),
         (["predict", model, "empty"], "empty holds no scan that can be read"),
         (["predict", model, folder, "--device", "gpu"], "device 'gpu' is none that PyTorch knows"),
         (["predict", model, scan, "--out", "text/predictions.csv"], "text cannot be used ("),
@@ -147,6 +168,12 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there(consilium: Command, folder: Path, model: Path) -> None:
     assert "this machine shows no GPU" in sentence(consilium("predict", model, folder, "--device", "cuda"))
+
+
+def test_help_does_not_wait_for_pytorch() -> None:
+    code = "import sys, client.cli; print({'torch', 'pandas', 'pydicom', 'hydra'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.strip() == "set()"
 
 
 def test_the_installed_command_shows_no_stack_trace(tmp_path: Path) -> None:
