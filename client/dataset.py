@@ -130,7 +130,7 @@ def batches(scans: Scans, tasks: Mapping[str, Task], stage: Stage, steps: int, s
             short = len(rows) < stage.batch
             if done == steps or (short and stage.drop_last and len(scans) >= stage.batch):
                 break
-            if len(rows) == 1 and len(order) > 1 and len(scans.slices[0]) == 1:
+            if len(rows) == 1 < stage.batch and len(order) > 1 and len(scans.slices[0]) == 1:
                 rows = order[-2:]  # batch norm cannot learn from one picture alone
             yield made(rows)
             done += 1

@@ -54,8 +54,9 @@ class Moco(Objective):
             with torch.no_grad():
                 key = self.keys(two, [self.task])[self.task].float()
         each = contrast(query, key, rows, self.queue, self.queued, self.settings.temperature)
-        keep = min(self.settings.queue, len(self.queue) + len(key))
-        self.queue, self.queued = torch.cat([key, self.queue])[:keep], torch.cat([rows, self.queued])[:keep]
+        other = ~torch.isin(self.queued, rows)  # a scan's newest key takes the place of its older one
+        self.queue = torch.cat([key, self.queue[other]])[: self.settings.queue]
+        self.queued = torch.cat([rows, self.queued[other]])[: self.settings.queue]
         total = others.total + self.tasks[self.task].weight * each.sum() / labelled[self.task]
         return Losses(total, others.sums | {self.task: (float(each.detach().sum()), len(rows))})
 

@@ -103,7 +103,8 @@ def scans_of(site: Site, config: Config, centre: str, path: Path, table: pd.Data
         elif task.clusters:
             part = table[task.label].notna().to_numpy() if task.label in table else np.full(len(keys), not task.label)
             scans.extra[name] = np.where(part, 1.0, np.nan)
-            scans.targets[name] = soft_labels.read(home(site, config), task.clustering, keys)
+            unseen = centre in config.federation.unseen  # it had no part in the clustering
+            scans.targets[name] = soft_labels.read(home(site, config), "" if unseen else task.clustering, keys)
         elif task.kind == "multiclass" and not task.classes:  # sources, before the coordinator has heard of them all
             scans.targets[name] = missing
         elif (task.label or name) == "source":  # one that the federation does not know has no number: unlabelled

@@ -57,7 +57,7 @@ def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, 
         log.info("study %s: %s (%d of %d)", config.federation.evaluation, name, number, len(parts))
         if (runs / own / "metrics.json").is_file():
             results[name] = json.loads((runs / own / "metrics.json").read_text())
-        elif (runs / own / "checkpoints").exists():
+        elif (runs / own / "config.yaml").exists():
             results[name] = resume(own, transport, runs, ledger)
         else:
             results[name] = begin(part, transport, runs, ledger, own)
