@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,24 +11,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.dataset import Scans, batches, in_order, steps_in_round
+from client.dataset import Scans, batches, in_order, joined, sampling_odds, steps_in_round
 from common.errors import Refused
 from common.schema import Stage, Task
+from common.tasks import UNKNOWN
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 EPOCHS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0])
 
 
-def scans_of(*sizes: int) -> Scans:
-    """Scan i's only pixel and its target are i (mod 251), so that a batch tells whom it holds."""
+def scans_of(*sizes: int, slices: int = 2) -> Scans:
+    """Scan i's pixels and its target are i (mod 251), so that a batch tells whom it holds."""
     cohort = [f"c{i}" for i, n in enumerate(sizes) for _ in range(n)]
     number = np.arange(len(cohort)) % 251
-    return Scans([np.full((1, 1, 1), i, np.uint8) for i in number], {"covid": number.astype(np.float64)}, cohort)
+    return Scans([np.full((slices, 1, 1), i, np.uint8) for i in number], {"covid": number.astype(np.float64)}, cohort)
 
 
-def passes(n: int, stage: Stage, steps: int, seed: int = 0) -> list[list[int]]:
+def passes(n: int, stage: Stage, steps: int, seed: int = 0, slices: int = 2) -> list[list[int]]:
     """The scans of each batch."""
-    return [b.slices[:, 0, 0, 0].tolist() for b in batches(scans_of(n), {"covid": Task()}, stage, steps, seed)]
+    return [b.slices[:, 0, 0, 0].tolist() for b in batches(scans_of(n, slices=slices), {"covid": Task()}, stage, steps, seed)]
 
 
 @given(SIZES, st.integers(1, 40), st.sampled_from(["own", "equal"]), EPOCHS, st.booleans())
@@ -63,6 +65,23 @@ def test_a_rounds_steps_are_its_passes(n: int, batch: int, epochs: int, drop_las
         assert len(seen) == epochs * (n // batch)
     else:
         assert counts == dict.fromkeys(range(n), epochs)
+
+
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 3), st.booleans())
+def test_no_batch_is_one_picture_and_yet_every_picture_is_seen(n: int, batch: int, epochs: int, drop_last: bool) -> None:
+    """A radiograph left over takes the one before it along; of a CT the slices are a batch for batch norm."""
+    stage = Stage(batch=batch, epochs=epochs, drop_last=drop_last)
+    films, series = (passes(n, stage, steps_in_round(scans_of(n), stage), slices=slices) for slices in (1, 2))
+    for film, ct in zip(films, series, strict=True):
+        assert film[-len(ct) :] == ct
+        assert len(film) == max(len(ct), 2)
+        assert len(set(film)) == len(film)
+
+
+@given(st.integers(1, 20), st.integers(1, 3))
+def test_batches_of_one_that_were_asked_for_are_all_scans(n: int, slices: int) -> None:
+    seen = passes(n, Stage(batch=1), n, slices=slices)
+    assert sorted(i for rows in seen for i in rows) == list(range(n))
 
 
 def test_each_pass_is_complete_before_the_next_begins_and_is_shuffled_anew() -> None:
@@ -105,5 +124,114 @@ def test_in_order_is_all_scans_in_order(n: int, batch: int) -> None:
 
 def test_a_ct_and_a_radiograph_in_one_batch_are_refused() -> None:
     mixed = Scans([np.zeros((8, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)], {}, ["a", "a"])
-    with pytest.raises(Refused, match="set preprocess.modality=CT or XR"):
+    with pytest.raises(Refused, match=r"set preprocess.modality=CT or XR"):
         list(in_order(mixed, 2))
+
+
+# --- what goes together stays together -------------------------------------------------------------------------------------------------
+
+KNOWN = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=9)  # of each scan: covid, score, mask
+
+
+def rich(known: list[tuple[bool, bool, bool]], first: int = 0, cohort: str = "a") -> Scans:
+    """Scans of which all that there is says their number, from `first` on."""
+    number = np.arange(first, first + len(known), dtype=np.float64)
+    covid, score, mask = (np.array([k[i] for k in known], bool) for i in range(3))
+    pixels = [np.full((2, 2, 2), i, np.uint8) for i in number.astype(np.uint8)]
+    both = np.stack([number, np.where(score, number, np.nan)], 1)
+    return Scans(
+        pixels,
+        {"covid": np.where(covid, number, np.nan), "score": both, "lesion": np.where(mask, 1.0, np.nan)},
+        [cohort] * len(known),
+        [str(int(i)) for i in number],
+        {"lesion": [p if m else None for p, m in zip(pixels, mask, strict=True)]},
+        [None if i % 3 == 0 else p for i, p in zip(number, pixels, strict=True)],
+        {"lesion": number},
+    )
+
+
+def aligned(scans: Scans, numbers: list[int], known: dict[int, tuple[bool, bool, bool]]) -> None:
+    """Everything of scan k says the number of scan k."""
+    assert [int(s[0, 0, 0]) for s in scans.slices] == numbers
+    assert scans.keys == [str(i) for i in numbers]
+    assert scans.extra["lesion"].tolist() == numbers
+    for k, i in enumerate(numbers):
+        covid, score, mask = known[i]
+        np.testing.assert_array_equal(scans.targets["covid"][k], i if covid else np.nan)
+        np.testing.assert_array_equal(scans.targets["score"][k], [i, i if score else np.nan])
+        np.testing.assert_array_equal(scans.targets["lesion"][k], 1.0 if mask else np.nan)
+        held = scans.masks["lesion"][k]
+        assert (held is None) == (not mask)
+        assert held is None or int(held[0, 0, 0]) == i
+        lung = scans.lungs[k]
+        assert (lung is None) == (i % 3 == 0)
+        assert lung is None or int(lung[0, 0, 0]) == i
+
+
+@given(KNOWN, KNOWN, st.randoms(use_true_random=False))
+def test_taken_joined_and_filtered_scans_stay_aligned(
+    some: list[tuple[bool, bool, bool]], more: list[tuple[bool, bool, bool]], r: Random
+) -> None:
+    known = dict(enumerate([*some, *more]))
+    parts = [rich(some), rich(more, len(some), "b")]
+    whole = joined(parts)
+    aligned(whole, list(known), known)
+    assert whole.cohort == ["a"] * len(some) + ["b"] * len(more)
+    for part, first, n in ((parts[0], 0, len(some)), (parts[1], len(some), len(more))):
+        aligned(part, list(range(first, first + n)), known)  # joining has not touched them
+    rows = r.sample(list(known), r.randint(0, len(known)))
+    aligned(whole.take(np.array(rows, int)), rows, known)
+    for tasks, wanted in ((["score"], [1]), (["covid", "lesion"], [0, 2])):
+        if known:
+            kept = [i for i in known if any(known[i][w] for w in wanted)]
+            aligned(whole.with_label(tasks), kept, known)
+    if known:
+        found = whole.target("lesion", np.arange(len(known)))
+        for i, mask in enumerate(found):
+            assert set(mask.unique().tolist()) == ({i} if known[i][2] else {UNKNOWN})
+
+
+# --- sampling by kind of label ---------------------------------------------------------------------------------------------------------
+
+SHARES = st.dictionaries(st.sampled_from(["masked", "positive", "negative", "unlabelled"]), st.floats(0.1, 5), min_size=1)
+TASKS = {"lesion": Task(kind="segmentation"), "covid": Task()}
+
+
+def kinds_of(labels: list[tuple[float, bool]]) -> Scans:
+    pixel = np.zeros((1, 1, 1), np.uint8)
+    masks = [pixel if m else None for _, m in labels]
+    covid = np.array([y for y, _ in labels])
+    lesion = np.array([1.0 if m else np.nan for _, m in labels])
+    return Scans([pixel] * len(labels), {"covid": covid, "lesion": lesion}, ["a"] * len(labels), masks={"lesion": masks})
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, np.nan]), st.booleans()), min_size=1, max_size=30), SHARES)
+def test_kinds_of_label_come_in_their_shares(labels: list[tuple[float, bool]], shares: dict[str, float]) -> None:
+    """What is missing is divided among the others by their shares; within a kind all scans are alike; a healthy scan's mask is no mask."""
+    kind = ["masked" if m and y != 0 else {0.0: "negative", 1.0: "positive"}.get(y, "unlabelled") for y, m in labels]
+    scans = kinds_of(labels)
+    there = {k: v for k, v in shares.items() if k in kind}
+    if not there:
+        with pytest.raises(Refused, match=r"no training scan is of a kind that stage.sample names"):
+            sampling_odds(scans, TASKS, shares)  # type: ignore[arg-type]
+        return
+    odds = sampling_odds(scans, TASKS, shares)  # type: ignore[arg-type]
+    assert odds.sum() == pytest.approx(1)
+    for k in set(kind):
+        own = odds[[name == k for name in kind]]
+        assert own.sum() == pytest.approx(there.get(k, 0) / sum(there.values()))
+        assert np.ptp(own) == pytest.approx(0)
+
+
+def test_drawn_batches_have_their_shares_and_without_a_binary_task_every_mask_counts() -> None:
+    scans = kinds_of([(0.0, False)] * 80 + [(0.0, True)] * 10 + [(1.0, False)] * 8 + [(1.0, True)] * 2)
+    stage = Stage(batch=20, sample={"negative": 0.25, "positive": 0.25, "masked": 0.5})
+    drawn = [b.rows for b in batches(scans, TASKS, stage, 50, 1) if b.rows is not None]
+    assert {len(rows) for rows in drawn} == {20}
+    rows = torch.cat(drawn)
+    for share, (low, high) in ((0.25, (0, 90)), (0.25, (90, 98)), (0.5, (98, 100))):
+        assert float(((rows >= low) & (rows < high)).double().mean()) == pytest.approx(share, abs=0.06)
+    again = [b.rows for b in batches(scans, TASKS, stage, 50, 1) if b.rows is not None]
+    assert torch.equal(rows, torch.cat(again))
+    odds = sampling_odds(scans, {"lesion": TASKS["lesion"]}, {"masked": 1.0})
+    np.testing.assert_allclose(odds, [0] * 80 + [1 / 12] * 10 + [0] * 8 + [1 / 12] * 2)

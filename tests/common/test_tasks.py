@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.schema import Task
-from common.tasks import stage_loss
+from common.schema import Contrast, Task
+from common.tasks import UNKNOWN, cells_of, columns_of, loss_sum, outputs_of, stage_loss
 
 TASKS = {"covid": Task(), "source": Task(kind="multiclass", classes=["a", "b", "c"], weight=0.5)}
 NAN = float("nan")
@@ -79,3 +83,115 @@ def test_a_batch_without_labels_has_no_loss() -> None:
     outputs, _ = batch(1, 2)
     nothing = {t: torch.tensor([NAN, NAN]) for t in outputs}
     assert float(stage_loss(TASKS, outputs, nothing, {}).total) == 0.0
+
+
+# --- every kind of task against a loop over its definition -----------------------------------------------------------------------------
+
+KINDS = {
+    "binary": Task(),
+    "multiclass": Task(kind="multiclass", classes=["a", "b", "c"]),
+    "regression": Task(kind="regression", columns=["x", "y"]),
+    "segmentation": Task(kind="segmentation", dice=0.6),
+    "inpainting": Task(kind="inpainting"),
+}
+PIXELS = (2, 3, 4)
+
+
+def sample(kind: str, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and targets of `n` labelled rows."""
+    g = torch.Generator().manual_seed(seed)
+    if kind == "regression":
+        return 2 * torch.randn(n, 2, generator=g), 3 * torch.rand(n, 2, generator=g, dtype=torch.float64)
+    if kind in ("segmentation", "inpainting"):
+        z = 2 * torch.randn(n, *PIXELS, generator=g)
+        if kind == "inpainting":
+            y = torch.rand(n, *PIXELS, generator=g)
+            y.view(n, -1)[:, 1:][torch.rand(n, 23, generator=g) < 0.5] = NAN  # not painted over
+            return z, y
+        mask = torch.randint(0, 2, (n, *PIXELS), generator=g).to(torch.uint8)
+        mask.view(n, -1)[:, 1:][torch.rand(n, 23, generator=g) < 0.2] = UNKNOWN
+        mask[: n // 3][mask[: n // 3] == 1] = 0  # some scans are healthy
+        return z, mask
+    outputs, targets = batch(seed, n)
+    return (outputs["covid"], targets["covid"]) if kind == "binary" else (outputs["source"], targets["source"])
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def of_one(kind: str, task: Task, z: list[float], y: list[float]) -> float:
+    """The loss of one row, from its numbers."""
+    if kind == "binary":
+        return -math.log(sigmoid(z[0]) if y[0] else 1 - sigmoid(z[0]))
+    if kind == "multiclass":
+        return math.log(sum(map(math.exp, z))) - z[int(y[0])]
+    if kind == "regression":
+        return sum(0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5 for a, b in zip(z, y, strict=True)) / len(z)
+    if kind == "inpainting":
+        pairs = [(a, b) for a, b in zip(z, y, strict=True) if not math.isnan(b)]
+        return sum(abs(sigmoid(a) - b) for a, b in pairs) / len(pairs)
+    pairs = [(sigmoid(a), b) for a, b in zip(z, y, strict=True) if b != UNKNOWN]
+    cross = -sum(math.log(p if b else 1 - p) for p, b in pairs) / len(pairs)
+    both, predicted, true = sum(p * b for p, b in pairs), sum(p for p, _ in pairs), sum(b for _, b in pairs)
+    return cross + task.dice * (1 - (2 * both + 1) / (predicted + true + 1))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@settings(max_examples=50)
+@given(seed=st.integers(0, 500), n=st.integers(1, 7), extra=st.integers(0, 4), order=st.randoms(use_true_random=False))
+def test_the_loss_is_its_definition_and_missing_rows_change_nothing(kind: str, seed: int, n: int, extra: int, order: random.Random) -> None:
+    task = KINDS[kind]
+    z, y = sample(kind, seed, n)
+    rows = list(range(n))
+    if kind != "inpainting":  # every scan is its own label
+        none = torch.full((extra, *y.shape[1:]), UNKNOWN if kind == "segmentation" else NAN, dtype=y.dtype)
+        if kind == "regression" and extra:
+            none[:, 0] = 1.0  # one of its numbers is missing
+        z, y = torch.cat([z, torch.full((extra, *z.shape[1:]), float("inf"))]), torch.cat([y, none])
+        rows += range(n, n + extra)
+        order.shuffle(rows)
+    z, y = z[rows].requires_grad_(), y[rows]
+    summed, count = loss_sum(task, z, y)
+    summed.backward()  # type: ignore[no-untyped-call]
+    expected = [of_one(kind, task, *(a.detach().double().reshape(-1).tolist() for a in (z[i], y[i]))) for i, r in enumerate(rows) if r < n]
+    assert count == n
+    assert float(summed.detach()) == pytest.approx(sum(expected), rel=1e-4, abs=1e-5)
+    assert z.grad is not None
+    assert torch.isfinite(z.grad).all()
+    for i, r in enumerate(rows):
+        assert bool((z.grad[i] != 0).any()) == (r < n)
+
+
+def test_a_regression_of_one_column_takes_either_shape() -> None:
+    z, y = torch.tensor([[0.5], [3.0], [9.0]]), torch.tensor([0.0, 1.0, NAN])
+    task = Task(kind="regression")
+    assert [float(loss_sum(task, z, target)[0]) for target in (y, y[:, None])] == [pytest.approx(0.125 + 1.5)] * 2
+
+
+def test_an_empty_mask_well_met_costs_nothing_and_without_dice_it_is_cross_entropy() -> None:
+    healthy = torch.zeros(1, *PIXELS, dtype=torch.uint8)
+    assert float(loss_sum(KINDS["segmentation"], torch.full((1, *PIXELS), -30.0), healthy)[0]) == pytest.approx(0, abs=1e-6)
+    z, mask = sample("segmentation", 3, 4)
+    mask[mask == UNKNOWN] = 0
+    plain = sum(F.binary_cross_entropy_with_logits(a, b.float()) for a, b in zip(z, mask, strict=True))
+    torch.testing.assert_close(loss_sum(Task(kind="segmentation", dice=0.0), z, mask)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "cells", "columns"),
+    [
+        (Task(), 1, ["no t", "t"], ["t"]),
+        (Task(label="l"), 1, ["no t", "t"], ["l"]),
+        (KINDS["multiclass"], 3, ["a", "b", "c"], ["t"]),
+        (Task(kind="multiclass", columns=["x", "y"], edges=[1, 2], classes=["a", "b", "c"]), 3, ["a", "b", "c"], ["x", "y"]),
+        (Task(kind="multiclass", label="l", clusters=[2], classes=["0", "1"]), 2, ["0", "1"], []),
+        (KINDS["regression"], 2, ["labelled"], ["x", "y"]),
+        (Task(kind="regression"), 1, ["labelled"], ["t"]),
+        (KINDS["segmentation"], 1, ["labelled"], ["t"]),
+        (KINDS["inpainting"], 1, ["labelled"], []),
+        (Task(kind="contrast", contrast=Contrast(width=7)), 7, ["labelled"], []),
+    ],
+)
+def test_widths_cells_and_columns(task: Task, outputs: int, cells: list[str], columns: list[str]) -> None:
+    assert (outputs_of(task), cells_of("t", task), columns_of("t", task)) == (outputs, cells, columns)
