@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 
 from client.dataset import Scans
 from client.queries import QUERIES, Question, class_counts
+from common.errors import Refused
 from common.messages import Sums, add
-from common.metrics import binary_metrics
+from common.metrics import SEVERITY_EDGES, SHARE_EDGES, binary_metrics, regression_sums
 from common.model import Model, make_model
-from common.schema import Backbone, Config, Evaluation, Federation, Stage, Task
+from common.schema import Backbone, Config, Contrast, Decoder, Evaluation, Federation, Stage, Task
 
 SPLITS = ("train", "val", "test")
 CONFIG = Config(
@@ -157,3 +160,193 @@ def test_a_split_without_scans_adds_nothing(scans: Scans, model: Model) -> None:
 def test_only_the_stages_tasks_are_scored(scans: Scans, model: Model) -> None:
     found = QUERIES["scores"](question(scans, model, stage=Stage(batch=4, tasks=["covid"])))
     assert {key.split("/")[1] for key in found} == {"covid"}
+
+
+# --- masks, numbers, and tasks without labels -------------------------------------------------------------------------------------------
+
+DENSE = Config(
+    tasks={
+        "score": Task(kind="regression", columns=["x", "y"]),
+        "lesion": Task(kind="segmentation", cut=0.4, burden="severity", dice=0.5),
+        "spot": Task(kind="segmentation"),
+        "fill": Task(kind="inpainting", share=0.3),
+        "moco": Task(kind="contrast", contrast=Contrast(width=8)),
+    },
+    stages={"main": Stage(batch=4)},
+    federation=Federation(centres=["a", "b"]),
+)
+
+
+@pytest.fixture(scope="module")
+def dense_model() -> Model:
+    return make_model(Backbone(decoder=Decoder([16, 8, 8, 8, 4])), DENSE.tasks, 3).eval()
+
+
+@pytest.fixture(scope="module")
+def dense() -> Scans:
+    """Of centre a some have masks, all severity but one; of centre b no `spot`, severity without a mask, and lungs that were not found."""
+    rng = np.random.default_rng(1)
+    n = 11
+    own = ["a"] * 6 + ["b"] * 5
+    shape = (2, 32, 32)
+
+    def masks(there: list[int], low: int, high: int) -> list[np.ndarray | None]:
+        return [rng.integers(low, high, shape).astype(np.uint8) if i in there else None for i in range(n)]
+
+    lesion, spot, lungs = masks([0, 1, 3, 6, 7], 0, 2), masks([2, 4], 0, 2), masks([0, 1, 2, 3, 4, 5, 6, 8, 9], 0, 3)
+    score = rng.normal(size=(n, 2))
+    score[[1, 8], [0, 1]] = np.nan
+    severity = rng.uniform(0, 60, n)
+    severity[2] = np.nan
+    has = {t: np.array([np.nan if m is None else 1.0 for m in of]) for t, of in (("lesion", lesion), ("spot", spot))}
+    return Scans(
+        [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(n)],
+        {"score": score, **has, "fill": np.zeros(n), "moco": np.zeros(n)},
+        own,
+        [str(i) for i in range(n)],
+        {"lesion": lesion, "spot": spot},
+        lungs,
+        {"lesion": severity},
+    )
+
+
+def dense_question(scans: Scans, model: Model | None, stage: Stage | None = None) -> Question:
+    return Question({"test": scans}, "test", DENSE, stage or DENSE.stages["main"], model, "", 1, torch.device("cpu"))
+
+
+def test_dense_scores_equal_a_direct_computation(dense: Scans, dense_model: Model) -> None:
+    """Overlap, severity's histogram and regression sums, scan by scan, whatever the batch and whoever pools them."""
+    found = QUERIES["scores"](dense_question(dense, dense_model))
+    with torch.no_grad():
+        out = dense_model(torch.from_numpy(np.stack(dense.slices)) / 255, ["score", "lesion", "spot"])
+    own = np.array(dense.cohort)
+    for centre in "ab":
+        rows = np.flatnonzero(own == centre)
+        for name in ("lesion", "spot"):
+            overlap, joint, loss, n = np.zeros(7), np.zeros((64, 128)), 0.0, 0
+            for i in rows:
+                p = out[name][i].double().sigmoid().numpy()
+                called, mask, lungs = p >= DENSE.tasks[name].cut, dense.masks[name][i], dense.lungs[i]
+                if mask is not None:
+                    tp, fp, fn = ((called == a) & (mask == b) for a, b in ((1, 1), (1, 0), (0, 1)))
+                    dice = 2 * tp.sum() / (2 * tp.sum() + fp.sum() + fn.sum())
+                    overlap += [1, dice, tp.sum(), fp.sum(), fn.sum(), 1, dice]
+                    soft = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+                    loss += -np.log(np.where(mask, p, 1 - p)).mean() + DENSE.tasks[name].dice * soft
+                    n += 1
+                if name == "lesion" and lungs is not None and not np.isnan(dense.extra[name][i]):
+                    share = max(called[lungs == side].mean() for side in (1, 2))
+                    at = (
+                        np.searchsorted(SHARE_EDGES[1:-1], share, "right"),
+                        np.searchsorted(SEVERITY_EDGES[1:-1], dense.extra[name][i], "right"),
+                    )
+                    joint[at] += 1
+            if (centre, name) == ("b", "spot"):
+                assert not [key for key in found if key.startswith("b/spot")]
+                continue
+            np.testing.assert_allclose(found[f"{centre}/{name}/overlap"], overlap)
+            np.testing.assert_allclose(found[f"{centre}/{name}/loss"], [loss, n], rtol=1e-4)
+            if name == "lesion":
+                np.testing.assert_array_equal(found[f"{centre}/lesion/joint"], joint)
+                assert joint.sum() == {"a": 5, "b": 3}[centre]
+        y, z = dense.targets["score"][rows], out["score"][rows].double().numpy()
+        np.testing.assert_allclose(found[f"{centre}/score/regression"], regression_sums(z, y), rtol=1e-4)
+    assert "a/spot/joint" not in found
+
+
+def test_tasks_without_labels_have_a_loss_that_only_the_model_changes(dense: Scans, dense_model: Model) -> None:
+    found = QUERIES["scores"](dense_question(dense, dense_model))
+    again = QUERIES["scores"](dense_question(dense, dense_model))
+    other = QUERIES["scores"](dense_question(dense, make_model(Backbone(decoder=Decoder([16, 8, 8, 8, 4])), DENSE.tasks, 4)))
+    for name in ("fill", "moco"):
+        for centre, n in (("a", 6), ("b", 5)):
+            key = f"{centre}/{name}/loss"
+            assert found[key][1] == n
+            assert found[key][0] > 0
+            assert found[key].tolist() == again[key].tolist() != other[key].tolist()
+    # The contrast, by hand: batches of 4 and 2 (centre a), each scan against its mirror image and the batch's other mirror images.
+    x = torch.from_numpy(np.stack(dense.slices[:6])) / 255
+    with torch.no_grad():
+        one, two = (dense_model(view, ["moco"])["moco"].double() for view in (x, x.flip(-1)))
+    logits = one @ two.T / DENSE.tasks["moco"].contrast.temperature
+    expected = sum(float(logits[i, b].exp().sum().log() - logits[i, i]) for b in (slice(0, 4), slice(4, 6)) for i in range(b.start, b.stop))
+    assert found["a/moco/loss"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_inpaintings_score_is_of_painted_pictures(dense: Scans, dense_model: Model) -> None:
+    """What the model is shown there is the painted picture, and only what lies under the paint is asked for."""
+    seen: list[torch.Tensor] = []
+    hook = dense_model.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().clone()))
+    found = QUERIES["scores"](dense_question(dense.take(np.array([2])), dense_model, Stage(batch=4, tasks=["fill"])))
+    hook.remove()
+    shown = seen[-1][0]  # [S, H, W]
+    whole = torch.from_numpy(dense.slices[2]) / 255
+    painted = (shown - whole).abs() > 1e-3
+    grid = painted.view(2, 8, 4, 8, 4).float().mean((2, 4))
+    assert (grid > 0.5).sum((1, 2)).tolist() == [round(0.3 * 64)] * 2
+    with torch.no_grad():
+        answer = dense_model(shown[None], ["fill"])["fill"][0].sigmoid()
+    inside = (grid > 0.5).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert found["a/fill/loss"].tolist() == [pytest.approx(float((answer - whole)[inside].abs().mean()), rel=1e-4), 1]
+
+
+def test_dense_counts(dense: Scans) -> None:
+    found = QUERIES["counts"](dense_question(dense, None))
+    of = {key: n.tolist() for key, n in found.items()}
+    assert (of["a/test/lesion"], of["b/test/lesion"]) == ([3, 3], [2, 3])
+    assert (of["a/test/spot"], of["b/test/spot"]) == ([2, 4], [0, 5])
+    assert (of["a/test/score"], of["b/test/score"]) == ([5, 1], [4, 1])
+    assert (of["a/test/fill"], of["b/test/moco"]) == ([6, 0], [5, 0])
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------------------------
+
+
+def clustered(scans: Scans, features: Path | None, model: Model | None, centroids: np.ndarray, split: str = "train") -> Question:
+    config = replace(CONFIG, tasks={**CONFIG.tasks, "soft": Task(kind="multiclass", clusters=[2, 3])})
+    return Question({split: scans}, split, config, Stage(batch=4), model, "soft", 1, torch.device("cpu"), centroids, features)
+
+
+def with_part(scans: Scans, rows: np.ndarray) -> Scans:
+    """Some scans, all of which take part in the clustering but every fifth."""
+    some = part(scans, rows)
+    some.keys = [f"k{i}" for i in rows]
+    some.extra["soft"] = np.array([np.nan if i % 5 == 4 else 1.0 for i in rows])
+    return some
+
+
+def test_a_step_of_k_means_is_the_sum_over_centres_of_a_direct_computation(scans: Scans, model: Model, tmp_path: Path) -> None:
+    whole = with_part(scans, np.arange(N))
+    with torch.no_grad():
+        f = model.eval().features(torch.from_numpy(np.stack(scans.slices)) / 255).double().numpy()
+    centroids = f[[0, 11, 21]]
+    f = f[[i % 5 != 4 for i in range(N)]]
+    nearest = np.array([np.argmin([((x - c) ** 2).sum() for c in centroids]) for x in f])
+    assert len(set(nearest)) > 1
+    total: Sums = {}
+    for centre in ("a", "b"):
+        rows = np.flatnonzero(np.array(scans.cohort) == centre)
+        add(total, QUERIES["clusters"](clustered(with_part(scans, rows), tmp_path / centre, model, centroids)))
+    pooled = QUERIES["clusters"](clustered(whole, None, model, centroids))
+    for sums in (total, pooled):
+        for k in range(3):
+            assert sums["n"][k] == (nearest == k).sum()
+            np.testing.assert_allclose(sums["sum"][k], f[nearest == k].sum(0), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(sums["square"][k], (f[nearest == k] ** 2).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_kept_for_the_next_steps_and_missed_when_they_are_gone(scans: Scans, model: Model, tmp_path: Path) -> None:
+    whole = with_part(scans, np.arange(N))
+    centroids = np.random.default_rng(2).normal(size=(2, int(model.encoder.num_features)))  # type: ignore[call-overload]
+    first = QUERIES["clusters"](clustered(whole, tmp_path, model, centroids))
+    moved = QUERIES["clusters"](clustered(whole, tmp_path, None, centroids + 0.1))
+    assert moved["n"].sum() == first["n"].sum() == N - N // 5
+    expected = QUERIES["clusters"](clustered(whole, None, model, centroids + 0.1))
+    for key in expected:
+        np.testing.assert_allclose(moved[key], expected[key], rtol=1e-5, atol=1e-6)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(Refused, match="the features of this run are gone from its state folder"):
+        QUERIES["clusters"](clustered(whole, tmp_path, None, centroids))
+    nobody = with_part(scans, np.array([4, 9]))  # neither takes part
+    assert QUERIES["clusters"](clustered(nobody, tmp_path, None, centroids)) == {}
