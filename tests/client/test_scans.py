@@ -1,0 +1,181 @@
+"""From a site's cohort to scans by split: folds, unseen centres, modality, and every kind of target beside its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client import soft_labels
+from client.scans import forget, masks_wanted, read_scans, splits_of
+from client.site import Site
+from common.errors import Refused
+from common.schema import Config, Contrast, Federation, Preprocess, Stage, Task
+
+CENTRES = ["north", "south"]
+NAN = np.nan
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    yield
+    forget()
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([f"p{i}" for i in range(12)]), min_size=1, max_size=30), st.integers(3, 7))
+def test_every_patient_is_tested_once_and_validates_once_and_stays_together(patients: list[str], folds: int) -> None:
+    table = pd.DataFrame({"patient": patients, "split": "train"})
+    found = np.stack([splits_of(table, Federation(centres=CENTRES, folds=folds, fold=k), "north") for k in range(folds)])
+    for column in found.T:
+        assert sorted(column) == ["test"] + ["train"] * (folds - 2) + ["val"]
+    for patient in set(patients):
+        own = found[:, [p == patient for p in patients]]
+        assert (own == own[:, :1]).all()
+
+
+def test_folds_are_about_equal_and_do_not_depend_on_who_else_is_there() -> None:
+    table = pd.DataFrame({"patient": [f"x{i}" for i in range(400)], "split": "train"})
+    federation = Federation(centres=CENTRES, fold=2)
+    found = splits_of(table, federation, "north")
+    assert 50 < (found == "test").sum() < 110
+    assert 50 < (found == "val").sum() < 110
+    some = table.iloc[::3].reset_index(drop=True)
+    np.testing.assert_array_equal(splits_of(some, federation, "south"), found[::3])
+
+
+def test_an_unseen_centre_only_tests_and_others_keep_their_own_splits() -> None:
+    table = pd.DataFrame({"patient": list("abc"), "split": ["train", "val", "test"]})
+    federation = Federation(centres=CENTRES, unseen=["south"])
+    assert splits_of(table, federation, "south").tolist() == ["test"] * 3
+    assert splits_of(table, federation, "north").tolist() == ["train", "val", "test"]
+
+
+# --- what a scan is, by the table's row -------------------------------------------------------------------------------------------------
+
+SCORES = ["a", "b", "c"]
+TASKS = {
+    "sick": Task(),
+    "total": Task(kind="multiclass", columns=SCORES, edges=[1, 4], classes=["<=1", "<=4", ">4"]),
+    "regions": Task(kind="regression", columns=SCORES),
+    "age": Task(kind="regression"),
+    "spot": Task(kind="segmentation", label="drawn", burden="share"),
+    "other": Task(kind="segmentation"),
+    "soft": Task(kind="multiclass", label="sick", clusters=[2], classes=["0", "1"]),
+    "fill": Task(kind="inpainting"),
+    "moco": Task(kind="contrast", contrast=Contrast(width=8)),
+}
+N = 9
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Path:
+    """Nine films and one CT; film i is grey 20 i throughout, its mask covers the left half but where i is odd: then there is none."""
+    for i in range(N + 1):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((40, 40), 20 * i, np.uint8))
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:, : 20 if i else 0] = 255  # that of scan 0 is empty
+        cv2.imwrite(str(tmp_path / f"mask{i}.png"), mask)
+    number = np.arange(N)
+    films = pd.DataFrame(
+        {
+            "scan": [f"s{i}" for i in number],
+            "path": [f"{i}.png" for i in number],
+            "patient": [f"p{i // 2}" for i in number],
+            "split": ["train", "train", "val", "val", "test", "test", "train", "train", "train"],
+            "modality": "XR",
+            "sick": [0, 1, NAN, 1, 0, 1, NAN, 0, 1],
+            "a": number % 4,
+            "b": [0, 0, 1, 3, 1, 0, 2, NAN, 3],
+            "c": 1,
+            "age": [40 + i if i != 3 else NAN for i in number],
+            "drawn": [f"mask{i}.png" if i % 2 == 0 else NAN for i in number],
+            "share": [NAN if i == 2 else 10 * i for i in number],
+        }
+    )
+    ct = films.iloc[:1].assign(scan="ct", path=f"{N}.png", patient="ct", modality="CT", drawn="gone.png")
+    pd.concat([films, ct]).to_csv(tmp_path / "cohort.csv", index=False)
+    return tmp_path
+
+
+def config(tasks: dict[str, Task] = TASKS, modality: str = "XR", **federation: object) -> Config:
+    preprocess = Preprocess(modality=modality, slices=1, size=16, crop="none")  # type: ignore[arg-type]
+    return Config(tasks=tasks, stages={"main": Stage()}, preprocess=preprocess, federation=Federation(centres=CENTRES, **federation))  # type: ignore[arg-type]
+
+
+def site(hospital: Path) -> Site:
+    return Site(centre="north", data=str(hospital), state=str(hospital / "state"), device="cpu")
+
+
+def test_every_kind_of_target_lies_beside_its_slices(hospital: Path) -> None:
+    held, skipped = read_scans(site(hospital), config())
+    assert skipped == []
+    assert {split: len(scans) for split, scans in held.items()} == {"train": 5, "val": 2, "test": 2}  # the CT is not part
+    train = held["train"]
+    assert [int(s[0, 8, 8]) for s in train.slices] == [0, 20, 120, 140, 160]
+    np.testing.assert_array_equal(train.targets["sick"], [0, 1, NAN, 0, 1])
+    np.testing.assert_array_equal(train.targets["total"], [0, 1, 2, NAN, 1])  # 0+0+1, 1+0+1, 2+2+1, missing, 0+3+1
+    np.testing.assert_array_equal(train.targets["regions"], [[0, 0, 1], [1, 0, 1], [2, 2, 1], [3, NAN, 1], [0, 3, 1]])
+    np.testing.assert_array_equal(train.targets["age"], [[40], [41], [46], [47], [48]])
+    assert train.labelled("regions").tolist() == [True, True, True, False, True]
+    np.testing.assert_array_equal(train.targets["spot"], [1, NAN, 1, NAN, 1])
+    assert [None if m is None else int(m.sum()) for m in train.masks["spot"]] == [0, None, 128, None, 128]
+    assert [m is None for m in train.masks["other"]] == [True] * 5  # no such column at this centre
+    assert np.isnan(train.targets["other"]).all()
+    np.testing.assert_array_equal(train.extra["spot"], [0, 10, 60, 70, 80])
+    np.testing.assert_array_equal(held["val"].extra["spot"], [NAN, 30])
+    np.testing.assert_array_equal(train.extra["soft"], [1, 1, NAN, 1, 1])
+    assert np.isnan(train.targets["soft"]).all()  # nobody has clustered yet
+    assert train.targets["fill"].tolist() == train.targets["moco"].tolist() == [0.0] * 5
+    assert len(train.lungs) == 5  # the burden asks for them
+
+
+def test_a_mask_that_cannot_be_read_costs_its_label_and_not_its_scan(hospital: Path) -> None:
+    held, skipped = read_scans(site(hospital), config({"spot": TASKS["spot"]}, modality="any"))
+    assert len(held["train"]) == 6
+    assert [s.reason for s in skipped] == ["the mask in column 'drawn': it is not there"]
+    assert held["train"].masks["spot"][-1] is None
+    assert np.isnan(held["train"].targets["spot"][-1])
+
+
+def test_folds_and_unseen_centres_go_by_patient_through_the_whole(hospital: Path) -> None:
+    tested: list[str] = []
+    for fold in range(3):
+        held, _ = read_scans(site(hospital), config({"sick": Task()}, folds=3, fold=fold))
+        assert sum(map(len, held.values())) == N
+        tested += held["test"].keys
+    assert len(tested) == len(set(tested)) == N
+    held, _ = read_scans(site(hospital), config({"sick": Task()}, unseen=["north"]))
+    assert {split: len(scans) for split, scans in held.items()} == {"train": 0, "val": 0, "test": N}
+
+
+def test_clusters_come_back_by_scan_and_an_unseen_centre_has_none(hospital: Path) -> None:
+    found = {"soft": TASKS["soft"]}
+    held, _ = read_scans(site(hospital), config(found))
+    (hospital / "state" / "labels").mkdir()
+    keys = held["train"].keys
+    (hospital / "state" / "labels" / "run-soft.json").write_text(f'{{"{keys[3]}": 1, "{keys[0]}": 0}}')
+    named = {"soft": Task(kind="multiclass", label="sick", clusters=[2], classes=["0", "1"], clustering="run-soft")}
+    held, _ = read_scans(site(hospital), config(named))
+    np.testing.assert_array_equal(held["train"].targets["soft"], [0, NAN, NAN, 1, NAN])
+    gone = {"soft": Task(kind="multiclass", label="sick", clusters=[2], classes=["0", "1"], clustering="run-gone")}
+    with pytest.raises(Refused, match="its cluster labels of this run are gone"):
+        read_scans(site(hospital), config(gone))
+    held, _ = read_scans(site(hospital), config(gone, unseen=["north"]))
+    assert np.isnan(held["test"].targets["soft"]).all()
+    with pytest.raises(Refused, match="is not a name for a run or a stage"):
+        soft_labels.read(hospital, "../run", keys)
+
+
+def test_masks_that_tasks_need_are_asked_for_once() -> None:
+    assert masks_wanted(config()) == ["drawn", "other", "lungs"]
+    assert masks_wanted(config({"sick": Task()})) == []
+    assert masks_wanted(config({"x": Task(kind="segmentation", label="m"), "y": Task(kind="segmentation", label="m")})) == ["m"]
