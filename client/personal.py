@@ -23,7 +23,11 @@ def mask_of(layout: Layout, personal: list[Personal]) -> NDArray[np.bool_]:
     """True [P] where a float weight is personal (Li et al., "FedBN", ICLR 2021, for batch norms)."""
     mask = np.zeros(layout.size, dtype=bool)
     for e in layout.floats:
-        own = "all" in personal or ("batch_norm" in personal and e.batch_norm) or ("heads" in personal and e.group != "backbone")
+        own = (
+            "all" in personal
+            or ("batch_norm" in personal and e.batch_norm)
+            or ("heads" in personal and e.group not in ("backbone", "decoder"))
+        )
         mask[e.where] = own
     return mask
 
