@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from common.compose import CONFIGS, compose, config_from, to_dict
+from common.compose import CONFIGS, active, check, compose, config_from, to_dict
 from common.errors import ConsiliumError
+from common.schema import Config, Evaluation, Stage, Task
 
 
 @pytest.mark.parametrize("group", [p.name for p in CONFIGS.iterdir() if p.is_dir()])
@@ -54,6 +55,12 @@ def test_local_mode_exchanges_nothing() -> None:
         ("preprocess.window=[300,-1000]", "the first value must be the lower one"),
         ("stage.tasks=[covd]", "did you mean 'covid'"),
         ("stage.personal=[all]", "exchanges nothing"),
+        ("stage.rounds=0", "every stage of the recipe has 0 rounds"),
+        ("evaluation.metric=rho", "evaluation.metric='rho' is refused"),
+        ("federation.folds=2", "federation.folds is 2; it must be 3 or more"),
+        ("federation.unseen=[north,east,south,west]", r"it must name some of federation.centres, not all"),
+        ("stage.sample={masked: -1}", "no share may be below 0"),
+        ("stage.sample={affected: 1}", "stages.main.sample.affected"),
         ("stage.personal=[heads]", "keeps the heads at the centres, but task 'source' has one that the server moves; set its head: local"),
     ],
 )
@@ -61,3 +68,65 @@ def test_what_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
     with pytest.raises(ConsiliumError, match=sentence) as caught:
         compose([override])
     assert "\n" not in str(caught.value)
+
+
+# --- the papers' recipes ----------------------------------------------------------------------------------------------------------------
+
+RECIPES = {  # the tasks of each stage that is played, and what is looked at
+    "multisource": ({"main": ["covid", "source"]}, "CT"),
+    "prognosis": ({"main": ["outcome", "brixia"]}, "XR"),
+    "finegrained": ({"pretrain": ["moco"], "main": ["finding", "infection"]}, "XR"),
+    "triage": ({"main": ["covid", "lesion"]}, "CT"),
+    "transfer": ({"transition": ["transition"], "target": ["target"]}, "CT"),
+}
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_recipe_plays_its_stages_and_holds_no_task_beyond_them(recipe: str) -> None:
+    stages, modality = RECIPES[recipe]
+    config = compose([f"recipe={recipe}"])
+    assert {name: active(config, stage) for name, stage in config.stages.items()} == stages
+    assert set(config.tasks) == {t for tasks in stages.values() for t in tasks}
+    assert config.preprocess.modality == modality
+    assert config.evaluation.task in list(stages.values())[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["recipe=prognosis", "stages.scores.rounds=2"], {"scores": ["brixia"], "main": ["outcome", "brixia"]}),
+        (["recipe=prognosis", "stage.tasks=[outcome,right,left]"], {"main": ["outcome", "right", "left"]}),
+        (["recipe=prognosis", "stage.tasks=[outcome,regions]", "stage.rounds=3"], {"main": ["outcome", "regions"]}),
+        (["recipe=prognosis", "stage.tasks=[outcome]"], {"main": ["outcome"]}),
+        (["recipe=finegrained", "stages.pretrain.tasks=[inpainting]"], {"pretrain": ["inpainting"], "main": ["finding", "infection"]}),
+        (["recipe=finegrained", "stages.pretrain.rounds=0"], {"main": ["finding", "infection"]}),
+        (["recipe=finegrained", "stages.main.tasks=[finding]"], {"pretrain": ["moco"], "main": ["finding"]}),
+        (["recipe=triage", "stage.tasks=[covid]"], {"main": ["covid"]}),
+        (["recipe=transfer", "stages.transition.tasks=[soft]"], {"transition": ["soft"], "target": ["target"]}),
+        (["recipe=transfer", "stages.transition.rounds=0"], {"target": ["target"]}),
+    ],
+)
+def test_the_variants_that_the_recipes_comments_name(overrides: list[str], stages: dict[str, list[str]]) -> None:
+    config = compose(overrides)
+    assert {name: active(config, stage) for name, stage in config.stages.items()} == stages
+
+
+def test_classes_that_follow_from_edges_and_clusters() -> None:
+    assert compose(["recipe=prognosis"]).tasks["brixia"].classes == ["<=4", "<=9", "<=14", ">14"]
+    soft = compose(["recipe=transfer", "stages.transition.tasks=[soft]"]).tasks["soft"]
+    assert soft.classes == [str(k) for k in range(16)]
+    assert compose(["recipe=multisource"]).tasks["source"].classes == []  # the federation's
+
+
+def test_what_a_study_cannot_be() -> None:
+    assert compose(["federation.evaluation=kfold", "federation.mode=local"]).federation.evaluation == "kfold"
+    with pytest.raises(ConsiliumError, match="loco tests a centre that did not train, which a local model cannot be"):
+        compose(["federation.evaluation=loco", "federation.mode=local"])
+
+
+@pytest.mark.parametrize(("name", "label"), [("lungs", ""), ("lung", "lungs")])
+def test_our_own_lung_masks_are_not_learnt(name: str, label: str) -> None:
+    """The column is filled by our finder where a hospital has none: a model would be scored on what we made up."""
+    given = Config(tasks={name: Task(kind="segmentation", label=label)}, stages={"main": Stage()}, evaluation=Evaluation(task=name))
+    with pytest.raises(ConsiliumError, match="would learn the column 'lungs', where our own lung finder fills in"):
+        check(given)

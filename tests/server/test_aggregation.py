@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.messages import Contribution
 from common.model import make_model
-from common.schema import Aggregation, Backbone, Task
+from common.schema import Aggregation, Backbone, Decoder, Task
 from common.weights import Layout, Weights, flatten, layout_of
 from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
 
@@ -121,3 +121,75 @@ def test_norm_leaves_batch_norm_statistics_out(tmp_path: Path) -> None:
     one.delta[~LAYOUT.parameters()] = 1e6
     norm = spool(one, LAYOUT, tmp_path).norm
     assert norm == pytest.approx(np.linalg.norm(one.delta[LAYOUT.parameters()].astype(np.float64)))
+
+
+# --- what tasks share -------------------------------------------------------------------------------------------------------------------
+
+MAPS = {
+    "finding": Task(kind="multiclass", classes=["a", "b"], weight=2.0),
+    "infection": Task(kind="segmentation", weight=1.0),
+    "covid": Task(reads="map", weight=0.5),
+}
+CELLS = {"finding": 2, "infection": 1, "covid": 2}
+NUMBERS = st.integers(0, 500)
+
+
+def held(draw: st.DrawFn) -> dict[str, dict[str, list[float]]]:
+    """What three centres have for each task of MAPS, the unlabelled last."""
+    return {c: {t: [float(draw(NUMBERS)) for _ in range(k + 1)] for t, k in CELLS.items()} for c in CENTRES}
+
+
+HELD = st.composite(held)()
+TAUS = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@settings(deadline=None)
+@given(HELD, TAUS, st.sampled_from(["cells", "scans"]))
+def test_what_is_shared_goes_by_the_tasks_that_share_it(counts: dict, tau: float, count: str) -> None:  # type: ignore[type-arg]
+    """The decoder by the tasks that read its map, the backbone by all, each as much as in the loss; of a task that nobody labels, nothing."""
+    weights = group_weights(counts, Aggregation(tau=tau, count=count), MAPS)  # type: ignore[arg-type]
+    labelled = {t: {c: sum(counts[c][t][:-1]) for c in CENTRES} for t in MAPS}
+    for group, tasks in {"backbone": list(MAPS), "decoder": ["infection", "covid"], **{t: [t] for t in MAPS}}.items():
+        told = {t: MAPS[t].weight for t in tasks if sum(labelled[t].values())}
+        assert sum(weights[group].values()) == pytest.approx(1 if told else 0)
+        for c in CENTRES:
+            if not any(labelled[t][c] for t in tasks):
+                assert weights[group][c] == 0  # it does not dilute what it has no labels for
+            mixed = sum(w * weights[t][c] for t, w in told.items()) / (sum(told.values()) or 1)
+            assert weights[group][c] == pytest.approx(mixed)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 10_000), min_size=3, max_size=3), st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_tau_0_by_scans_is_fedavg_where_everything_is_labelled(sizes: list[int], shares: list[float]) -> None:
+    """Every group has FedAvg's n_c / n, however a centre's scans fall into classes."""
+    counts = {}
+    for c, n, share in zip(CENTRES, sizes, shares, strict=True):
+        first = float(round(n * share))
+        counts[c] = {"finding": [first, n - first, 0.0], "infection": [float(n), 0.0], "covid": [n - first, first, 0.0]}
+    weights = group_weights(counts, Aggregation(tau=0.0, count="scans"), MAPS)
+    assert weights.keys() == {"backbone", "decoder", *MAPS}
+    for own in weights.values():
+        assert own == {c: pytest.approx(n / sum(sizes)) for c, n in zip(CENTRES, sizes, strict=True)}
+
+
+def test_a_centre_without_masks_moves_no_weight_of_the_decoder(tmp_path: Path) -> None:
+    model = make_model(Backbone(decoder=Decoder([16, 8, 8, 8, 4])), {t: MAPS[t] for t in ("finding", "infection")}, 1)
+    layout = layout_of(model)
+    counts = {
+        "north": {"finding": [9.0, 9.0, 0.0], "infection": [18.0, 0.0]},
+        "east": {"finding": [40.0, 50.0, 0.0], "infection": [0.0, 90.0]},
+    }
+    weights = group_weights(counts, Aggregation(), {t: MAPS[t] for t in ("finding", "infection")})
+    deltas = {c: np.random.default_rng(k).normal(size=layout.size).astype(np.float32) for k, c in enumerate(counts)}
+    none = np.zeros(layout.integer_size, np.int64)
+    arrived = [spool(Contribution(c, delta, none, 1, 1, {}, 0.0), layout, tmp_path) for c, delta in deltas.items()]
+    update = weighted_sum(arrived, weights, layout)
+    alone = [e for e in layout.floats if e.group in ("decoder", "infection")]
+    assert {e.group for e in alone} == {"decoder", "infection"}
+    for e in alone:
+        np.testing.assert_allclose(update[e.where], deltas["north"][e.where], rtol=1e-6)
+    for e in layout.floats:  # both find: half of each; only north draws, which counts a third of the loss
+        if e.group == "backbone":
+            mixed = (2 / 3 * 0.5 + 1 / 3) * deltas["north"][e.where] + 2 / 3 * 0.5 * deltas["east"][e.where]
+            np.testing.assert_allclose(update[e.where], mixed, rtol=1e-4, atol=1e-6)
