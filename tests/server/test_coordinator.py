@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from common.errors import ConsiliumError
 from common.messages import Contribution, Presence, Refusal, Reply, Request, Train
-from common.schema import Config
+from common.schema import Config, Evaluation, Optimiser, Stage
+from server.coordinator import plateau, training
 from server.runs import begin, open_ledger, resume
+from server.state import Run
 from tests.inprocess import InProcess, phantom_config, sites
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +209,75 @@ def test_patience_ends_a_stage(phantom: Path, tmp_path: Path) -> None:
     result = run(phantom_config(phantom, "evaluation.patience=1", "stage.rounds=5", "stage.optimiser.lr=1e-9"), tmp_path)
     assert [r["round"] for r in result["stages"][0]["rounds"]] == [0, 1]
     assert "no better validation in 1 rounds" in result["notes"][0]
+
+
+# --- who teaches, how fast, how long ---------------------------------------------------------------------------------------------------
+
+
+def rounds(values: list[float | None]) -> dict[str, Any]:
+    """A stage's rounds as far as their validation goes."""
+    return {"rounds": [{"val": {"covid": {"macro": {"auc": value}}}} for value in values]}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5]), min_size=1, max_size=25), st.integers(1, 4), st.sampled_from([0.5, 0.65]))
+def test_the_plateau_is_pytorchs(values: list[float], patience: int, factor: float) -> None:
+    """Ours counts the rounds without a better value, PyTorch those it lets pass: its patience is one less."""
+    stage = Stage(optimiser=Optimiser(schedule="plateau", patience=patience, factor=factor))
+    reference = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, mode="max", threshold=0, patience=patience - 1, factor=factor, eps=0)
+    for value in values:
+        scheduler.step(value)
+    assert plateau(stage, rounds(list(values)), Evaluation()) == pytest.approx(reference.param_groups[0]["lr"])
+
+
+def test_a_stage_without_the_chosen_task_keeps_its_rate() -> None:
+    stage = Stage(optimiser=Optimiser(schedule="plateau", patience=1))
+    assert plateau(stage, {"rounds": [{"val": {"other": {}}}] * 9}, Evaluation()) == 1.0
+    assert plateau(stage, rounds([None] * 9), Evaluation()) == 1.0
+
+
+def test_a_plateau_reaches_the_centres(phantom: Path, tmp_path: Path) -> None:
+    rates = []
+
+    def hook(centre: str, request: Request, reply: Reply) -> Reply:
+        if isinstance(request, Train) and centre == "north":
+            rates.append(request.rate)
+        return reply
+
+    still = ["stage.optimiser.schedule=plateau", "stage.optimiser.patience=1", "stage.optimiser.lr=1e-9", "stage.rounds=3"]
+    run(phantom_config(phantom, *still), tmp_path, InProcess(sites(), hook))
+    assert rates == [1.0, 0.65, pytest.approx(0.65**2)]
+
+
+def test_warm_up_is_before_patience(phantom: Path, tmp_path: Path) -> None:
+    late = ["evaluation.patience=1", "evaluation.warmup=2", "stage.rounds=9", "stage.optimiser.lr=1e-9"]
+    result = run(phantom_config(phantom, *late), tmp_path)
+    played = [r["round"] for r in result["stages"][0]["rounds"]]
+    assert played[:3] == [0, 1, 2]
+    assert len(played) < 9
+
+
+def told(counts: dict[str, list[float]], *overrides: str) -> Run:
+    """A run of which is known how many training scans there are of `covid` at each centre that has answered."""
+    config = phantom_config(Path("none"), "stage.tasks=[covid]", *overrides)
+    one = Run("r", config, Path("none"), InProcess([]), None)  # type: ignore[arg-type]
+    one.presence = {c: Presence(c, [c], "", [c], ["covid"], {}, {}, {}, "cpu") for c in counts}
+    one.counts = {f"{c}/train/covid": np.array(n) for c, n in counts.items()}
+    return one
+
+
+def test_who_teaches_in_a_stage() -> None:
+    """Those with a label for any of its tasks, and one that has not answered yet; not the unseen. The average is of those that have labels."""
+    of = {"north": [4.0, 6.0, 1.0], "east": [0.0, 0.0, 9.0], "south": [0.0, 2.0, 0.0]}
+    teachers, average = training(one := told(of), one.config.stages["main"])
+    assert (teachers, average) == (["north", "south", "west"], 6.0)
+    assert training(told(of, "federation.unseen=[north]"), one.config.stages["main"])[0] == ["south", "west"]
+    with pytest.raises(ConsiliumError, match="no centre has a labelled training scan for the tasks covid; fill a column or drop them"):
+        training(told({"north": [0.0, 0.0, 9.0]}), one.config.stages["main"])
+
+
+def test_a_task_that_only_the_unseen_centre_labels_is_one_sentence(phantom: Path, tmp_path: Path) -> None:
+    config = phantom_config(phantom, "recipe=transfer", "federation.unseen=[west]")
+    with pytest.raises(ConsiliumError, match="no centre has a labelled training scan for task 'target'; fill the column or drop the task"):
+        run(config, tmp_path)
