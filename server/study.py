@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,10 @@ def parts_of(config: Config) -> dict[str, Config]:
     if federation.evaluation == "loco":
         if len(federation.centres) < 2:
             raise ConsiliumError("federation.evaluation=loco needs two centres or more; one trains while the other is left out")
-        made = {f"without-{c}": replace(federation, unseen=[c]) for c in federation.centres}
+        plain = {c: re.sub("[^A-Za-z0-9._-]", "-", c) for c in federation.centres}  # a run's name is a file's
+        if len(set(plain.values())) < len(plain):
+            raise ConsiliumError(f"the parts of the study would have equal names ({', '.join(plain.values())}); rename one of the centres")
+        made = {f"without-{plain[c]}": replace(federation, unseen=[c]) for c in federation.centres}
     elif federation.evaluation == "kfold":
         made = {f"fold-{k}": replace(federation, fold=k) for k in range(federation.folds)}
     else:
@@ -45,12 +49,19 @@ def parts_of(config: Config) -> dict[str, Config]:
 
 def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
     """A new run, or a study of several. Returns the run's result, or the study's summary. Raises ConsiliumError."""
-    parts = parts_of(config)
-    if not parts:
+    if not parts_of(config):
         return begin(config, transport, runs, ledger, run)
     folder = runs / run
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise ConsiliumError(f"{folder} exists already; give the new study another id, or resume this one")
+    folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    return play(config, transport, runs, ledger, run)
+
+
+def play(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
+    """The parts of a study that are not finished yet, then its summary."""
+    parts = parts_of(config)
     results = {}
     for number, (name, part) in enumerate(parts.items(), 1):
         own = f"{run}-{name}"
@@ -62,9 +73,9 @@ def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, 
         else:
             results[name] = begin(part, transport, runs, ledger, own)
     found = {"run": run, "evaluation": config.federation.evaluation, **summary(results)}
-    written = folder / f"{STUDY}.part"  # whole or not at all: its presence says that the study is finished
+    written = runs / run / f"{STUDY}.part"  # whole or not at all: its presence says that the study is finished
     written.write_text(json.dumps(found, indent=1))
-    written.replace(folder / STUDY)
+    written.replace(runs / run / STUDY)
     return found
 
 
@@ -76,7 +87,7 @@ def take_up(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[
         return resume(run, transport, runs, ledger)
     if (folder / STUDY).is_file():
         raise ConsiliumError(f"study '{folder.name}' is finished; there is nothing to resume")
-    return carry_out(config, transport, runs, ledger, folder.name)
+    return play(config, transport, runs, ledger, folder.name)
 
 
 def summary(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

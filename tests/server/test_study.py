@@ -1,0 +1,147 @@
+"""Studies: every centre left out once, every fold tested once; interrupted and taken up again; sums that count every scan once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.compose import compose, to_dict
+from common.errors import ConsiliumError
+from common.messages import Query, Reply, Request, Train
+from common.metrics import binary_metrics
+from common.schema import Config
+from server.runs import open_ledger
+from server.scores import table
+from server.study import carry_out, parts_of, summary, take_up
+from tests.inprocess import InProcess, phantom_config, sites
+
+CENTRES = ["north", "south", "west"]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("phantom")
+
+
+def config(phantom: Path, *overrides: str) -> Config:
+    few = ["federation.phantom.scale=0.001", "federation.phantom.slices=10", f"federation.centres=[{','.join(CENTRES)}]"]
+    return phantom_config(phantom, "recipe=prognosis", *few, "stage.rounds=1", "stage.epochs=1", *overrides)
+
+
+class Watched(InProcess):
+    """Notes who was asked to train and to test in which run; dies when a run's stage has trained `dies` times, with the coordinator."""
+
+    def __init__(self, dies: str = "", after: str = "training") -> None:
+        super().__init__(sites(3), self.see)
+        self.trained: list[tuple[str, str]] = []
+        self.tested: list[tuple[str, str]] = []
+        self.dies, self.after = dies, after
+
+    def see(self, centre: str, request: Request, reply: Reply) -> Reply:
+        if isinstance(request, Train):
+            self.trained.append((request.run, centre))
+        if isinstance(request, Query) and request.split == "test":
+            self.tested.append((request.run, centre))
+        at = "training" if isinstance(request, Train) else getattr(request, "name", "")
+        if self.dies and request.run.endswith(self.dies) and at == self.after:
+            raise KeyboardInterrupt
+        return reply
+
+
+def films(phantom: Path, centre: str) -> pd.DataFrame:
+    cohort = pd.read_csv(phantom / centre / "cohort.csv")
+    return cohort[cohort["modality"] == "XR"]
+
+
+def test_every_centre_is_left_out_once_and_tested_there_on_all_it_has(phantom: Path, tmp_path: Path) -> None:
+    transport = Watched()
+    result = carry_out(config(phantom, "federation.evaluation=loco"), transport, tmp_path, open_ledger(tmp_path), "s")
+    for left in CENTRES:
+        part = json.loads((tmp_path / f"s-without-{left}" / "metrics.json").read_text())
+        others = sorted(set(CENTRES) - {left})
+        assert sorted(c for r, c in transport.trained if r == f"s-without-{left}") == others
+        assert set(part["stages"][0]["rounds"][1]["weights"]["backbone"]) == set(others)
+        assert not {left} & {c for views in part["stages"][0]["rounds"][1]["val"].values() for c in views["centres"]}
+        assert set(part["centres"][left]["counts"]) == {"test"}
+        assert (tmp_path / f"s-without-{left}" / "report.html").exists()
+        own = films(phantom, left)
+        for task, column in (("outcome", "outcome"), ("brixia", "brixia_a")):
+            held = int(own[column].notna().sum()) if column in own else 0
+            assert part["test"].get(task, {}).get("centres", {}).get(left, {}).get("n", 0) == held
+            assert result["parts"][f"without-{left}"].get(task, {}).get("n", 0) == held
+    outcome = result["test"]["outcome"]
+    assert set(outcome["centres"]) == {"north", "south"}  # west knows no outcome
+    assert outcome["pooled"]["n"] == sum(films(phantom, c)["outcome"].notna().sum() for c in ("north", "south"))
+    assert json.loads(json.dumps(result)) == json.loads((tmp_path / "s" / "study.json").read_text())
+    with pytest.raises(ConsiliumError, match="study 's' is finished; there is nothing to resume"):
+        take_up("s", transport, tmp_path, open_ledger(tmp_path))
+    with pytest.raises(ConsiliumError, match="s exists already; give the new study another id"):
+        carry_out(config(phantom, "federation.evaluation=loco"), transport, tmp_path, open_ledger(tmp_path), "s")
+
+
+@pytest.mark.parametrize(("part", "after"), [("without-south", "training"), ("without-north", "counts")])
+def test_an_interrupted_study_goes_on_where_it_was(phantom: Path, tmp_path: Path, part: str, after: str) -> None:
+    """After finished parts and in the middle of one, or before the first checkpoint of all."""
+    ledger = open_ledger(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(config(phantom, "federation.evaluation=loco"), Watched(part, after), tmp_path, ledger, "s")
+    finished = [c for c in CENTRES if (tmp_path / f"s-without-{c}" / "metrics.json").exists()]
+    assert finished == CENTRES[: CENTRES.index(part.removeprefix("without-"))]
+    before = {c: (tmp_path / f"s-without-{c}" / "metrics.json").read_bytes() for c in finished}
+    again = Watched()
+    result = take_up("s", again, tmp_path, open_ledger(tmp_path))
+    assert {r for r, _ in again.trained} == {f"s-without-{c}" for c in CENTRES if c not in finished}
+    assert {c: (tmp_path / f"s-without-{c}" / "metrics.json").read_bytes() for c in finished} == before
+    assert set(result["parts"]) == {f"without-{c}" for c in CENTRES}
+
+
+def test_every_fold_is_tested_once(phantom: Path, tmp_path: Path) -> None:
+    settings = ["federation.evaluation=kfold", "federation.folds=3", "federation.mode=central", "stage.tasks=[outcome]"]
+    result = carry_out(config(phantom, *settings), Watched(), tmp_path, open_ledger(tmp_path), "s")
+    assert set(result["parts"]) == {"fold-0", "fold-1", "fold-2"}
+    n = {c: metrics["n"] for c, metrics in result["test"]["outcome"]["centres"].items()}
+    assert n == {c: films(phantom, c)["outcome"].notna().sum() for c in ("north", "south")}
+    assert result["test"]["outcome"]["pooled"]["n"] == sum(n.values())
+
+
+def test_the_summary_adds_sums_and_not_metrics() -> None:
+    """Two folds of one centre, by hand: AUC of all scans, which is not the mean of the folds'."""
+    given = compose(["stage.tasks=[covid]", "evaluation.bins=8", "federation.centres=[a,b]", "federation.phantom=null"])
+    hists = [np.array([[3, 1, 0, 0, 0, 0, 0, 0], [0, 0, 2, 0, 0, 0, 0, 0]]), np.array([[0, 0, 0, 0, 5, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]])]
+
+    def part(hist: np.ndarray, unseen: list[str]) -> dict[str, Any]:
+        own = replace(given, federation=replace(given.federation, unseen=unseen))
+        sums = {f"{c}/covid/{what}": a for c in "ab" for what, a in (("hist", hist * (1 + (c == "b"))), ("loss", np.ones(2)))}
+        return {
+            "config": to_dict(own),
+            "stages": [{"name": "main"}],
+            "test": table(sums, own, ["covid"]),
+            "test_sums": {k: v.tolist() for k, v in sums.items()},
+        }
+
+    folds = summary({f"fold-{k}": part(h, []) for k, h in enumerate(hists)})["test"]["covid"]
+    assert folds["centres"]["a"]["auc"] == binary_metrics(hists[0] + hists[1])["auc"] != 1.0
+    assert folds["pooled"]["n"] == 3 * 12
+    left = summary({"without-a": part(hists[0], ["a"]), "without-b": part(hists[1], ["b"])})
+    assert left["test"]["covid"]["pooled"]["n"] == 6 + 2 * 6  # what the others say in a part is not the study's
+    assert left["parts"]["without-b"]["covid"]["n"] == 12
+    assert left["test"]["covid"]["centres"]["a"]["auc"] == 1.0
+
+
+def test_parts_have_names_that_are_names_and_studies_need_centres() -> None:
+    named = compose(["federation.evaluation=loco", "federation.centres=['São Paulo',b]"])
+    assert list(parts_of(named)) == ["without-S-o-Paulo", "without-b"]
+    assert [p.federation.unseen for p in parts_of(named).values()] == [["São Paulo"], ["b"]]
+    assert parts_of(compose([])) == {}
+    with pytest.raises(ConsiliumError, match="would have equal names"):
+        parts_of(compose(["federation.evaluation=loco", "federation.centres=['a b',a-b]"]))
+    with pytest.raises(ConsiliumError, match="needs two centres or more"):
+        parts_of(compose(["federation.evaluation=loco", "federation.centres=[a]"]))
+    with pytest.raises(ConsiliumError, match="which a local model cannot be"):
+        compose(["federation.evaluation=loco", "federation.mode=local"])
