@@ -28,6 +28,9 @@ from common.schema import Backbone, Task
 from common.tasks import DENSE, needs_decoder, outputs_of, reads_map
 
 
+RARE = -3.0  # a mask's pixels are few: a head that says so from the start need not learn it first (Lin et al., ICCV 2017, section 4.1)
+
+
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied: a head with a negative scale makes features that do *not* tell its target."""
 
@@ -128,6 +131,8 @@ def make_head(task: Task, width: int) -> nn.Sequential:
         parts.append(layer)
         if i < len(task.hidden):
             parts += [nn.ReLU(), nn.Dropout(task.dropout)]
+    if task.kind == "segmentation" and not task.xavier:
+        nn.init.constant_(parts[-1].bias, RARE)  # type: ignore[arg-type]
     return nn.Sequential(*parts)
 
 
