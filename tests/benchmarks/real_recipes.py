@@ -205,7 +205,7 @@ BENCHES = {
             "multi-dataset multi-task, federated": [],
             "the same, pooled": ["federation.mode=central"],
             "single task (outcome alone), federated": ["stage.tasks=[outcome]"],
-            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=10", "stages.main.tasks=[outcome]"],
+            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=6", "stages.main.tasks=[outcome]"],
         },
         {
             "outcome accuracy": ("outcome", "pooled", "accuracy"),
@@ -224,8 +224,8 @@ BENCHES = {
             "tasks.finding.classes=[covid,viral,bacterial,other]",
             "tasks.finding.prior=global",
             "tasks.infection.label=lung_mask",
-            "stages.main.rounds=12",
-            "stages.pretrain.rounds=6",
+            "stages.main.rounds=8",
+            "stages.pretrain.rounds=4",
             "stages.pretrain.optimiser.lr=3e-4",
         ],
         {
@@ -248,13 +248,13 @@ BENCHES = {
             *MOBILENET,
             "recipe=triage",
             "preprocess.slices=1",
-            "preprocess.size=128",
+            "preprocess.size=96",
             "preprocess.crop=body",
             "backbone.decoder.widths=[128,64,32,16,8]",
             "stage.batch=16",
             "stage.pace=equal",
             "stage.optimiser.lr=3e-4",
-            "stages.main.rounds=10",
+            "stages.main.rounds=8",
         ],
         {
             "head on the full-resolution map, federated": [],
@@ -371,7 +371,7 @@ def table(recipe: str, out: Path, seeds: list[int]) -> str:
 def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="Four recipes on real data: settings x seeds.")
-    parser.add_argument("--recipes", default=",".join(BENCHES))
+    parser.add_argument("--recipes", default=",".join(BENCHES), help="comma between")
     parser.add_argument("--settings", default="", help="numbers of the recipe's settings, comma between; empty: all")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
