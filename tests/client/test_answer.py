@@ -333,3 +333,105 @@ def test_a_sentence_of_ours_may_name_a_file_so_it_stays_in_a_hospital(
     assert "the store is full; make room" in caplog.text
     write_centre(tmp_path, "north", TINY)
     assert reason(answer(Site(index=0, device="cpu"), request)) == "the store is full; make room"
+
+
+# --- the other papers' recipes ----------------------------------------------------------------------------------------------------------
+
+
+def recipe(*overrides: str) -> Config:
+    few = ["federation=folder", "federation.centres=[north,south]", "preprocess.size=32", "preprocess.crop=none", "preprocess.slices=1"]
+    return compose([*few, "stage.precision=fp32", "stage.batch=4", "backbone.decoder.widths=[8,8,8,8,4]", *overrides])
+
+
+def test_only_asked_columns_are_named_and_films_are_no_ct(hospital: Path) -> None:
+    """The table also holds severity, lesions and outcomes: what a recipe does not ask for is nobody's business."""
+    for overrides, columns in (
+        (["recipe=finegrained"], ["finding", "infection"]),
+        (["recipe=triage"], ["covid", "lesion"]),
+        (["recipe=prognosis"], ["outcome"]),
+    ):
+        said = answer(site_of(hospital), Hello("run", to_dict(recipe(*overrides))))
+        assert isinstance(said, Presence), said
+        assert (said.columns, said.scans, said.skipped) == (columns, {"train": 8, "val": 6, "test": 6}, {})
+        assert "masks" not in repr(said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "scans", "moved"),
+    [
+        (["recipe=finegrained"], "pretrain", {"moco": 8}, {"backbone", "moco"}),
+        (
+            ["recipe=finegrained", "stages.pretrain.tasks=[inpainting]"],
+            "pretrain",
+            {"inpainting": 8},
+            {"backbone", "decoder", "inpainting"},
+        ),
+        (["recipe=finegrained"], "main", {"finding": 8, "infection": 8}, {"backbone", "decoder", "finding", "infection"}),
+        (["recipe=prognosis"], "main", {"outcome": 8, "brixia": 0}, {"backbone", "outcome"}),
+    ],
+)
+def test_a_stage_moves_what_its_tasks_stand_on(
+    hospital: Path, overrides: list[str], stage: str, scans: dict[str, int], moved: set[str]
+) -> None:
+    """And the same bits each time, self-supervised too."""
+    config = recipe(*overrides, "stage.epochs=1")
+    weights = start(config)
+    request = Train("run", to_dict(config), stage, 1, weights)
+    one, two = (contribution(answer(site_of(hospital), request)) for _ in range(2))
+    np.testing.assert_array_equal(one.delta, two.delta)
+    assert {t: n for t, (_, n) in one.losses.items()} == scans
+    layout = layout_of(make_model(config.backbone, config.tasks, 1))
+    assert {e.group for e in layout.floats if np.any(one.delta[e.where])} == moved
+    assert np.isfinite(one.delta).all()
+
+
+def test_the_rate_of_a_plateau_is_obeyed(hospital: Path) -> None:
+    config = recipe("recipe=prognosis", "stage.tasks=[outcome]", "stage.optimiser.name=sgd", "stage.epochs=1", "stage.batch=8")
+    tasks = {t: replace(task, dropout=0.0) for t, task in config.tasks.items()}
+    config = replace(config, tasks=tasks)
+    weights = start(config)
+    layout = layout_of(make_model(config.backbone, config.tasks, 1))
+    one, half = (
+        contribution(answer(site_of(hospital), Train("run", to_dict(config), "main", 1, weights, rate=rate))).delta for rate in (1.0, 0.5)
+    )
+    head = [e for e in layout.floats if e.group == "outcome"]
+    for e in head:  # one step: half the rate is half the step
+        np.testing.assert_allclose(half[e.where], 0.5 * one[e.where], rtol=1e-3, atol=1e-7)
+    assert any(np.any(one[e.where]) for e in head)
+
+
+def clusters(config: Config, run: str = "run", **more: object) -> Query:
+    return Query(run, to_dict(config), "clusters", "", "train", "soft", **more)  # type: ignore[arg-type]
+
+
+def test_clusters_are_kept_here_and_only_sums_leave(hospital: Path, tmp_path: Path) -> None:
+    config = recipe("recipe=transfer", "stages.transition.tasks=[soft]", "tasks.soft.clusters=[2]")
+    site, weights = site_of(hospital, state=str(tmp_path)), start(config)
+    centroids = np.random.default_rng(0).normal(size=(2, 96))
+    reply = answer(site, clusters(config, weights=weights, centroids=centroids))
+    assert isinstance(reply, Answer), reply
+    assert {k: v.shape for k, v in reply.sums.items()} == {"n": (2,), "sum": (2, 96), "square": (2,)}
+    assert reply.sums["n"].sum() == 8
+    middle = reply.sums["sum"].sum(0) / 8
+    apart = np.stack([middle + 1e-3 * centroids[0], middle - 1e-3 * centroids[0]])
+    again = answer(site, clusters(config, centroids=apart))  # no weights: the features are here
+    assert isinstance(again, Answer), again
+    kept = answer(site, clusters(config, weights=weights, centroids=apart, clustering="run-soft"))
+    assert isinstance(kept, Answer)
+    np.testing.assert_array_equal(kept.sums["n"], again.sums["n"])
+    named = replace(config, tasks=config.tasks | {"soft": replace(config.tasks["soft"], clustering="run-soft")})
+    counts = answer(site, Query("run", to_dict(named), "counts", ""))
+    assert isinstance(counts, Answer)
+    assert counts.sums["north/train/soft"].tolist() == [*again.sums["n"].tolist(), 0]
+    assert counts.sums["north/test/soft"].sum() == 6
+    assert "features of this run are gone" in reason(answer(site, clusters(config, centroids=apart)))
+    for wrong in (
+        clusters(config, weights=weights, centroids=centroids[:, :7]),
+        clusters(config, weights=weights, clustering="run-soft"),
+        clusters(config, weights=weights, centroids=apart, clustering=".."),
+        clusters(config, "..", weights=weights, centroids=apart),
+    ):
+        assert reason(answer(site, wrong))
+    assert "cluster labels of this run are gone" in reason(
+        answer(site_of(hospital, state=str(tmp_path / "other")), Query("run", to_dict(named), "counts", ""))
+    )
