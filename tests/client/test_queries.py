@@ -179,7 +179,14 @@ DENSE = Config(
 
 @pytest.fixture(scope="module")
 def dense_model() -> Model:
-    return make_model(Backbone(decoder=Decoder([16, 8, 8, 8, 4])), DENSE.tasks, 3).eval()
+    model = make_model(Backbone(decoder=Decoder([16, 8, 8, 8, 4])), DENSE.tasks, 3).eval()
+    pictures = torch.rand(4, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name in ("lesion", "spot"):  # that pixels be rare, as a head says at first, would leave nothing to overlap
+            head = model.heads[name][-1]  # type: ignore[index]
+            head.weight.div_(model(pictures, [name])[name].std())
+            head.bias.sub_(model(pictures, [name])[name].median() + 0.2)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +227,9 @@ def test_dense_scores_equal_a_direct_computation(dense: Scans, dense_model: Mode
     with torch.no_grad():
         out = dense_model(torch.from_numpy(np.stack(dense.slices)) / 255, ["score", "lesion", "spot"])
     own = np.array(dense.cohort)
+    shares = [float((out[name].sigmoid() >= cut).double().mean()) for name, cut in (("lesion", 0.4), ("lesion", 0.5), ("spot", 0.5))]
+    assert 0.05 < min(shares) < max(shares) < 0.95  # of the pixels are called affected
+    assert shares[0] > shares[1] + 0.05  # the cut matters
     for centre in "ab":
         rows = np.flatnonzero(own == centre)
         for name in ("lesion", "spot"):
