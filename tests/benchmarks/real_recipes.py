@@ -182,14 +182,8 @@ MOBILENET = [
     "stage.optimiser.schedule=cosine",
     "evaluation.choose=last",
 ]
-CXR = [
-    *MOBILENET,
-    "preprocess.size=128",
-    "preprocess.crop=body",
-    "stage.batch=16",
-    "stage.optimiser.lr=3e-4",
-    "stage.optimiser.weight_decay=0.01",
-]
+# A fixed number of steps a round at every centre (pooled: their sum), so that settings with fewer labelled scans do not train less.
+CXR = [*MOBILENET, "preprocess.size=96", "preprocess.crop=body", "stage.batch=16", "stage.optimiser.weight_decay=0.01"]
 BENCHES = {
     "prognosis": Bench(
         prognosis_data,
@@ -205,7 +199,7 @@ BENCHES = {
             "multi-dataset multi-task, federated": [],
             "the same, pooled": ["federation.mode=central"],
             "single task (outcome alone), federated": ["stage.tasks=[outcome]"],
-            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=6", "stages.main.tasks=[outcome]"],
+            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=4", "stages.main.tasks=[outcome]"],
         },
         {
             "outcome accuracy": ("outcome", "pooled", "accuracy"),
@@ -226,6 +220,9 @@ BENCHES = {
             "tasks.infection.label=lung_mask",
             "stages.main.rounds=8",
             "stages.pretrain.rounds=4",
+            "stage.steps=15",
+            "backbone.decoder.widths=[128,64,32,16,8]",
+            "stage.optimiser.lr=3e-4",
             "stages.pretrain.optimiser.lr=3e-4",
         ],
         {
@@ -252,7 +249,7 @@ BENCHES = {
             "preprocess.crop=body",
             "backbone.decoder.widths=[128,64,32,16,8]",
             "stage.batch=16",
-            "stage.pace=equal",
+            "stage.steps=15",
             "stage.optimiser.lr=3e-4",
             "stages.main.rounds=8",
         ],
