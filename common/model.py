@@ -27,7 +27,6 @@ from common.pyramid import CELLS, pyramid_pool
 from common.schema import Backbone, Task
 from common.tasks import DENSE, needs_decoder, outputs_of, reads_map
 
-
 RARE = -3.0  # a mask's pixels are few: a head that says so from the start need not learn it first (Lin et al., ICCV 2017, section 4.1)
 
 

@@ -161,7 +161,7 @@ class Optimiser:
     momentum: float = 0.9  # sgd only
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"  # cosine: over all steps of the stage; plateau: see factor
     factor: float = 0.65  # plateau: of lr, after ...
-    patience: int = 15  # ... this many rounds without a better validation value
+    patience: int = 15  # ... more than this many rounds without a better validation value
     clip: float = 0.0  # largest norm of a step's gradient; 0: no limit
 
     def __post_init__(self) -> None:

@@ -104,9 +104,9 @@ def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
 def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
     """The stage's remaining rounds."""
     for round in range(len(place["rounds"]), stage.rounds + 1):
-        patience = run.config.evaluation.patience
-        late = round > run.config.evaluation.warmup
-        if patience and late and all(round - 1 - best["round"] >= patience for best in _bests(place)):
+        patience, warmup = run.config.evaluation.patience, run.config.evaluation.warmup
+        waited = [round - 1 - max(best["round"], warmup) for best in _bests(place)]
+        if patience and all(n >= patience for n in waited):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
         started, began = datetime.now(UTC), time.perf_counter()
@@ -215,13 +215,13 @@ def training(run: Run, stage: Stage) -> tuple[list[str], float]:
 
 
 def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:
-    """What the learning rate is multiplied by: `factor` for each `patience` rounds without a new best on validation (PyTorch's ReduceLROnPlateau)."""
+    """What the learning rate is multiplied by: `factor` each time validation has no new best in more than `patience` rounds (PyTorch's rule)."""
     best, waited, rate = -math.inf, 0, 1.0
     for entry in place["rounds"]:
         value = scores.chosen(entry["val"], evaluation) if evaluation.task in entry["val"] else None
         waited = 0 if value is None or value > best else waited + 1
         best = max(best, -math.inf if value is None else value)
-        if waited >= stage.optimiser.patience:
+        if waited > stage.optimiser.patience:
             rate, waited = rate * stage.optimiser.factor, 0
     return rate
 
@@ -280,7 +280,9 @@ def best_of(place: dict[str, Any], centre: str) -> dict[str, Any]:
 
 
 def _bests(place: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(place["best"].values()) if place["personal"] else [place["best"]]
+    """What patience looks at: the best of all, or of every centre that has a value of its own to compare."""
+    bests = list(place["best"].values()) if place["personal"] else [place["best"]]
+    return [best for best in bests if best["value"] is not None] or bests
 
 
 def close(run: Run, place: dict[str, Any], stage: Stage, entry: dict[str, Any], started: datetime, because: str) -> None:
