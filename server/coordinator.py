@@ -15,18 +15,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from common.compose import active, to_dict
-from common.errors import ConsiliumError
 from common.imbalance import effective_number
 from common.messages import Contribution, Query, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
-from common.tasks import cells_of
 from common.weights import Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
+from server.counts import counted, global_counts, training
 from server.initial import initial_model
 from server.presence import filled, greet, readmit
 from server.source_head import balanced_discriminant
@@ -199,21 +196,6 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     }, because
 
 
-def training(run: Run, stage: Stage) -> tuple[list[str], float]:
-    """The centres that have something to teach in a stage (one that has not answered yet may have), and the average one's training scans.
-
-    Raises ConsiliumError where nobody has a label for any of its tasks.
-    """
-    scans = {c: max(counted(run, c, t)[:-1].sum() for t in active(run.config, stage)) for c in run.expected if c in run.presence}
-    teachers = [c for c in run.expected if scans.get(c, 1) and c not in run.config.federation.unseen]
-    known = [n for n in scans.values() if n]
-    if not teachers or not known:
-        raise ConsiliumError(
-            f"no centre has a labelled training scan for the tasks {', '.join(active(run.config, stage))}; fill a column or drop them"
-        )
-    return teachers, float(np.mean(known))
-
-
 def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:
     """What the learning rate is multiplied by: `factor` each time validation has no new best in more than `patience` rounds (PyTorch's rule)."""
     best, waited, rate = -math.inf, 0, 1.0
@@ -224,18 +206,6 @@ def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> floa
         if waited > stage.optimiser.patience:
             rate, waited = rate * stage.optimiser.factor, 0
     return rate
-
-
-def counted(run: Run, centre: str, task: str) -> Any:
-    """A centre's training scans [K + 1] for a task, all its cohorts together."""
-    width = len(cells_of(task, run.config.tasks[task])) + 1
-    cohorts = run.presence[centre].cohorts if centre in run.presence else [centre]
-    return sum((run.counts.get(f"{c}/train/{task}", np.zeros(width)) for c in cohorts), np.zeros(width))
-
-
-def global_counts(run: Run) -> dict[str, list[float]]:
-    """{task: labelled training scans per class, all centres}: the global prior."""
-    return {t: np.sum([counted(run, c, t) for c in run.presence], axis=0)[:-1].tolist() for t in run.config.tasks}
 
 
 def fit_heads(run: Run, name: str, stage: Stage) -> None:

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 from common.errors import ConsiliumError
 from common.messages import Contribution, Presence, Refusal, Reply, Request, Train
 from common.schema import Config, Evaluation, Optimiser, Stage
-from server.coordinator import plateau, training
+from server.coordinator import plateau
+from server.counts import training
 from server.runs import begin, open_ledger, resume
 from server.state import Run
 from tests.inprocess import InProcess, phantom_config, sites
