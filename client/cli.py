@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,9 @@ def preprocess(
     store = Store(state_folder(Site(state=state), data) / "slices")
     base = data if data.is_dir() else data.parent
     keys, skipped = bring_in(table, base, config.preprocess, store, workers, masks=masks_wanted(config))
+    for draw in range(1, config.preprocess.draws + 1):  # other choices of slices, for training
+        chosen = replace(config.preprocess, draw=draw)
+        bring_in(table[table["split"] == "train"], base, chosen, store, workers, masks=masks_wanted(config))
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")

@@ -33,6 +33,7 @@ class Scans:
     masks: dict[str, list[Mask]] = field(default_factory=dict)
     lungs: list[Mask] = field(default_factory=list)
     extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    draws: list[Scans] = field(default_factory=list)  # the same scans with other slices, for training
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -52,6 +53,7 @@ class Scans:
             {t: [masks[i] for i in rows] for t, masks in self.masks.items()},
             [self.lungs[i] for i in rows] if self.lungs else [],
             {t: y[rows] for t, y in self.extra.items()},
+            [drawn.take(rows) for drawn in self.draws],
         )
 
     def with_label(self, tasks: Sequence[str]) -> Scans:
@@ -78,6 +80,7 @@ def joined(parts: Sequence[Scans]) -> Scans:
         whole.lungs += part.lungs
         for name in whole.masks:
             whole.masks[name] += part.masks[name]
+        whole.draws = [joined(pair) for pair in zip(whole.draws, part.draws, strict=True)]
         for mine, others in ((whole.targets, part.targets), (whole.extra, part.extra)):
             for name in mine:
                 mine[name] = np.concatenate([mine[name], others[name]])
@@ -115,7 +118,14 @@ def batches(scans: Scans, tasks: Mapping[str, Task], stage: Stage, steps: int, s
     generator = np.random.default_rng(seed)
 
     def made(rows: NDArray[np.integer]) -> Batch:
-        return Batch(stacked([scans.slices[i] for i in rows]), {t: scans.target(t, rows) for t in tasks}, torch.from_numpy(rows))
+        views = [scans, *scans.draws]
+        which = generator.integers(len(views), size=len(rows)) if scans.draws else np.zeros(len(rows), int)
+        slices = stacked([views[k].slices[i] for k, i in zip(which, rows, strict=True)])
+        targets = {t: scans.target(t, rows) for t in tasks}
+        for t in tasks if scans.draws else []:
+            if t in scans.masks:
+                targets[t] = torch.cat([views[k].target(t, rows[n : n + 1]) for n, k in enumerate(which)])
+        return Batch(slices, targets, torch.from_numpy(rows))
 
     if stage.sample:
         odds = sampling_odds(scans, tasks, stage.sample)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,10 +49,24 @@ def _read_scans(site: Site, config_json: str) -> tuple[dict[str, Scans], list[Sk
         splits = splits_of(table, config.federation, centre)[read]
         for split in SPLITS:
             parts[split].append(scans.take(np.flatnonzero(splits == split)))
+        teaching = table.iloc[read[splits == "train"]].reset_index(drop=True)
+        parts["train"][-1].draws = drawn(site, config, centre, path, teaching)
     found = {split: joined(some) for split, some in parts.items()}
     if not any(len(scans) for scans in found.values()):
         raise Refused(f"no scan could be read ({len(skipped)} were skipped); run `consilium-centre preprocess` there and read its list")
     return found, skipped
+
+
+def drawn(site: Site, config: Config, centre: str, path: Path, table: pd.DataFrame) -> list[Scans]:
+    """The training scans again, with each of the random choices of slices that `preprocess.draws` asks for."""
+    found = []
+    for draw in range(1, config.preprocess.draws + 1):
+        chosen = replace(config.preprocess, draw=draw)
+        scans, read, _ = scans_of(site, replace(config, preprocess=chosen), centre, path, table)
+        if len(read) < len(table):
+            raise Refused(f"{len(table) - len(read)} training scans could be read once, but not again; preprocess the cohort anew")
+        found.append(scans)
+    return found
 
 
 def cohort_of(site: Site, config: Config, centre: str, path: Path) -> pd.DataFrame:

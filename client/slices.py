@@ -51,7 +51,8 @@ def slices_of(
             chest = lungs.look(volume.voxels)
         if not paper:
             areas = lungs.areas_of(chest, volume.spacing)
-        indices = kds.select(areas, settings.slices, settings.selection, volume.positions)
+        rng = np.random.default_rng(settings.draw) if settings.draw else None
+        indices = kds.select(areas, settings.slices, settings.selection, volume.positions, rng)
         if areas.max() <= 0:
             notes.append(f"No {'body' if paper else 'lung'} was found: slices were taken at even distances.")
         if len(volume.voxels) < settings.slices:

@@ -122,7 +122,9 @@ class Store:
 
 def _key(content: str, settings: Preprocess, window: tuple[float, float] | None, series: str | None, lungs: str) -> str:
     wanted = asdict(settings)
-    del wanted["modality"]  # says which scans are taken, not what is kept of one
+    del wanted["modality"], wanted["draws"]  # which scans are taken, and how often: not what is kept of one
+    if not settings.draw:
+        del wanted["draw"]
     made_from = {"algorithm": ALGORITHM, "settings": wanted, "window": window, "series": series, "content": content}
     if settings.crop == "lungs":
         made_from |= {"lungs": lungs, "finder": FINDER}

@@ -35,12 +35,16 @@ class Preprocess:
     modality: Literal["any", "CT", "XR"] = "any"  # of a cohort that says what its scans are, only these are taken
     selection: Literal["kds", "kds_paper", "zquantile", "even"] = "kds"  # even: a grid over the slices that hold lung
     slices: int = 8  # S, kept of a CT; a radiograph is always one
+    draws: int = 0  # further random choices of slices, each kept too: training takes one of them or the evaluation's
+    draw: int = 0  # which of them; 0: the evaluation's own choice
     size: int = 256  # H = W of the kept slices, pixels
     crop: Literal["body", "lungs", "none"] = "body"  # lungs: by the cohort's own lung mask (column `lungs`), else by our lung finder
     window: tuple[float, float] = (-1000.0, 300.0)  # HU shown as 0..255; a cohort's own window columns come first
 
     def __post_init__(self) -> None:
         _require(1 <= self.slices <= 128, f"preprocess.slices is {self.slices}; it must be 1 to 128")
+        _require(0 <= self.draws <= 32, f"preprocess.draws is {self.draws}; it must be 0 to 32")
+        _require(0 <= self.draw <= 32, f"preprocess.draw is {self.draw}; it must be 0 to 32")
         _require(16 <= self.size <= 1024, f"preprocess.size is {self.size}; it must be 16 to 1024 pixels")
         _require(self.window[0] < self.window[1], f"preprocess.window is {self.window}; the first value must be the lower one")
 

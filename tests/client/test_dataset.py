@@ -235,3 +235,20 @@ def test_drawn_batches_have_their_shares_and_without_a_binary_task_every_mask_co
     assert torch.equal(rows, torch.cat(again))
     odds = sampling_odds(scans, {"lesion": TASKS["lesion"]}, {"masked": 1.0})
     np.testing.assert_allclose(odds, [0] * 80 + [1 / 12] * 10 + [0] * 8 + [1 / 12] * 2)
+
+
+def test_training_draws_other_slices_with_their_masks() -> None:
+    """Each view of scan i holds 10 * view + i in its slices and in its mask; evaluation sees the first view only."""
+
+    def view(k: int) -> Scans:
+        pictures = [np.full((1, 2, 2), 10 * k + i, np.uint8) for i in range(4)]
+        return Scans(pictures, {"lesion": np.ones(4)}, ["a"] * 4, masks={"lesion": list(pictures)})
+
+    scans = view(0)
+    scans.draws = [view(1), view(2)]
+    seen = set()
+    for batch in batches(joined([scans.take(np.array([2, 1])), scans]), {"lesion": Task(kind="segmentation")}, Stage(batch=3), 40, 5):
+        assert torch.equal(batch.slices, batch.targets["lesion"])
+        seen |= set(batch.slices[:, 0, 0, 0].tolist())
+    assert seen == {10 * k + i for k in range(3) for i in range(4)}
+    assert {int(s.max()) for s in next(in_order(scans, 4))} == {0, 1, 2, 3}

@@ -17,6 +17,7 @@ from client.scans import forget, masks_wanted, read_scans, splits_of
 from client.site import Site
 from common.errors import Refused
 from common.schema import Config, Contrast, Federation, Preprocess, Stage, Task
+from tests.inprocess import phantom_config
 
 CENTRES = ["north", "south"]
 NAN = np.nan
@@ -179,3 +180,15 @@ def test_masks_that_tasks_need_are_asked_for_once() -> None:
     assert masks_wanted(config()) == ["drawn", "other", "lungs"]
     assert masks_wanted(config({"sick": Task()})) == []
     assert masks_wanted(config({"x": Task(kind="segmentation", label="m"), "y": Task(kind="segmentation", label="m")})) == ["m"]
+
+
+def test_training_gets_other_choices_of_slices_too(tmp_path: Path) -> None:
+    config = phantom_config(tmp_path, "preprocess.draws=2", "preprocess.slices=4")
+    scans, _ = read_scans(Site(index=0, device="cpu"), config)
+    plain, _ = read_scans(Site(index=0, device="cpu"), phantom_config(tmp_path, "preprocess.slices=4"))
+    train = scans["train"]
+    assert [len(split.draws) for split in scans.values()] == [2, 0, 0]
+    assert all(np.array_equal(a, b) for a, b in zip(train.slices, plain["train"].slices, strict=True))  # evaluation's own choice stays
+    for other in train.draws:
+        assert [s.shape for s in other.slices] == [s.shape for s in train.slices]
+        assert sum(not np.array_equal(a, b) for a, b in zip(other.slices, train.slices, strict=True)) > len(train) / 2
