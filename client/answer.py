@@ -9,17 +9,20 @@ import shutil
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from client import personal, soft_labels
+from client import egress, personal, soft_labels
 from client.cohort import label_columns
 from client.dataset import batches, steps_in_round
+from client.policy import load_policy, permit, release
 from client.queries import QUERIES, Question, class_counts
 from client.scans import cohort_of, forget, read_scans
-from client.site import Site, holdings, home, name_of, safe
+from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.trainer import train
 from common.compose import config_from
 from common.errors import ConsiliumError, Refused
@@ -36,16 +39,42 @@ log = logging.getLogger("consilium.centre")
 
 
 def answer(site: Site, request: Request) -> Reply:
-    """Do what the request asks, or say why not. An unexpected error is named by type and place only: its text may hold a path or a name."""
+    """Do what the request asks and the policy allows, or say why not. What leaves is recorded first (client/egress.py)."""
+    reply = _answer(site, request)
+    try:
+        if folder := _records(site, request):
+            egress.record(folder, request, reply)
+    except Refused as refused:
+        return Refusal(reply.centre, str(refused))
+    return reply
+
+
+def _records(site: Site, request: Request) -> Path | None:
+    """The state folder of the site; None of a node that has no part in the run."""
+    if site.centre:
+        return state_folder(site, Path(site.data)) if site.data or site.state else None
+    try:
+        config = config_from(request.config)
+        return home(site, config) if holdings(site, config) else None
+    except ConsiliumError:
+        return None  # of a simulation whose configuration nobody understands
+
+
+def _answer(site: Site, request: Request) -> Reply:
+    """An unexpected error is named by type and place only: its text may hold a path or a name."""
     centre = site.centre or f"node {site.index}"
     try:
         config = config_from(request.config)
         centre = name_of(site, config) or centre
+        if not holdings(site, config) and not isinstance(request, Hello):
+            raise Refused(f"node {site.index} has no part in this run")
+        policy = load_policy(site.policy)
+        permit(policy, request, config, datetime.now())
+        limit_gpu(policy.gpu_memory, site)
+        site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
             return hello(site, config)
-        if not holdings(site, config):
-            raise Refused(f"node {site.index} has no part in this run")
-        return train_round(site, config, request) if isinstance(request, Train) else query(site, config, request)
+        return release(policy, train_round(site, config, request) if isinstance(request, Train) else query(site, config, request))
     except Refused as refused:
         return Refusal(centre, str(refused))
     except ConsiliumError as error:  # its sentence may name a file: that stays in a hospital
@@ -176,6 +205,13 @@ def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, r
 def personal_folder(site: Site, config: Config) -> Path:
     """Where this site's personal weights lie; the pooled site's with the first centre."""
     return home(site, config) / ("pooled" if config.federation.mode == "central" else "personal")
+
+
+def limit_gpu(gibibytes: float, site: Site) -> None:
+    """Let training take no more of the GPU's memory than the policy says."""
+    if gibibytes and (device := site.torch_device()).type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gibibytes * 2**30 / whole), device)
 
 
 class Threads:

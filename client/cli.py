@@ -16,7 +16,9 @@ from common.errors import ConsiliumError
 if TYPE_CHECKING:
     from client.gather import Skipped
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's side: cohort, preprocess, montage, predict, phantom.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="A hospital's side: cohort, preprocess, montage, predict, phantom, policy, egress."
+)
 console = Console()
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small")]
 Workers = Annotated[int, typer.Option(help="processes that read scans")]
@@ -145,6 +147,38 @@ def phantom(
         keys, skipped = bring_in(table, folder, config.preprocess, store, workers, masks=masks_wanted(config))
         console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False, markup=False, soft_wrap=True)
         _list(skipped)
+
+
+@app.command("egress")
+def show_egress(
+    state: Annotated[Path, typer.Argument(help="the centre's state folder")] = Path(".consilium"),
+    verify: Annotated[bool, typer.Option(help="only check the chain and say where it ends")] = False,
+) -> None:
+    """List what left this hospital, checking that no line was changed or removed."""
+    from client import egress
+
+    shown = Table("time", "run", "stage", "round", "what", "bytes", "digest")
+    count, last = 0, egress.START
+    for entry in egress.read(state):
+        count, last = count + 1, entry["hash"]
+        what = f"{entry['kind']} {entry['query']}".strip()
+        shown.add_row(
+            entry["time"], entry["run"], entry["stage"], str(entry["round"] or ""), what, str(entry["bytes"]), entry["digest"][:12]
+        )
+    if not verify:
+        console.print(shown)
+    console.print(f"{count} messages left, the chain is whole; it ends with {last}", highlight=False, soft_wrap=True)
+
+
+@app.command("policy")
+def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> None:
+    """Check a policy and print the rules in force, and the fingerprint of the code installed here."""
+    from client.policy import describe, load_policy
+    from common.fingerprint import fingerprint
+
+    for rule, value in describe(load_policy(str(path))).items():
+        console.print(f"{rule}: {value}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"code installed here: {fingerprint()}", highlight=False)
 
 
 def _list(skipped: list[Skipped]) -> None:

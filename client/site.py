@@ -28,7 +28,8 @@ class Site:
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     workers: int = 1  # processes that read scans
     threads: int = 0  # of PyTorch; 0: its own choice
-    smallest_cell: int = 1  # counts below this are reported as this
+    smallest_cell: int = 1  # counts below this are reported as this; the policy's own comes on top
+    policy: str = ""  # policy.yaml: what may leave (client/policy.py); empty: no limits of its own
     index: int = 0
 
     def torch_device(self) -> torch.device:

@@ -1,0 +1,90 @@
+"""What left this hospital: one line for every message out, each chained to the one before by its hash, so that a changed or missing line shows.
+
+`egress.jsonl` in the state folder: time, run, stage, round, kind, names, types and shapes of what was sent, bytes, a digest of the content. No
+content, no identifier. The last line's hash, noted elsewhere, also shows that nothing was cut off at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import ConsiliumError, Refused
+from common.messages import Reply, Request, facts_json, pack
+
+NAME = "egress.jsonl"
+START = "0" * 64
+
+
+def record(folder: Path, request: Request, reply: Reply) -> None:
+    """Write the line of a message before it leaves. Raises Refused when it cannot be written: what is not recorded does not leave."""
+    arrays, facts = pack(reply)
+    digest = hashlib.sha256(facts_json(facts).encode())
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    entry: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": request.run,
+        "stage": getattr(request, "stage", ""),
+        "round": getattr(request, "round", None),
+        "kind": facts["kind"],
+        "query": getattr(request, "name", ""),
+        "fields": {name: f"{array.dtype}{list(array.shape)}" for name, array in sorted(arrays.items())} | {"facts": sorted(facts)},
+        "bytes": sum(array.nbytes for array in arrays.values()) + len(facts_json(facts)),
+        "digest": digest.hexdigest(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / NAME).open("a+b") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            entry["previous"] = _last_hash(log)
+            entry["hash"] = _hash(entry)
+            log.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            log.flush()
+            os.fsync(log.fileno())
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"its egress log cannot be written ({type(error).__name__}), and what is not recorded does not leave") from error
+
+
+def _last_hash(log: Any) -> str:
+    """The hash of the file's last line; of an empty file the start of the chain."""
+    end = log.seek(0, os.SEEK_END)
+    size = 4096
+    while end:
+        log.seek(max(0, end - size))
+        lines = log.read().rstrip(b"\n").split(b"\n")
+        if len(lines) > 1 or size >= end:
+            return str(json.loads(lines[-1])["hash"])
+        size *= 4
+    return START
+
+
+def _hash(entry: dict[str, Any]) -> str:
+    """Of all that the line holds but this hash itself; `previous` is part of it."""
+    return hashlib.sha256(json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True).encode()).hexdigest()
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines, checked one after another. Raises ConsiliumError naming the first that does not follow from the one before."""
+    path, previous = folder / NAME, START
+    if not path.is_file():
+        raise ConsiliumError(f"{path} is not there: nothing has left from here, or the log was removed")
+    with path.open("rb") as log:
+        for number, line in enumerate(log, 1):
+            try:
+                entry = json.loads(line)
+                sound = entry["previous"] == previous and entry["hash"] == _hash(entry)
+            except (ValueError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                raise ConsiliumError(f"{path}: line {number} was changed, or lines before it were removed")
+            previous = entry["hash"]
+            yield entry

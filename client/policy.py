@@ -1,0 +1,160 @@
+"""What a hospital allows to leave, written by the hospital (`policy.yaml`, named in `site.yaml`) and enforced here, whatever the coordinator asks.
+
+A request outside it is refused with a reason that the operator can read; a sum over fewer scans than `smallest_cell` does not leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from common.errors import ConsiliumError, Refused, nearest
+from common.fingerprint import fingerprint
+from common.messages import Answer, Contribution, Query, Reply, Request, Sums, Train, pack
+from common.schema import Config
+from common.tasks import columns_of
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An empty list allows everything; 0 sets no limit."""
+
+    recipes: list[str] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)  # of the code that may run here (`consilium-centre policy` prints this one's)
+    labels: list[str] = field(default_factory=list)  # the cohort's columns that may be asked about
+    queries: list[str] = field(default_factory=list)  # counts, scores, moments, clusters
+    smallest_cell: int = 1  # a sum over fewer scans does not leave; a count below it is reported as it
+    max_bytes: int = 0  # of a message
+    hours: str = ""  # when it computes, local time: 19:00-07:00
+    gpu_memory: float = 0.0  # GiB that training may take
+    secure_aggregation: bool = False  # required
+    epsilon: float = 0.0  # the largest privacy loss; any limit requires differential privacy
+
+    def __post_init__(self) -> None:
+        if self.smallest_cell < 1 or self.max_bytes < 0 or self.gpu_memory < 0 or self.epsilon < 0:
+            raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory and epsilon 0 or more")
+        if self.hours:
+            span(self.hours)
+
+
+def span(hours: str) -> tuple[time, time]:
+    """Begin and end of `19:00-07:00`. Raises ValueError."""
+    try:
+        begin, end = (time.fromisoformat(part.strip()) for part in hours.split("-"))
+    except ValueError:
+        raise ValueError(f"hours '{hours}' are none; write them like 19:00-07:00") from None
+    return begin, end
+
+
+def load_policy(path: str) -> Policy:
+    """The policy of a file; without one everything is allowed. Raises ConsiliumError: nothing leaves under a policy that cannot be read."""
+    if not path:
+        return Policy()
+    known = {f.name: f for f in fields(Policy)}
+    try:
+        given = dict(yaml.safe_load(Path(path).read_text()) or {})
+    except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConsiliumError(f"policy {path} cannot be read ({type(error).__name__}); nothing leaves until it can") from error
+    for key, value in given.items():
+        if key not in known:
+            raise ConsiliumError(f"policy {path}: unknown key '{key}'{nearest(str(key), known)}")
+        wanted = list if "list" in str(known[key].type) else {"int": int, "str": str, "bool": bool}.get(str(known[key].type), (int, float))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and known[key].type != "bool"):
+            raise ConsiliumError(f"policy {path}: {key} is {value!r}; it must be of type {known[key].type}")
+    try:
+        return Policy(**given)
+    except ValueError as error:
+        raise ConsiliumError(f"policy {path}: {error}") from error
+
+
+def permit(policy: Policy, request: Request, config: Config, now: datetime) -> None:
+    """Raises Refused, naming the rule, for a request that the policy does not allow."""
+
+    def among(allowed: list[str], given: str, rule: str) -> None:
+        if allowed and given not in allowed:
+            raise Refused(f"this hospital's policy does not allow {rule} '{given}' (allowed: {', '.join(allowed)})")
+
+    among(policy.recipes, config.recipe, "the recipe")
+    among(policy.fingerprints, fingerprint(), "the code")
+    for name, task in config.tasks.items():
+        for column in [*columns_of(name, task), *filter(None, [task.burden])]:
+            among(policy.labels, column, "the label")
+    if isinstance(request, Query):
+        among(policy.queries, request.name, "the query")
+    if policy.secure_aggregation:
+        raise Refused("this hospital's policy requires secure aggregation, which this run does not use")
+    if policy.epsilon:
+        raise Refused(
+            f"this hospital's policy requires differential privacy (epsilon at most {policy.epsilon:g}), which this run does not use"
+        )
+    if policy.hours and isinstance(request, Train | Query):
+        begin, end = span(policy.hours)
+        clock = now.time()
+        if not (begin <= clock < end if begin <= end else clock >= begin or clock < end):
+            raise Refused(f"this hospital computes from {policy.hours} only; it is {clock:%H:%M} there")
+
+
+def release(policy: Policy, reply: Reply) -> Reply:
+    """The reply as it may leave. Raises Refused when it is too large."""
+    if isinstance(reply, Answer) and policy.smallest_cell > 1:
+        reply = dataclasses.replace(reply, sums=suppressed(reply.sums, policy.smallest_cell))
+    size = sum(array.nbytes for array in pack(reply)[0].values())
+    if policy.max_bytes and size > policy.max_bytes and isinstance(reply, Answer | Contribution):
+        raise Refused(f"this hospital's policy lets {policy.max_bytes} bytes leave in a message; this one would have {size}")
+    return reply
+
+
+def suppressed(sums: Sums, least: int) -> Sums:
+    """The sums without what fewer than `least` scans make up: cells of a table are emptied, bins of a histogram joined, sums left out."""
+    kept: Sums = {}
+    for key, value in sums.items():
+        what = key.rpartition("/")[2]
+        if what == "hist":
+            kept[key] = np.stack([joined_bins(row, least) for row in value])
+        elif what in ("confusion", "joint"):
+            kept[key] = np.where(value < least, 0.0, value)
+        elif what in ("regression", "overlap"):
+            kept[key] = value if value[0] >= least else np.zeros_like(value)
+        elif what == "loss":
+            kept[key] = value if value[1] >= least else np.zeros_like(value)
+        else:
+            kept[key] = value
+    if "n" in kept:  # of classes (moments) or clusters: rows of the other sums
+        few = kept["n"] < least
+        if "square" in kept and kept["square"].ndim == 2 and few.any() and (kept["n"] > 0)[few].any():
+            return {key: np.zeros_like(value) for key, value in kept.items()}  # one matrix for all classes cannot be divided
+        kept = {
+            key: np.where(few.reshape(-1, *[1] * (value.ndim - 1)), 0.0, value) if len(value) == len(few) else value
+            for key, value in kept.items()
+        }
+    return kept
+
+
+def joined_bins(counts: Floats, least: int) -> Floats:
+    """A histogram's row [bins] in which no filled bin holds fewer than `least`: neighbours are joined at the bin of their median scan. What is
+    fewer in all is left out."""
+    out, first, held = np.zeros_like(counts), 0, 0.0
+    if counts.sum() < least:
+        return out
+    left = counts.sum()
+    for place, n in enumerate(counts):
+        held, left = held + n, left - n
+        if held >= least and (left >= least or not left):
+            group = np.repeat(np.arange(first, place + 1), counts[first : place + 1].astype(int))
+            out[group[len(group) // 2]] += held
+            first, held = place + 1, 0.0
+    return out
+
+
+def describe(policy: Policy) -> Mapping[str, object]:
+    """What the operator may know of it: its rules in force."""
+    return {f.name: value for f in fields(policy) if (value := getattr(policy, f.name)) not in ([], "", 0, 0.0, False)}

@@ -1,0 +1,67 @@
+"""The log of what left: whole, chained, without content."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client import egress
+from common.errors import ConsiliumError, Refused
+from common.messages import Answer, Query
+
+
+def send(folder: Path, value: float, centre: str = "north") -> None:
+    egress.record(folder, Query("r1", {}, "scores", "main"), Answer(centre, {f"{centre}/covid/hist": np.full((2, 4), value)}))
+
+
+def test_each_message_is_a_line_without_content(tmp_path: Path) -> None:
+    for value in (1.25, 2.5):
+        send(tmp_path, value)
+    first, second = egress.read(tmp_path)
+    assert (first["run"], first["kind"], first["query"], first["stage"]) == ("r1", "Answer", "scores", "main")
+    assert first["fields"]["sums/north/covid/hist"] == "float64[2, 4]"
+    assert first["bytes"] >= 64
+    assert first["digest"] != second["digest"]
+    assert second["previous"] == first["hash"]
+    assert "1.25" not in (tmp_path / egress.NAME).read_text()
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed", "swapped", "forged"])
+def test_a_line_that_was_tampered_with_is_named(tmp_path: Path, harm: str) -> None:
+    for value in range(4):
+        send(tmp_path, value)
+    path = tmp_path / egress.NAME
+    lines = path.read_text().splitlines()
+    if harm == "changed":
+        lines[1] = lines[1].replace('"bytes": ', '"bytes": 1')
+    elif harm == "removed":
+        del lines[1]
+    elif harm == "swapped":
+        lines[1], lines[2] = lines[2], lines[1]
+    else:  # rewritten with a hash of its own: the next line does not follow from it
+        entry = json.loads(lines[1]) | {"bytes": 0}
+        lines[1] = json.dumps(entry | {"hash": egress._hash(entry)}, sort_keys=True)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConsiliumError, match=f"line {3 if harm == 'forged' else 2} was changed, or lines before it were removed"):
+        list(egress.read(tmp_path))
+
+
+def test_many_at_once_make_one_chain(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: send(tmp_path, k, f"a{'b' * 200}{k}"), range(40)))  # lines longer than a block are read back too
+    assert len(list(egress.read(tmp_path))) == 40
+
+
+def test_what_cannot_be_recorded_does_not_leave(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="what is not recorded does not leave"):
+        send(tmp_path / "file", 1.0)
+    (tmp_path / egress.NAME).write_text("torn {")
+    with pytest.raises(Refused, match="what is not recorded does not leave"):
+        send(tmp_path, 1.0)
+    with pytest.raises(ConsiliumError, match="is not there"):
+        list(egress.read(tmp_path / "nowhere"))
