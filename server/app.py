@@ -34,10 +34,13 @@ class FlowerTransport:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        self.run = ""  # whose nodes these are: every run of a study meets them anew
         self.nodes: dict[str, int] = {}
         self.silent: set[int] = set()  # nodes that have no part in this run
 
     def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
+        if request.run != self.run:
+            self.run, self.nodes, self.silent = request.run, {}, set()
         until = time.monotonic() + wait
         pending: dict[str, int] = {}
         while True:

@@ -1,0 +1,54 @@
+"""Flower's grid as transport, with a grid of which every node answers at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import server.app
+from common.messages import Hello, Presence, Refusal
+from common.records import from_records, to_records
+from server.app import FlowerTransport
+
+
+class Note:
+    """A Flower message outside a run, where the real one cannot be made."""
+
+    def __init__(self, content: Any, dst_node_id: int = 0, **_: Any) -> None:
+        self.content, self.to = content, dst_node_id
+
+    def has_error(self) -> bool:
+        return False
+
+
+class Grid:
+    """Node 1 is north; node 2 has no part."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Note] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2]
+
+    def push_messages(self, messages: list[Note]) -> list[str]:
+        names = [str(len(self.sent) + k) for k in range(len(messages))]
+        self.sent |= dict(zip(names, messages, strict=True))
+        return names
+
+    def pull_messages(self, ids: list[str]) -> list[Note]:
+        found = []
+        for note in (self.sent[name] for name in ids):
+            run = from_records(note.content).run  # type: ignore[union-attr]
+            here = Presence("north", ["north"], "f", [], [], {}, {}, {}, "cpu", [run])
+            found.append(Note(to_records(here if note.to == 1 else Refusal("", "no part"))))
+        return found
+
+
+def test_every_run_of_a_study_meets_the_centres_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.app, "Message", Note)
+    transport = FlowerTransport(Grid())  # type: ignore[arg-type]
+    for run in ("study-a", "study-b"):
+        heard = [r.reply for r in transport.greet(Hello(run, {}), ["north"], 5.0) if isinstance(r.reply, Presence)]
+        assert [said.notes for said in heard] == [[run]]
+        assert list(transport.greet(Hello(run, {}), ["north"], 0.0)) == []  # within a run who is known is not asked again
