@@ -58,11 +58,11 @@ def spool(contribution: Contribution, layout: Layout, folder: Path) -> Spooled:
 
 
 def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
-    """{centre: reason} of those whose norm exceeds `factor` times the median of the others' norms."""
+    """{centre: reason} of those whose norm exceeds `factor` times the median of the others' norms. Of two nobody can say which one is odd."""
     found = {}
     for centre, norm in norms.items():
         others = [n for c, n in norms.items() if c != centre]
-        if others and median(others) > 0 and norm > factor * median(others):
+        if len(others) > 1 and median(others) > 0 and norm > factor * median(others):
             found[centre] = f"norm {norm:.3g} is {norm / median(others):.0f} times the others' median (limit {factor:g})"
     return found
 

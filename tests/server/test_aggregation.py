@@ -113,7 +113,7 @@ def test_faults_and_outliers() -> None:
     assert "wrong shape" in fault(good, LAYOUT, True)  # nothing should come when all is personal
     assert outliers({"a": 1.0, "b": 1.2, "c": 50.0}, 10).keys() == {"c"}
     assert outliers({"a": 1.0, "b": 1.2, "c": 5.0}, 10) == {}
-    assert outliers({"a": 1.0}, 10) == {}
+    assert outliers({"a": 1.0}, 10) == outliers({"a": 1.0, "b": 50.0}, 10) == {}  # of two nobody can say which is odd
 
 
 def test_norm_leaves_batch_norm_statistics_out(tmp_path: Path) -> None:
