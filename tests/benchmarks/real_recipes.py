@@ -57,13 +57,10 @@ def prognosis_data(data: Path, out: Path) -> Rows:
     Outcomes: the one real hospital, and publications by their publisher; a publisher's cases may all have ended the same way. No film is at
     two centres: one with both labels (43) is where its source belongs.
     """
-    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
-    films = films[films["view"] != "L"]
-    zones = {f"brixia_{z}": pd.to_numeric(films[f"brixia_S_{z.upper()}"]) for z in "abcdef"}
-    table = pd.DataFrame(
-        {"path": [str(data / "cxr_cohen" / f) for f in films["file"]], "scan": films["file"], "source": films["source"], **zones}
-    )
-    table["patient"] = films["patientid"].fillna(films["file"]).to_numpy()
+    films, table = _films(data)
+    zones = [f"brixia_{z}" for z in "abcdef"]
+    for zone in zones:
+        table[zone] = pd.to_numeric(films[f"brixia_S_{zone[-1].upper()}"])
     table["outcome"] = films["went_icu"].map({"Y": 1.0, "N": 0.0})
     scored = films["source"].isin(["radiopaedia.org", "sirm.org", "pubs.rsna.org", "rad2share.com", "radiologyassistant.nl", "ams.edu.sg"])
     place = np.select(
@@ -74,7 +71,7 @@ def prognosis_data(data: Path, out: Path) -> Rows:
     centres: Rows = {}
     for centre in ("hannover", "eurorad", "journals", "radiopaedia", "sirm"):
         scores = centre in ("radiopaedia", "sirm")
-        own = table[place == centre].drop(columns=["outcome"] if scores else list(zones))
+        own = table[place == centre].drop(columns=["outcome"] if scores else zones)
         own = own[own["brixia_a" if scores else "outcome"].notna()]
         centres[centre] = own
     return _split(_own_patients(centres))
@@ -90,14 +87,10 @@ FINDINGS = {
 
 def finegrained_data(data: Path, out: Path) -> Rows:
     """The same films with their finding in four classes, and lung masks where there are any (166). Centres by publisher."""
-    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
-    films = films[films["view"] != "L"]
+    films, table = _films(data)
     of = {finding: name for name, findings in FINDINGS.items() for finding in findings}
-    folder = data / "cxr_cohen"
-    table = pd.DataFrame({"path": [str(folder / f) for f in films["file"]], "scan": films["file"], "source": films["source"]})
-    table["patient"] = films["patientid"].fillna(films["file"]).to_numpy()
     table["finding"] = films["finding"].map(of).to_numpy()
-    table["lung_mask"] = [str(folder / m) if isinstance(m, str) else np.nan for m in films["mask"]]
+    table["lung_mask"] = [str(data / "cxr_cohen" / m) if isinstance(m, str) else np.nan for m in films["mask"]]
     known = {"radiopaedia.org": "radiopaedia", "eurorad.org": "eurorad", "hannover": "hannover", "sirm.org": "hannover"}
     place = films["source"].map(known).fillna("journals").to_numpy()
     return _split(_own_patients({c: table[place == c] for c in ("radiopaedia", "eurorad", "hannover", "journals")}))
@@ -164,6 +157,15 @@ def transfer_data(data: Path, out: Path) -> Rows:
             table["window_low"], table["window_high"] = WINDOWS[centre]
         centres[centre] = table
     return centres
+
+
+def _films(data: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The Cohen collection's manifest without lateral views, and a cohort of it without labels, row by row."""
+    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
+    films = films[films["view"] != "L"].reset_index(drop=True)
+    paths = [str(data / "cxr_cohen" / f) for f in films["file"]]
+    patients = films["patientid"].fillna(films["file"])
+    return films, pd.DataFrame({"path": paths, "scan": films["file"], "source": films["source"], "patient": patients})
 
 
 def _own_patients(centres: Rows) -> Rows:
