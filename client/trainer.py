@@ -129,14 +129,14 @@ def _step(
 def make_optimiser(
     parameters: list[tuple[str, nn.Parameter]], settings: Optimiser, anchored: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """The stage's optimiser; heads (`heads.*`) have `head_lr` times its learning rate; weight decay spares vectors (biases and norms).
+    """The stage's optimiser; heads and decoder have `head_lr` times its learning rate; weight decay spares vectors (biases and norms).
 
     `anchored` parameters are in it at learning rate 0, so that fp16's scaler looks after their gradients too.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in parameters:
         decay = settings.weight_decay if p.ndim > 1 or settings.name != "adamw" else 0.0
-        groups.setdefault((settings.head_lr if name.startswith("heads.") else 1.0, decay), []).append(p)
+        groups.setdefault((settings.head_lr if name.startswith(("heads.", "decoder.")) else 1.0, decay), []).append(p)
     made = [{"params": ps, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()]
     still = list(anchored) or ([] if made else [nn.Parameter(torch.zeros(1))])  # torch wants at least one parameter
     made += [{"params": still, "lr": 0.0, "scale": 0.0, "weight_decay": 0.0}] if still else []

@@ -160,7 +160,9 @@ class Optimiser:
 
     name: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = 3e-4
-    head_lr: float = 1.0  # the heads' learning rate, as a multiple of lr
+    head_lr: float = (
+        1.0  # the heads' and the decoder's learning rate, as a multiple of lr: what is new beside an encoder that has learnt before
+    )
     weight_decay: float = 0.01
     momentum: float = 0.9  # sgd only
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"  # cosine: over all steps of the stage; plateau: see factor

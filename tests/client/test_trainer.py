@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.trainer import Batch, infer, learning_rate, train
+from client.trainer import Batch, infer, learning_rate, make_optimiser, train
 from common.errors import ConsiliumError
 from common.model import Model, make_model
 from common.schema import Augment, Backbone, Optimiser, Stage, Task
@@ -322,3 +322,13 @@ def test_inference_keeps_the_order_and_leaves_the_model_as_it_is() -> None:
     with torch.no_grad():
         torch.testing.assert_close(found, model.eval()(scans / 255)["covid"], rtol=1e-4, atol=1e-5)
     assert equal(before, state(model))
+
+
+def test_a_new_decoder_learns_as_fast_as_the_heads() -> None:
+    """Both are random where the encoder may come from ImageNet."""
+    model = make_model(Backbone(), {"lesion": Task(kind="segmentation")}, 1)
+    optimiser = make_optimiser(list(model.named_parameters()), Optimiser(lr=0.1, head_lr=10.0))
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert {name.partition(".")[0]: rates[id(p)] for name, p in model.named_parameters()} == pytest.approx(
+        {"encoder": 0.1, "decoder": 1.0, "heads": 1.0}
+    )
