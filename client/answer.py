@@ -74,7 +74,9 @@ def _answer(site: Site, request: Request) -> Reply:
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
             return hello(site, config)
-        return release(policy, train_round(site, config, request) if isinstance(request, Train) else query(site, config, request))
+        if isinstance(request, Train):
+            return release(policy, train_round(site, config, request))
+        return release(policy, query(site, config, request), request.name)
     except Refused as refused:
         return Refusal(centre, str(refused))
     except ConsiliumError as error:  # its sentence may name a file: that stays in a hospital

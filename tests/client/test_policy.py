@@ -67,6 +67,11 @@ def test_a_reply_too_large_stays() -> None:
         release(Policy(max_bytes=23), reply)
 
 
+def test_counts_of_a_task_called_like_a_sum_are_left_alone() -> None:
+    reply = Answer("north", {"north/train/loss": np.array([9.0, 0.0, 0.0])})
+    assert release(Policy(smallest_cell=5), reply, "counts") == reply
+
+
 ROWS = st.lists(st.integers(0, 6), min_size=1, max_size=40).map(lambda n: np.array(n, float))
 
 
