@@ -15,8 +15,8 @@ from common.compose import compose
 from common.errors import ConsiliumError
 from common.messages import Hello, Presence, Refusal, Reply, Request, Train, pack
 from common.records import from_records, to_records
+from server.crossval import carry_out, take_up
 from server.runs import new_id, open_ledger, runs_folder
-from server.study import carry_out, take_up
 from server.transport import Received
 
 app = ServerApp()
@@ -34,7 +34,7 @@ class FlowerTransport:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.run = ""  # whose nodes these are: every run of a study meets them anew
+        self.run = ""  # whose nodes these are: every run of a cross-validation meets them anew
         self.nodes: dict[str, int] = {}
         self.silent: set[int] = set()  # nodes that have no part in this run
 

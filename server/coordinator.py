@@ -312,5 +312,5 @@ def test(run: Run) -> None:
     sums = ask(run, requests)
     run.result["test"] = scores.table(sums, run.config, active(run.config, stage), with_sums=True)
     if run.config.federation.unseen or run.config.federation.fold is not None:
-        run.result["test_sums"] = {key: array.tolist() for key, array in sums.items()}  # a study adds its parts up
+        run.result["test_sums"] = {key: array.tolist() for key, array in sums.items()}  # a cross-validation adds its parts up
     run.ledger.add_metrics(run.id, name, place["rounds"][-1]["round"], "test", scores.without_sums(run.result["test"]))

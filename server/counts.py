@@ -7,22 +7,21 @@ from typing import Any
 import numpy as np
 
 from common.compose import active
-from common.errors import ConsiliumError
 from common.schema import Stage
 from common.tasks import cells_of
-from server.state import Run
+from server.state import Run, Unlabelled
 
 
 def training(run: Run, stage: Stage) -> tuple[list[str], float]:
     """The centres that have something to teach in a stage (one that has not answered yet may have), and the average one's training scans.
 
-    Raises ConsiliumError where nobody has a label for any of its tasks.
+    Raises Unlabelled where nobody has a label for any of its tasks.
     """
     scans = {c: max(counted(run, c, t)[:-1].sum() for t in active(run.config, stage)) for c in run.expected if c in run.presence}
     teachers = [c for c in run.expected if scans.get(c, 1) and c not in run.config.federation.unseen]
     known = [n for n in scans.values() if n]
     if not teachers or not known:
-        raise ConsiliumError(
+        raise Unlabelled(
             f"no centre has a labelled training scan for the tasks {', '.join(active(run.config, stage))}; fill a column or drop them"
         )
     return teachers, float(np.mean(known))

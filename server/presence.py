@@ -16,7 +16,7 @@ from common.schema import Config
 from common.tasks import columns_of
 from server import scores
 from server.soft_labels import cluster
-from server.state import Paused, Run, ask, by_reason, reason_of
+from server.state import Paused, Run, Unlabelled, ask, by_reason, reason_of
 
 log = logging.getLogger("consilium.server")
 
@@ -45,7 +45,7 @@ def greet(run: Run) -> None:
         count(run, list(run.presence))
         for name in [t for stage in run.config.stages.values() if stage.rounds for t in active(run.config, stage)]:
             if not any(n[:-1].sum() for key, n in run.counts.items() if key.endswith(f"/train/{name}")):
-                raise ConsiliumError(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
+                raise Unlabelled(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
         run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
         run.result["filled"] = {n: [t.classes, t.clustering] for n, t in run.config.tasks.items()}
     else:

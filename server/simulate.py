@@ -25,9 +25,9 @@ from rich.console import Console
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.model import known
+from server.crossval import SUMMARY, parts_of
 from server.report import table
 from server.runs import config_of, find, new_id, runs_folder
-from server.study import STUDY, parts_of
 
 APP = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -66,12 +66,12 @@ def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = ""
         console.print(f"run [bold]{run}[/]  ({nodes} node{'s' if nodes > 1 else ''}, Flower run {run_id})", highlight=False)
         last = follow(run_id, home, environment, folder / f"{run}.log")
         status = _status(run_id, home, environment)
-    metrics = folder / run / (STUDY if parts_of(config) else "metrics.json")
+    metrics = folder / run / (SUMMARY if parts_of(config) else "metrics.json")
     if last or not metrics.is_file():  # a finished run's results are not those of a resume that was refused
         raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {folder / f'{run}.log'}")
     (folder / f"{run}.log").replace(folder / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
-    what = f"study: {metrics}" if metrics.name == STUDY else f"report: {folder / run / 'report.html'}"
+    what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {folder / run / 'report.html'}"
     console.print(what, highlight=False, soft_wrap=True)
     return folder / run
 

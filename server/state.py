@@ -25,6 +25,10 @@ class Paused(ConsiliumError):
     """Too few centres, again and again: the run waits for a person and can be resumed."""
 
 
+class Unlabelled(ConsiliumError):
+    """No centre that may train has a label for a task."""
+
+
 @dataclass
 class Run:
     """A run in progress."""

@@ -48,7 +48,7 @@ class Grid:
 def test_every_run_of_a_study_meets_the_centres_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.app, "Message", Note)
     transport = FlowerTransport(Grid())  # type: ignore[arg-type]
-    for run in ("study-a", "study-b"):
+    for run in ("part-a", "part-b"):
         heard = [r.reply for r in transport.greet(Hello(run, {}), ["north"], 5.0) if isinstance(r.reply, Presence)]
         assert [said.notes for said in heard] == [[run]]
         assert list(transport.greet(Hello(run, {}), ["north"], 0.0)) == []  # within a run who is known is not asked again

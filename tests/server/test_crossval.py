@@ -1,4 +1,4 @@
-"""Studies: every centre left out once, every fold tested once; interrupted and taken up again; sums that count every scan once."""
+"""Cross-validation: every centre left out once, every fold tested once; interrupted and taken up again; sums that count every scan once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from common.errors import ConsiliumError
 from common.messages import Query, Reply, Request, Train
 from common.metrics import binary_metrics
 from common.schema import Config
+from server.crossval import carry_out, parts_of, summary, take_up
 from server.runs import open_ledger
 from server.scores import table
-from server.study import carry_out, parts_of, summary, take_up
 from tests.inprocess import InProcess, phantom_config, sites
 
 CENTRES = ["north", "south", "west"]
@@ -78,10 +78,10 @@ def test_every_centre_is_left_out_once_and_tested_there_on_all_it_has(phantom: P
     outcome = result["test"]["outcome"]
     assert set(outcome["centres"]) == {"north", "south"}  # west knows no outcome
     assert outcome["pooled"]["n"] == sum(films(phantom, c)["outcome"].notna().sum() for c in ("north", "south"))
-    assert json.loads(json.dumps(result)) == json.loads((tmp_path / "s" / "study.json").read_text())
-    with pytest.raises(ConsiliumError, match="study 's' is finished; there is nothing to resume"):
+    assert json.loads(json.dumps(result)) == json.loads((tmp_path / "s" / "crossval.json").read_text())
+    with pytest.raises(ConsiliumError, match="cross-validation 's' is finished; there is nothing to resume"):
         take_up("s", transport, tmp_path, open_ledger(tmp_path))
-    with pytest.raises(ConsiliumError, match="s exists already; give the new study another id"):
+    with pytest.raises(ConsiliumError, match="s exists already; give the new cross-validation another id"):
         carry_out(config(phantom, "federation.evaluation=loco"), transport, tmp_path, open_ledger(tmp_path), "s")
 
 
@@ -99,6 +99,15 @@ def test_an_interrupted_study_goes_on_where_it_was(phantom: Path, tmp_path: Path
     assert {r for r, _ in again.trained} == {f"s-without-{c}" for c in CENTRES if c not in finished}
     assert {c: (tmp_path / f"s-without-{c}" / "metrics.json").read_bytes() for c in finished} == before
     assert set(result["parts"]) == {f"without-{c}" for c in CENTRES}
+
+
+def test_a_part_without_labels_is_named_and_the_others_go_on(phantom: Path, tmp_path: Path) -> None:
+    """Of these two only north knows outcomes: without it there is nothing to learn from."""
+    given = config(phantom, "federation.evaluation=loco", "stage.tasks=[outcome]")
+    pair = replace(given, federation=replace(given.federation, centres=["north", "west"]))
+    result = carry_out(pair, InProcess(sites(2)), tmp_path, open_ledger(tmp_path), "s")
+    assert "no centre has a labelled training scan for task 'outcome'" in result["untrained"]["without-north"]
+    assert set(result["parts"]) == {"without-west"}
 
 
 def test_every_fold_is_tested_once(phantom: Path, tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ def test_the_summary_adds_sums_and_not_metrics() -> None:
     assert folds["centres"]["a"]["auc"] == binary_metrics(hists[0] + hists[1])["auc"] != 1.0
     assert folds["pooled"]["n"] == 3 * 12
     left = summary({"without-a": part(hists[0], ["a"]), "without-b": part(hists[1], ["b"])})
-    assert left["test"]["covid"]["pooled"]["n"] == 6 + 2 * 6  # what the others say in a part is not the study's
+    assert left["test"]["covid"]["pooled"]["n"] == 6 + 2 * 6  # what the others say in a part is not the whole's
     assert left["parts"]["without-b"]["covid"]["n"] == 12
     assert left["test"]["covid"]["centres"]["a"]["auc"] == 1.0
 

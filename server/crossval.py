@@ -1,7 +1,8 @@
 """Runs that belong together: leave-one-centre-out and k-fold evaluation. Each part is an ordinary run with its own folder and ledger rows.
 
-`loco` trains without each centre in turn and tests on all of that centre's scans; `kfold` gives every patient one turn in the test split. A study
-that was interrupted goes on where it stopped: its finished parts are kept, the unfinished one is resumed.
+`loco` trains without each centre in turn and tests on all of that centre's scans; `kfold` gives every patient one turn in the test split. One
+that was interrupted goes on where it stopped: its finished parts are kept, the unfinished one is resumed. A part that cannot be trained, because only
+the centre left out has the labels, is named in the summary and the others go on.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from common.schema import Config
 from server.ledger import Ledger
 from server.runs import begin, config_of, find, resume
 from server.scores import table
+from server.state import Unlabelled
 from server.transport import Transport
 
 log = logging.getLogger("consilium.server")
-STUDY = "study.json"
+SUMMARY = "crossval.json"
 
 
 def parts_of(config: Config) -> dict[str, Config]:
-    """{name: configuration} of a study's runs; empty for a run of its own."""
+    """{name: configuration} of a cross-validation's runs; empty for a run of its own."""
     federation = config.federation
     if federation.evaluation == "loco":
         if len(federation.centres) < 2:
             raise ConsiliumError("federation.evaluation=loco needs two centres or more; one trains while the other is left out")
         plain = {c: re.sub("[^A-Za-z0-9._-]", "-", c) for c in federation.centres}  # a run's name is a file's
         if len(set(plain.values())) < len(plain):
-            raise ConsiliumError(f"the parts of the study would have equal names ({', '.join(plain.values())}); rename one of the centres")
+            raise ConsiliumError(
+                f"the parts of the cross-validation would have equal names ({', '.join(plain.values())}); rename one of the centres"
+            )
         made = {f"without-{plain[c]}": replace(federation, unseen=[c]) for c in federation.centres}
     elif federation.evaluation == "kfold":
         made = {f"fold-{k}": replace(federation, fold=k) for k in range(federation.folds)}
@@ -48,45 +52,51 @@ def parts_of(config: Config) -> dict[str, Config]:
 
 
 def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
-    """A new run, or a study of several. Returns the run's result, or the study's summary. Raises ConsiliumError."""
+    """A new run, or a cross-validation of several. Returns the run's result, or the summary. Raises ConsiliumError."""
     if not parts_of(config):
         return begin(config, transport, runs, ledger, run)
     folder = runs / run
     if folder.exists():
-        raise ConsiliumError(f"{folder} exists already; give the new study another id, or resume this one")
+        raise ConsiliumError(f"{folder} exists already; give the new cross-validation another id, or resume this one")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     return play(config, transport, runs, ledger, run)
 
 
 def play(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
-    """The parts of a study that are not finished yet, then its summary."""
+    """The parts of a cross-validation that are not finished yet, then its summary."""
     parts = parts_of(config)
-    results = {}
+    results, untrained = {}, {}
     for number, (name, part) in enumerate(parts.items(), 1):
         own = f"{run}-{name}"
-        log.info("study %s: %s (%d of %d)", config.federation.evaluation, name, number, len(parts))
-        if (runs / own / "metrics.json").is_file():
-            results[name] = json.loads((runs / own / "metrics.json").read_text())
-        elif (runs / own / "config.yaml").exists():
-            results[name] = resume(own, transport, runs, ledger)
-        else:
-            results[name] = begin(part, transport, runs, ledger, own)
-    found = {"run": run, "evaluation": config.federation.evaluation, **summary(results)}
-    written = runs / run / f"{STUDY}.part"  # whole or not at all: its presence says that the study is finished
+        log.info("%s: %s (%d of %d)", config.federation.evaluation, name, number, len(parts))
+        try:
+            if (runs / own / "metrics.json").is_file():
+                results[name] = json.loads((runs / own / "metrics.json").read_text())
+            elif (runs / own / "config.yaml").exists():
+                results[name] = resume(own, transport, runs, ledger)
+            else:
+                results[name] = begin(part, transport, runs, ledger, own)
+        except Unlabelled as error:
+            log.warning("%s: %s", name, error)
+            untrained[name] = str(error)
+    if not results:
+        raise ConsiliumError(f"no part of cross-validation '{run}' can be trained: {next(iter(untrained.values()))}")
+    found = {"run": run, "evaluation": config.federation.evaluation, "untrained": untrained, **summary(results)}
+    written = runs / run / f"{SUMMARY}.part"  # whole or not at all: its presence says that all are finished
     written.write_text(json.dumps(found, indent=1))
-    written.replace(runs / run / STUDY)
+    written.replace(runs / run / SUMMARY)
     return found
 
 
 def take_up(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[str, Any]:
-    """Go on with an interrupted run or study. Raises ConsiliumError."""
+    """Go on with an interrupted run or cross-validation. Raises ConsiliumError."""
     folder = find(runs, run)
     config = config_of(folder)
     if not parts_of(config):
         return resume(run, transport, runs, ledger)
-    if (folder / STUDY).is_file():
-        raise ConsiliumError(f"study '{folder.name}' is finished; there is nothing to resume")
+    if (folder / SUMMARY).is_file():
+        raise ConsiliumError(f"cross-validation '{folder.name}' is finished; there is nothing to resume")
     return play(config, transport, runs, ledger, folder.name)
 
 
