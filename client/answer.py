@@ -21,6 +21,7 @@ from client.cohort import label_columns
 from client.dataset import batches, steps_in_round
 from client.policy import load_policy, permit, release
 from client.queries import QUERIES, Question, class_counts
+from client.runtime import fastest
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.trainer import train
@@ -136,7 +137,7 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     question = Question(
         scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device(), request.centroids, features
     )
-    with Threads(site):
+    with Threads(site.threads):
         sums = QUERIES[request.name](question)
         if request.clustering:
             soft_labels.keep(home(site, config), request.clustering, question)
@@ -161,10 +162,14 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
             )
             adjustments[name] = torch.tensor(logit_adjustment(counts, task.tau, task.adjust), dtype=torch.float32)
 
+    threads = site.threads
+    if stage.runtime == "auto":
+        choice = fastest(site, config, stage, tasks, scans, home(site, config))
+        stage, threads = replace(stage, precision=choice.precision, channels_last=choice.channels_last), choice.threads
     model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
     steps = steps_in_round(scans, stage, request.average)
     seed = derive(config.seed, request.stage, request.round, centre)
-    with Threads(site):
+    with Threads(threads):
         report = train(
             model,
             batches(scans, tasks, stage, steps, seed),
@@ -217,10 +222,10 @@ def limit_gpu(gibibytes: float, site: Site) -> None:
 
 
 class Threads:
-    """PyTorch's thread count as the site sets it; the same number gives the same bits."""
+    """PyTorch's thread count, 0 for its own choice; the same number gives the same bits."""
 
-    def __init__(self, site: Site) -> None:
-        self.wanted = site.threads
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from common.model import Model, shallow
 from common.schema import Optimiser, Stage, Task
 from common.tasks import labelled_rows
 
+log = logging.getLogger("consilium.centre")
 __all__ = ["Batch", "Report", "infer", "learning_rate", "make_optimiser", "train"]
 
 
@@ -75,6 +77,7 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
     report = Report(losses={t: [0.0, 0.0] for t in tasks})
+    parts = stage.accumulate
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # dropout
         for step, batch in enumerate(batches):
@@ -82,18 +85,12 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["scale"]
             labelled = {t: int(labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()}
-            model.zero_grad(set_to_none=True)
-            for part in batch.parts(stage.accumulate):
-                losses = objective.loss(model, part, labelled)
-                if not torch.isfinite(losses.total):
-                    raise Refused(
-                        f"the loss became {float(losses.total.detach())} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
-                    )
-                for t, (value, n) in losses.sums.items():
-                    report.losses[t][0] += value
-                    report.losses[t][1] += n
-                if losses.total.requires_grad:
-                    scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+            sums, parts = _backward(model, objective, scaler, batch, parts, labelled)
+            for t, (value, n) in sums.items():
+                if not math.isfinite(value):
+                    raise Refused(f"the loss became {value} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32")
+                report.losses[t][0] += value
+                report.losses[t][1] += n
             scale = scaler.get_scale()
             _step(optimiser, scaler, stage, [p for _, p in movable], start)
             if scaler.get_scale() >= scale:  # else fp16's gradients overflowed, and the step counts for nothing
@@ -107,6 +104,32 @@ def train(
         for total, p in zip(anchor_sum, anchored, strict=True):
             p.sub_(total)
     return report
+
+
+def _backward(
+    model: Model, objective: Objective, scaler: torch.amp.GradScaler, batch: Batch, parts: int, labelled: Mapping[str, int]
+) -> tuple[dict[str, tuple[float, int]], int]:
+    """The batch's gradients, computed in `parts`, or in twice as many while the device's memory does not hold one. Returns {task: (summed loss,
+    labelled scans)} and the number of parts that fitted. Raises Refused when a single scan does not fit."""
+    drawn = objective.draws.get_state()
+    while True:
+        objective.draws.set_state(drawn)  # a batch begun again is changed at random as before
+        model.zero_grad(set_to_none=True)
+        sums = dict.fromkeys(labelled, (0.0, 0))
+        try:
+            for part in batch.parts(parts):
+                losses = objective.loss(model, part, labelled)
+                sums = {t: (value + sums[t][0], n + sums[t][1]) for t, (value, n) in losses.sums.items()}
+                if losses.total.requires_grad:
+                    scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+            return sums, parts
+        except torch.OutOfMemoryError:
+            if parts >= len(batch.slices):
+                raise Refused(
+                    "one scan does not fit the device's memory; set stage.checkpointing=true or a smaller preprocess.size"
+                ) from None
+        parts = min(2 * parts, len(batch.slices))
+        log.warning("a batch of %d scans does not fit the device's memory; it is computed in %d parts", len(batch.slices), parts)
 
 
 def _step(

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, dataclass_transform
 T = TypeVar("T")
 Mode = Literal["federated", "central", "local"]
 Personal = Literal["batch_norm", "heads", "all"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Metric = Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "gmean", "dice", "r2", "spearman"]
 Kind = Literal["masked", "positive", "negative", "unlabelled"]  # of a scan: with a mask; else by the stage's first binary task
 
@@ -201,9 +202,10 @@ class Stage:
     reset: list[str] = field(default_factory=list)  # made anew at the stage's start
     personal: list[Personal] = field(default_factory=list)  # what a centre keeps as its own; [batch_norm] is FedBN, [all] no exchange
     proximal: float = 0.0  # FedProx's mu
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     channels_last: bool = True
     checkpointing: bool = False
+    runtime: Literal["given", "auto"] = "given"  # auto: each centre measures which precision, channels_last and threads are fastest there
 
     def __post_init__(self) -> None:
         _require(0 <= self.rounds <= 100_000, f"stage.rounds is {self.rounds}; it must be 0 or more")

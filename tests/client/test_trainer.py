@@ -332,3 +332,31 @@ def test_a_new_decoder_learns_as_fast_as_the_heads() -> None:
     assert {name.partition(".")[0]: rates[id(p)] for name, p in model.named_parameters()} == pytest.approx(
         {"encoder": 0.1, "decoder": 1.0, "heads": 1.0}
     )
+
+
+@pytest.mark.parametrize("room", [3, 1])
+def test_a_batch_that_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """A device that holds `room` scans at a time: the same step as with as many parts asked for, and from then on no more overflows."""
+    overflows = []
+    forward = Model.forward
+
+    def narrow(self: Model, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+        if len(x) > room:
+            overflows.append(len(x))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, tasks)
+
+    stage = replace(STAGE, augment=Augment())
+    fitting = state(trained(BOTH, some_batches(3), replace(stage, accumulate=4 // room if room == 1 else 2), seed=3))
+    monkeypatch.setattr(Model, "forward", narrow)
+    assert equal(fitting, state(trained(BOTH, some_batches(3), stage, seed=3)))
+    assert overflows == ([4] if room == 3 else [4, 2])
+
+
+def test_a_scan_that_does_not_fit_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Model, "forward", full)
+    with pytest.raises(ConsiliumError, match=r"^one scan does not fit the device's memory; set stage\.checkpointing=true"):
+        trained(COVID, some_batches(1))
