@@ -1,8 +1,8 @@
 """How much of its patients' privacy a centre has spent, on its own disk: `budget/` in its state folder, for all runs, never reset.
 
-`spent.json` holds a line for every round that left: noise multiplier, odds, steps, as Opacus's accountants keep them, and whose patients took part. What is
-charged to a cohort is every round that any of its patients had a part in, so that adding a scan, or leaving some out, begins no new budget.
-A round is charged before it leaves, and again when it is trained again; only what was charged and kept (`last.safetensors`) is sent twice for one price.
+`spent.json` holds a line for every round that left (noise multiplier, odds, steps: what Opacus's accountants count by) and whose patients took part.
+To a cohort is charged every round in which any of its patients had a part, so that adding a scan, or leaving some out, begins no new budget.
+A round is charged before it leaves, and once more when it is trained once more; only the last one (`last.safetensors`) is sent again for nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
@@ -48,14 +50,14 @@ def epsilon(charges: tuple[Charge, ...], delta: float, error: float = FINE) -> f
     history = [(noise, odds, count) for (noise, odds), count in sorted(steps.items())]
     if not history:
         return 0.0
-    rough = RDPAccountant()
-    rough.history = history
-    bound = float(rough.get_epsilon(delta, alphas=[*range(2, 64), 128, 256]))
-    if bound > BEYOND:
-        return bound
-    fine = PRVAccountant()
-    fine.history = history
-    return min(bound, float(fine.get_epsilon(delta, eps_error=error * max(bound, 0.01))))
+    rough, fine = RDPAccountant(), PRVAccountant()
+    rough.history = fine.history = history
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # of orders it can do without; of odds of 1
+        warnings.simplefilter("ignore")
+        bound = float(rough.get_epsilon(delta, alphas=[*range(2, 64), 128, 256]))
+        if bound > BEYOND:
+            return bound
+        return min(bound, float(fine.get_epsilon(delta, eps_error=error * max(bound, 0.01))))
 
 
 @lru_cache(maxsize=64)
@@ -108,7 +110,7 @@ def afford(account: Account, price: Charge) -> None:
 
 
 def charge(account: Account, price: Charge, request: Train) -> tuple[Charge, ...]:
-    """Write the price down before what it paid for leaves; returns all that is charged now. Raises Declined or, where it cannot be written, Refused."""
+    """Write the price down before what it paid for leaves; returns all that is charged now. Raises Declined; Refused where it cannot be written."""
     with _alone(account.folder):
         book = _read(account.folder)
         before = _charges(account, book)
@@ -145,8 +147,8 @@ def kept(account: Account, request: Train) -> Contribution | None:
 def _afford(account: Account, before: Sequence[Charge], price: Charge) -> None:
     if account.limit and (after := epsilon((*before, price), account.delta)) > account.limit:
         raise Declined(
-            f"this hospital's policy allows its patients a privacy loss (epsilon) of {account.limit:g}: {epsilon(tuple(before), account.delta):.2f} is "
-            f"spent, and this round would make it {after:.2f}"
+            f"this hospital's policy allows its patients a privacy loss (epsilon) of {account.limit:g}: "
+            f"{epsilon(tuple(before), account.delta):.2f} is spent, and this round would make it {after:.2f}"
         )
 
 

@@ -1,13 +1,13 @@
 """A gradient that hides each patient: DP-SGD (Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1), unit: the patient.
 
-In a step every patient is drawn with the same odds, on their own. The gradient of the mean loss over all scans of one patient is clipped to the norm C;
-the sum over those drawn, with Gaussian noise of standard deviation sigma C on every weight, is divided by the number of patients *expected*,
-which nobody's presence changes. A patient's gradient depends on the weights and on that patient alone: no batch norm, no counts of the batch, and random
-changes seeded by the patient. So one patient more or less changes the sum by C at most, which is what the accountant (client/budget.py) assumes.
+In a step every patient is drawn with the same odds, on their own. The gradient of the mean loss over all scans of one patient is clipped to the norm
+C; the sum over those drawn, with Gaussian noise of standard deviation sigma C on every weight, is divided by the number of patients *expected*,
+which nobody's presence changes. A patient's gradient depends on the weights and on that patient alone: no batch norm, no counts of the batch, and
+random changes seeded by the patient. So one patient more or less changes the sum by C at most: what the accountant (client/budget.py) assumes.
 
-Plain autograd, one patient at a time, as fast as any way there is on CPUs (SPEED.md section 5). Chance comes from the operating
-system, not from the run's seed: the coordinator knows that seed, and could draw the same patients and subtract the same noise. Nor is it
-`torch.Generator`, on which Opacus's noise and sampler are built: on CPUs it takes 32 bits of its seed, few enough to try them all.
+Plain autograd, one patient at a time, as fast as any way there is on CPUs (SPEED.md section 5). Chance comes from the operating system, not from the
+run's seed: the coordinator knows that seed, and could draw the same patients and take the same noise off. Nor is it `torch.Generator`, on which
+Opacus's noise and sampler are built: on CPUs it takes 32 bits of its seed, few enough to try them all.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def hide(
 ) -> None:
     """Give every parameter its noisy gradient, those too for which nobody drawn has a label."""
     total = clipped_sum(model, objective, patients, parameters, protection.clip, seed)
-    noise = protection.normals(sum(p.numel() for p in parameters)).split([p.numel() for p in parameters])
+    noise = torch.split(protection.normals(sum(p.numel() for p in parameters)), [p.numel() for p in parameters])
     for p, summed, z in zip(parameters, total, noise, strict=True):
         p.grad = summed.add_(z.view(p.shape).to(p), alpha=protection.noise * protection.clip).div_(protection.expected)
 
@@ -93,8 +93,8 @@ def clipped_sum(
 ) -> list[Tensor]:
     """The sum over patients of each one's gradient, scaled down to the norm `clip` where it is longer; shaped like the parameters.
 
-    A patient's loss is `sum_t w_t * mean of l_t over their scans labelled for t` (common/tasks.py). Their scans are computed in parts no larger than a plain
-    step's. A gradient that is not finite counts as 0: to stop because of it would tell.
+    A patient's loss is `sum_t w_t * mean of l_t over their scans labelled for t` (common/tasks.py), computed in parts no larger than a plain step's.
+    A gradient that is not finite counts as 0: to stop because of it would tell.
     """
     total = [torch.zeros_like(p) for p in parameters]
     largest = -(-objective.stage.batch // objective.stage.accumulate)
