@@ -33,12 +33,24 @@ from common.tasks import labelled_rows
 Patients = Mapping[str, Batch]  # those drawn in a step, each with all of their scans; may be empty
 
 
-def normals(count: int) -> Tensor:
-    """[count] standard normal float32 from the operating system's secure generator (Box & Muller 1958, in float64)."""
-    bits = torch.frombuffer(bytearray(os.urandom(16 * (-(-count // 2)))), dtype=torch.int64)
-    one, two = (bits.bitwise_and_(2**53 - 1).double() / 2**53).chunk(2)
-    radius, angle = torch.sqrt(-2 * torch.log1p(-one)), 2 * math.pi * two
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count].float()
+def normals(count: int, chunk: int = 1 << 16) -> Tensor:
+    """[count] standard normal float32, by Box & Muller (1958): the radius from 63 bits, so that the tail is there, the angle from 32.
+
+    The bits are AES-CTR's under a key of the operating system's, four times as fast as the operating system itself. In chunks that stay in the cache.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # a machine that trains plainly need not have it
+
+    stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+    out = torch.empty(-(-count // 2) * 2)
+    for part in out.split(chunk):
+        half = len(part) // 2
+        bits = bytearray(stream.update(bytes(12 * half)))
+        uniform = torch.frombuffer(bits, dtype=torch.int64, count=half).bitwise_and_(2**63 - 1).double().add_(0.5).mul_(2.0**-63)
+        angle = torch.frombuffer(bits, dtype=torch.int32, offset=8 * half).float().mul_(math.pi * 2.0**-31)
+        radius = uniform.log_().mul_(-2).sqrt_().float()
+        torch.cos(angle, out=part[:half]).mul_(radius)
+        torch.sin(angle, out=part[half:]).mul_(radius)
+    return out[:count]
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,9 @@ def clipped_sum(
             losses = objective.loss(model, part, labelled)
             if losses.total.requires_grad:
                 losses.total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
         moved = [(summed, p.grad) for summed, p in zip(total, parameters, strict=True) if p.grad is not None]
-        if moved and torch.isfinite(norm):
-            torch._foreach_add_([summed for summed, _ in moved], [gradient for _, gradient in moved])
+        gradients = [gradient for _, gradient in moved]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if moved and math.isfinite(norm):
+            torch._foreach_add_([summed for summed, _ in moved], gradients, alpha=min(1.0, clip / (norm + 1e-6)))
     return total
