@@ -42,7 +42,7 @@ def normals(count: int, chunk: int = 1 << 16) -> Tensor:
 
     stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
     out = torch.empty(-(-count // 2) * 2)
-    for part in out.split(chunk):
+    for part in torch.split(out, chunk):
         half = len(part) // 2
         bits = bytearray(stream.update(bytes(12 * half)))
         uniform = torch.frombuffer(bits, dtype=torch.int64, count=half).bitwise_and_(2**63 - 1).double().add_(0.5).mul_(2.0**-63)

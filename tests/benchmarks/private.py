@@ -40,7 +40,9 @@ def made(backbone: str, size: int) -> tuple[Model, Batch]:
     """A model with group norms, and four scans."""
     rng = np.random.default_rng(1)
     slices = torch.from_numpy(rng.integers(0, 256, (4, 8, size, size), dtype=np.uint8))
-    return make_model(Backbone(backbone, norm="group"), TASKS, 1, channels_last=True), Batch(slices, {"covid": torch.tensor([0.0, 1, 1, 0])})
+    return make_model(Backbone(backbone, norm="group"), TASKS, 1, channels_last=True), Batch(
+        slices, {"covid": torch.tensor([0.0, 1, 1, 0])}
+    )
 
 
 def step(model: Model, batch: Batch, private: bool) -> None:
