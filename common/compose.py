@@ -168,6 +168,10 @@ def refuse_unprotected(config: Config) -> None:
             )
         if stage.sample:
             told.append(f"stages.{name}.sample draws scans by their label, but every patient must have the same odds; leave it empty")
+        if stage.runtime == "auto":
+            told.append(
+                f"stages.{name}.runtime=auto trains on patients without protection to time it; set precision and channels_last yourself"
+            )
         if stage.precision == "fp16":
             told.append(f"stages.{name}.precision=fp16 drops a step when one patient's gradient overflows; use bf16 or fp32")
     if told:

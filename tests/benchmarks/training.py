@@ -99,9 +99,7 @@ def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="A training step against paper 1's.")
     parser.add_argument("--peer", type=Path, required=True, help="clone of github.com/Purdue-M2/multisource-covid-ct")
-    parser.add_argument(
-        "--backbones", default="test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64"
-    )
+    parser.add_argument("--backbones", default="test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()

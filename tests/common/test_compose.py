@@ -165,6 +165,7 @@ def test_privacy_gives_every_centre_the_same_group_norms() -> None:
         (["stage.personal=[all]", "tasks.source.head=local"], "exchanges no weights"),
         (["federation.mode=local"], "exchanges no weights"),
         (["stage.precision=fp16"], "precision=fp16"),
+        (["stage.runtime=auto"], "runtime=auto trains on patients without protection"),
     ],
 )
 def test_privacy_refuses_what_would_tell_more(overrides: list[str], sentence: str) -> None:
