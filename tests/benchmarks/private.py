@@ -1,6 +1,6 @@
 """What `privacy=patient` costs: time and memory of a step against a plain one, and the AUC on the phantom by epsilon.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--seeds 1]
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--seeds 1] [--only epsilon]
 
 A step is `client.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
 and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
@@ -87,14 +87,14 @@ def steps(repeats: int) -> None:
         )
 
 
-def auc(scale: float, rounds: int, seeds: int, more: list[str]) -> None:
+def auc(scale: float, rounds: int, seeds: int, only: str, more: list[str]) -> None:
     from common.compose import compose
 
     settings = {"none": [], "none, group norm": ["backbone.norm=group"]}
     settings |= {f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}"] for e in (8, 3, 1)}
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'':18} {'macro':>6} {'worst':>6}  epsilon spent  seconds")
-        for name, own in settings.items():
+        for name, own in ((name, own) for name, own in settings.items() if only in name):
             for seed in range(1, seeds + 1):
                 few = [f"federation.root={folder}/data", f"federation.phantom.scale={scale}", f"stage.rounds={rounds}", f"seed={seed}"]
                 config = compose([*few, "stage.tasks=[covid]", "evaluation.choose=last", *own, *more])
@@ -121,12 +121,13 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="of the federations: those with this in their name, e.g. epsilon")
     given, more = parser.parse_known_args()  # more: overrides of the federations, e.g. stage.batch=32
     torch.set_num_threads(1)
     if given.steps or not given.auc:
         steps(given.repeats)
     if given.auc or not given.steps:
-        auc(given.scale, given.rounds, given.seeds, more)
+        auc(given.scale, given.rounds, given.seeds, given.only, more)
 
 
 if __name__ == "__main__":
