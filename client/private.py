@@ -95,6 +95,7 @@ def hide(
 ) -> None:
     """Give every parameter its noisy gradient, those too for which nobody drawn has a label."""
     total = clipped_sum(model, objective, patients, parameters, protection.clip, seed)
+    model.zero_grad(set_to_none=True)  # the last patient's own gradient stands nowhere
     noise = torch.split(protection.normals(sum(p.numel() for p in parameters)), [p.numel() for p in parameters])
     for p, summed, z in zip(parameters, total, noise, strict=True):
         p.grad = summed.add_(z.view(p.shape).to(p), alpha=protection.noise * protection.clip).div_(protection.expected)
