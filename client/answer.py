@@ -9,6 +9,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,21 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import egress, personal, soft_labels
-from client.cohort import label_columns
-from client.dataset import batches, steps_in_round
-from client.policy import load_policy, permit, release
+from client import budget, egress, personal, private, soft_labels
+from client.cohort import label_columns, load_cohort
+from client.dataset import Scans, batches, steps_in_round
+from client.objective import Batch
+from client.policy import Policy, load_policy, permit, release
 from client.queries import QUERIES, Question, class_counts
 from client.runtime import fastest
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.trainer import train
-from common.compose import config_from
-from common.errors import ConsiliumError, Refused
+from common.compose import active, config_from, refuse_unprotected
+from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
 from common.imbalance import logit_adjustment
 from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Reply, Request, Train
-from common.model import Model, make_model
+from common.model import Model, make_model, refuse_batch_norm
 from common.schema import Config, Stage
 from common.seeds import derive
 from common.tasks import cells_of, columns_of
@@ -76,10 +78,10 @@ def _answer(site: Site, request: Request) -> Reply:
         if isinstance(request, Hello):
             return hello(site, config)
         if isinstance(request, Train):
-            return release(policy, train_round(site, config, request))
+            return release(policy, train_round(site, config, request, policy))
         return release(policy, query(site, config, request), request.name)
     except Refused as refused:
-        return Refusal(centre, str(refused))
+        return Refusal(centre, str(refused), isinstance(refused, Declined))
     except ConsiliumError as error:  # its sentence may name a file: that stays in a hospital
         log.error("%s", error)
         return Refusal(centre, str(error) if not site.centre else f"{_where(error)}; the sentence is in the centre's log")
@@ -123,6 +125,10 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     """One additive query (client/queries.py)."""
     if request.name not in QUERIES:
         raise Refused(f"query '{request.name}' is not one this centre answers: {', '.join(QUERIES)}")
+    if config.privacy.kind == "patient" and (
+        request.name not in ("counts", "scores") or (request.name, request.split) == ("scores", "train")
+    ):
+        raise Refused(f"query '{request.name}' would tell of training scans without noise, which privacy=patient does not allow")
     began = time.perf_counter()
     scans, _ = read_scans(site, config)
     stage = config.stages[request.stage] if request.stage else next(iter(config.stages.values()))
@@ -145,8 +151,8 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     return Answer(name_of(site, config), sums, time.perf_counter() - began)
 
 
-def train_round(site: Site, config: Config, request: Train) -> Contribution:
-    """One round of local training from the received weights."""
+def train_round(site: Site, config: Config, request: Train, policy: Policy) -> Contribution:
+    """One round of local training from the received weights. With `privacy=patient` it is charged to the cohort's budget before it leaves."""
     began = time.perf_counter()
     centre, stage = name_of(site, config), config.stages[request.stage]
     tasks = {t: config.tasks[t] for t in (stage.tasks or list(config.tasks))}
@@ -154,6 +160,9 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
     scans = held.with_label(list(tasks)) if len(held) else held
     if not len(scans):
         raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
+    account = account_of(site, config, policy) if config.privacy.kind == "patient" else None
+    if account and (again := budget.kept(account, request)):
+        return again
     adjustments = {}
     for name, task in tasks.items():
         if task.prior != "none":
@@ -167,15 +176,24 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
         choice = fastest(site, config, stage, tasks, scans, home(site, config))
         stage, threads = replace(stage, precision=choice.precision, channels_last=choice.channels_last), choice.threads
     model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
-    steps = steps_in_round(scans, stage, request.average)
     seed = derive(config.seed, request.stage, request.round, centre)
+    protection = None
+    if account:
+        price, protection = terms(config, held, request, model)
+        budget.afford(account, price)
+        _, odds, steps = price
+        some: Iterable[Batch | private.Patients] = private.drawn(scans, tasks, odds, steps, seed)
+    else:
+        steps = steps_in_round(scans, stage, request.average)
+        some = batches(scans, tasks, stage, steps, seed)
     with Threads(threads):
         report = train(
             model,
-            batches(scans, tasks, stage, steps, seed),
+            some,
             stage,
             tasks,
             adjustments,
+            protection=protection,
             progress=((request.round - 1) / stage.rounds, request.round / stage.rounds),
             steps=steps,
             rate=request.rate,
@@ -191,15 +209,41 @@ def train_round(site: Site, config: Config, request: Train) -> Contribution:
         personal.forget(folder, request.run, stage, request.stage, [*request.keep, request.round])
         if "all" in stage.personal:
             delta = np.empty(0, np.float32)
-    return Contribution(
+    contribution = Contribution(
         centre,
         delta,
         after.integers,
-        report.scans,
+        round(protection.expected * steps) if protection else report.scans,  # how many were drawn is nobody's business
         report.steps,
         {t: list(v) for t, v in report.losses.items()},
         time.perf_counter() - began,
     )
+    if account:
+        contribution.epsilon = budget.epsilon(budget.charge(account, price, request), config.privacy.delta)
+        budget.keep(account, request, contribution)
+    return contribution
+
+
+def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
+    """The privacy budget of this site's patients: all in its tables, whichever of them a run takes."""
+    tables = [load_cohort(path, centre) for centre, path in holdings(site, config).items()]
+    marks = budget.marks_of(str(patient) for table in tables for patient in table["patient"])
+    return budget.Account(home(site, config) / "budget", marks, policy.epsilon, policy.delta)
+
+
+def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[budget.Charge, private.Protection]:
+    """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
+    for a configuration that protects nobody."""
+    try:
+        refuse_unprotected(config)
+        refuse_batch_norm(model)
+    except ConsiliumError as error:
+        raise Refused(str(error)) from error
+    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
+    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
+    noise = config.privacy.noise or budget.noise_for(config.privacy.epsilon, config.privacy.delta, plan)
+    patients, odds, steps = paces[request.stage]
+    return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
 
 
 def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, run: str, own: list[tuple[str, int]]) -> Model:

@@ -33,6 +33,7 @@ class Scans:
     masks: dict[str, list[Mask]] = field(default_factory=dict)
     lungs: list[Mask] = field(default_factory=list)
     extra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    patients: list[str] = field(default_factory=list)  # [N] whose scan it is, for `privacy=patient` and never sent
     draws: list[Scans] = field(default_factory=list)  # the same scans with other slices, for training
 
     def __len__(self) -> int:
@@ -53,6 +54,7 @@ class Scans:
             {t: [masks[i] for i in rows] for t, masks in self.masks.items()},
             [self.lungs[i] for i in rows] if self.lungs else [],
             {t: y[rows] for t, y in self.extra.items()},
+            [self.patients[i] for i in rows] if self.patients else [],
             [drawn.take(rows) for drawn in self.draws],
         )
 
@@ -78,6 +80,7 @@ def joined(parts: Sequence[Scans]) -> Scans:
         whole.cohort += part.cohort
         whole.keys += part.keys
         whole.lungs += part.lungs
+        whole.patients += part.patients
         for name in whole.masks:
             whole.masks[name] += part.masks[name]
         whole.draws = [joined(pair) for pair in zip(whole.draws, part.draws, strict=True)]
@@ -116,21 +119,10 @@ def batches(scans: Scans, tasks: Mapping[str, Task], stage: Stage, steps: int, s
     """`steps` batches, shuffled anew each pass, or drawn by kind of label (`stage.sample`); the order depends on the seed and the scans' number
     and labels only."""
     generator = np.random.default_rng(seed)
-
-    def made(rows: NDArray[np.integer]) -> Batch:
-        views = [scans, *scans.draws]
-        which = generator.integers(len(views), size=len(rows)) if scans.draws else np.zeros(len(rows), int)
-        slices = stacked([views[k].slices[i] for k, i in zip(which, rows, strict=True)])
-        targets = {t: scans.target(t, rows) for t in tasks}
-        for t in tasks if scans.draws else []:
-            if t in scans.masks:
-                targets[t] = torch.cat([views[k].target(t, rows[n : n + 1]) for n, k in enumerate(which)])
-        return Batch(slices, targets, torch.from_numpy(rows))
-
     if stage.sample:
         odds = sampling_odds(scans, tasks, stage.sample)
         for _ in range(steps):
-            yield made(generator.choice(len(scans), stage.batch, p=odds))
+            yield batch_of(scans, tasks, generator.choice(len(scans), stage.batch, p=odds), generator)
         return
     done = 0
     while done < steps:
@@ -142,8 +134,20 @@ def batches(scans: Scans, tasks: Mapping[str, Task], stage: Stage, steps: int, s
                 break
             if len(rows) == 1 < stage.batch and len(order) > 1 and len(scans.slices[0]) == 1:
                 rows = order[-2:]  # batch norm cannot learn from one picture alone
-            yield made(rows)
+            yield batch_of(scans, tasks, rows, generator)
             done += 1
+
+
+def batch_of(scans: Scans, tasks: Mapping[str, Task], rows: NDArray[np.integer], generator: np.random.Generator) -> Batch:
+    """A batch of these rows, each with one of its choices of slices."""
+    views = [scans, *scans.draws]
+    which = generator.integers(len(views), size=len(rows)) if scans.draws else np.zeros(len(rows), int)
+    slices = stacked([views[k].slices[i] for k, i in zip(which, rows, strict=True)])
+    targets = {t: scans.target(t, rows) for t in tasks}
+    for t in tasks if scans.draws else []:
+        if t in scans.masks:
+            targets[t] = torch.cat([views[k].target(t, rows[n : n + 1]) for n, k in enumerate(which)])
+    return Batch(slices, targets, torch.from_numpy(rows))
 
 
 def sampling_odds(scans: Scans, tasks: Mapping[str, Task], shares: Mapping[Kind, float]) -> NDArray[np.float64]:

@@ -27,9 +27,6 @@ START = "0" * 64
 def record(folder: Path, request: Request, reply: Reply) -> None:
     """Write the line of a message before it leaves. Raises Refused when it cannot be written: what is not recorded does not leave."""
     arrays, facts = pack(reply)
-    digest = hashlib.sha256(facts_json(facts).encode())
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     entry: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": request.run,
@@ -39,7 +36,7 @@ def record(folder: Path, request: Request, reply: Reply) -> None:
         "query": getattr(request, "name", ""),
         "fields": {name: f"{array.dtype}{list(array.shape)}" for name, array in sorted(arrays.items())} | {"facts": sorted(facts)},
         "bytes": sum(array.nbytes for array in arrays.values()) + len(facts_json(facts)),
-        "digest": digest.hexdigest(),
+        "digest": digest_of(reply),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +49,15 @@ def record(folder: Path, request: Request, reply: Reply) -> None:
             os.fsync(log.fileno())
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"its egress log cannot be written ({type(error).__name__}), and what is not recorded does not leave") from error
+
+
+def digest_of(message: Request | Reply) -> str:
+    """Equal for messages of equal content."""
+    arrays, facts = pack(message)
+    digest = hashlib.sha256(facts_json(facts).encode())
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _last_hash(log: Any) -> str:

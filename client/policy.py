@@ -37,11 +37,14 @@ class Policy:
     hours: str = ""  # when it computes, local time: 19:00-07:00
     gpu_memory: float = 0.0  # GiB that training may take
     secure_aggregation: bool = False  # required
-    epsilon: float = 0.0  # the largest privacy loss; any limit requires differential privacy
+    epsilon: float = 0.0  # the largest privacy loss of a cohort, over all runs (client/budget.py); any limit requires differential privacy
+    delta: float = 1e-5  # ... at this delta, whatever a run's own is
 
     def __post_init__(self) -> None:
         if self.smallest_cell < 1 or self.max_bytes < 0 or self.gpu_memory < 0 or self.epsilon < 0:
             raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory and epsilon 0 or more")
+        if not 0 < self.delta <= 0.01:
+            raise ValueError(f"delta is {self.delta}; it must be above 0 and at most 0.01")
         if self.hours:
             span(self.hours)
 
@@ -92,9 +95,10 @@ def permit(policy: Policy, request: Request, config: Config, now: datetime) -> N
         among(policy.queries, request.name, "the query")
     if policy.secure_aggregation:
         raise Refused("this hospital's policy requires secure aggregation, which this run does not use")
-    if policy.epsilon:
+    if policy.epsilon and config.privacy.kind == "none":
         raise Refused(
-            f"this hospital's policy requires differential privacy (epsilon at most {policy.epsilon:g}), which this run does not use"
+            f"this hospital's policy requires differential privacy (epsilon at most {policy.epsilon:g}), which this run does not use; "
+            "use privacy=patient"
         )
     if policy.hours and isinstance(request, Train | Query):
         begin, end = span(policy.hours)
@@ -157,4 +161,5 @@ def joined_bins(counts: Floats, least: int) -> Floats:
 
 def describe(policy: Policy) -> Mapping[str, object]:
     """What the operator may know of it: its rules in force."""
-    return {f.name: value for f in fields(policy) if (value := getattr(policy, f.name)) not in ([], "", 0, 0.0, False)}
+    rules = {f.name: value for f in fields(policy) if (value := getattr(policy, f.name)) not in ([], "", 0, 0.0, False)}
+    return rules if policy.epsilon else {name: value for name, value in rules.items() if name != "delta"}

@@ -106,6 +106,7 @@ def scans_of(site: Site, config: Config, centre: str, path: Path, table: pd.Data
     table, keys = table.iloc[read].reset_index(drop=True), [keys[i] for i in read]
     maps = {column: stack_masks(store, table, base, keys, column, config.preprocess) for column in wanted}
     scans = Scans(stack(store, keys), {}, [centre] * len(keys), keys=keys, lungs=maps.get("lungs", []))
+    scans.patients = [f"{centre}/{patient}" for patient in table["patient"]]
     missing = np.full(len(keys), np.nan)
     for name, task in config.tasks.items():
         if task.kind == "segmentation":

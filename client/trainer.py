@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from client.moco import Moco
 from client.objective import Batch, Objective, autocast
+from client.private import Patients, Protection, hide
 from common.errors import Refused
 from common.model import Model, shallow
 from common.schema import Optimiser, Stage, Task
+from common.seeds import derive
 from common.tasks import labelled_rows
 
 log = logging.getLogger("consilium.centre")
@@ -33,11 +35,12 @@ class Report:
 
 def train(
     model: Model,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Patients],
     stage: Stage,
     tasks: Mapping[str, Task],
     adjustments: Mapping[str, Tensor],
     *,
+    protection: Protection | None = None,
     progress: tuple[float, float] = (0.0, 1.0),
     steps: int = 1,
     rate: float = 1.0,
@@ -49,8 +52,8 @@ def train(
     `adjustments` [K] by task are added to the logits (common/imbalance.py); `progress` is the share of the stage done before and after this
     round, which the learning rate's schedule follows, and `rate` what the coordinator multiplies it by. The head of a task with `head: anchored`
     stays where it is while its gradient is summed; it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of
-    the deltas is a gradient step over all centres. A head with `head: moments` is fitted by the server and never moves here. Raises Refused when
-    the loss is not finite.
+    the deltas is a gradient step over all centres. A head with `head: moments` is fitted by the server and never moves here. With a `protection`
+    a batch is the patients drawn, and the report says neither scans nor losses (client/private.py). Raises Refused when the loss is not finite.
     """
     device = torch.device(device)
     model.to(device).train()
@@ -84,13 +87,20 @@ def train(
             lr = rate * learning_rate(stage.optimiser, progress[0] + (progress[1] - progress[0]) * step / max(steps, 1))
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["scale"]
-            labelled = {t: int(labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()}
-            sums, parts = _backward(model, objective, scaler, batch, parts, labelled)
-            for t, (value, n) in sums.items():
-                if not math.isfinite(value):
-                    raise Refused(f"the loss became {value} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32")
-                report.losses[t][0] += value
-                report.losses[t][1] += n
+            if protection is None:
+                assert isinstance(batch, Batch)
+                labelled = {t: int(labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()}
+                sums, parts = _backward(model, objective, scaler, batch, parts, labelled)
+                for t, (value, n) in sums.items():
+                    if not math.isfinite(value):
+                        raise Refused(f"the loss became {value} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32")
+                    report.losses[t][0] += value
+                    report.losses[t][1] += n
+                report.scans += len(batch.slices)
+            else:
+                assert not isinstance(batch, Batch), "a protected step wants the patients drawn (client/private.py)"
+                moving = [p for p in (*(p for _, p in movable), *anchored) if p.requires_grad]
+                hide(model, objective, batch, moving, protection, derive(seed, step))
             scale = scaler.get_scale()
             _step(optimiser, scaler, stage, [p for _, p in movable], start)
             if scaler.get_scale() >= scale:  # else fp16's gradients overflowed, and the step counts for nothing
@@ -99,7 +109,6 @@ def train(
                         total.add_(p.grad, alpha=pull)
             objective.stepped(model)
             report.steps += 1
-            report.scans += len(batch.slices)
     with torch.no_grad():
         for total, p in zip(anchor_sum, anchored, strict=True):
             p.sub_(total)

@@ -125,6 +125,11 @@ def check(config: Config) -> Config:
             raise ConsiliumError(
                 f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"
             )
+    if config.privacy.kind == "patient":
+        refuse_unprotected(config)
+        config = dataclasses.replace(
+            config, backbone=dataclasses.replace(config.backbone, norm="group")
+        )  # the one architecture of all centres
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
         raise ConsiliumError(
             "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; use federated or central"
@@ -136,6 +141,41 @@ def check(config: Config) -> Config:
         tasks = {n: dataclasses.replace(t, head="local") for n, t in config.tasks.items()}
         return dataclasses.replace(config, stages=stages, tasks=tasks)
     return config
+
+
+def refuse_unprotected(config: Config) -> None:
+    """Raises ConsiliumError for what would tell more of a patient than `privacy=patient` promises. A centre asks it too, of what it is sent."""
+    told = []
+    if config.federation.mode == "local":
+        told.append("federation.mode=local exchanges no weights, so there is nothing to protect")
+    for name, task in config.tasks.items():
+        if task.kind == "contrast":
+            told.append(
+                f"task '{name}' contrasts a scan with a queue of others, so that a patient's gradient depends on other patients; use inpainting"
+            )
+        if task.head == "moments":
+            told.append(f"task '{name}' sends class moments of the features without noise; set its head: local or anchored")
+        if task.clusters:
+            told.append(f"task '{name}' sends sums of features for its clusters without noise; give it classes")
+        if task.prior == "local":
+            told.append(f"task '{name}' has the centre's own class counts in the loss of every patient; set its prior: global or none")
+    for name, stage in config.stages.items():
+        if "batch_norm" in stage.personal:
+            told.append(f"stages.{name}.personal=[batch_norm] keeps batch norms, which are replaced by group norms; leave it out")
+        if "all" in stage.personal:
+            told.append(
+                f"stages.{name}.personal=[all] exchanges no weights, so there is nothing to protect; run that stage without privacy"
+            )
+        if stage.sample:
+            told.append(f"stages.{name}.sample draws scans by their label, but every patient must have the same odds; leave it empty")
+        if stage.runtime == "auto":
+            told.append(
+                f"stages.{name}.runtime=auto trains on patients without protection to time it; set precision and channels_last yourself"
+            )
+        if stage.precision == "fp16":
+            told.append(f"stages.{name}.precision=fp16 drops a step when one patient's gradient overflows; use bf16 or fp32")
+    if told:
+        raise ConsiliumError(f"privacy=patient: {told[0]}")
 
 
 def named(name: str, task: Task) -> Task:

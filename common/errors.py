@@ -18,6 +18,10 @@ class Refused(ConsiliumError):
     """The centre will not answer this request; the text says why and is meant for the coordinator's operator."""
 
 
+class Declined(Refused):
+    """The centre will not, and asking again is no use: the round does not wait for it."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The sentence's tail that helps: ``"; did you mean 'covid'?"`` or ``"; valid: a, b, c"``."""
     names = sorted(str(v) for v in valid)

@@ -102,6 +102,7 @@ class Contribution:
     steps: int
     losses: dict[str, list[float]]  # {task: [summed loss, labelled scans seen]}
     seconds: float
+    epsilon: float | None = None  # `privacy=patient`: what its cohort has lost so far, at the run's delta, in this and all earlier runs
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Refusal:
 
     centre: str
     reason: str
+    declined: bool = False  # by choice: asking again is no use
 
 
 Request = Hello | Query | Train

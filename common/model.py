@@ -56,7 +56,7 @@ class Model(nn.Module):
         if needs_decoder(tasks):
             self.decoder = make_decoder(self.encoder, backbone.name, backbone.decoder)
             if backbone.norm == "group":
-                group_norm(self.decoder)
+                group_norm(self.decoder, backbone.groups)
         self.pool = backbone.pool
         self.kinds = {name: task.kind for name, task in tasks.items()}
         self.reads = {name: what_is_read(task) for name, task in tasks.items()}
@@ -166,7 +166,7 @@ def make_encoder(backbone: Backbone) -> nn.Module:
     known(backbone)
     options: dict[str, Any] = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     encoder: nn.Module = timm.create_model(backbone.name, pretrained=False, num_classes=0, in_chans=3, **options)
-    return group_norm(encoder) if backbone.norm == "group" else encoder
+    return group_norm(encoder, backbone.groups) if backbone.norm == "group" else encoder
 
 
 def width_of(encoder: nn.Module) -> int:
@@ -174,11 +174,11 @@ def width_of(encoder: nn.Module) -> int:
     return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
 
 
-def group_norm(module: nn.Module) -> nn.Module:
-    """Every batch norm replaced by a group norm of at most 32 groups with the same affine weights (timm's fused ones too)."""
+def group_norm(module: nn.Module, most: int = 32) -> nn.Module:
+    """Every batch norm replaced by a group norm of at most `most` groups with the same affine weights (timm's fused ones too)."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            groups = math.gcd(child.num_features, 32)
+            groups = math.gcd(child.num_features, most)
             new: nn.Module
             if isinstance(child, BatchNormAct2d):
                 new = GroupNormAct(child.num_features, num_groups=groups, eps=child.eps)
@@ -188,8 +188,17 @@ def group_norm(module: nn.Module) -> nn.Module:
             new.load_state_dict({"weight": child.weight.data, "bias": child.bias.data}, strict=False)
             setattr(module, name, new)
         else:
-            group_norm(child)
+            group_norm(child, most)
     return module
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raises ConsiliumError when a layer is left in which one patient's output depends on the others of the batch: no gradient is theirs alone."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConsiliumError(
+                f"privacy=patient: the backbone has a {type(module).__name__} that group norm cannot replace; choose another"
+            )
 
 
 def make_model(backbone: Backbone, tasks: Mapping[str, Task], seed: int, channels_last: bool = False, checkpointing: bool = False) -> Model:

@@ -238,6 +238,7 @@ class Backbone:
     weights: str = "random"  # random | timm (the coordinator fetches them) | a file of the coordinator's
     pool: Literal["mean", "max"] = "mean"  # over the slices of a scan
     norm: Literal["batch", "group"] = "batch"  # group: every BatchNorm2d replaced by GroupNorm
+    groups: int = 32  # of a GroupNorm, at most: their number divides the channels
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the three (equal) channels of a picture in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     drop_path: float = 0.0
@@ -245,6 +246,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         _require(min(self.std) > 0, f"backbone.std is {self.std}; each must be above 0")
+        _require(1 <= self.groups <= 1024, f"backbone.groups is {self.groups}; it must be 1 to 1024")
 
 
 @settings
@@ -266,6 +268,27 @@ class Aggregation:
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "aggregation.beta1 and beta2 must be in [0, 1)")
         _require(self.eps > 0, f"aggregation.eps is {self.eps}; it must be above 0")
         _require(self.outlier > 1, f"aggregation.outlier is {self.outlier}; it must be above 1")
+
+
+@settings
+class Privacy:
+    """Differential privacy of the weights that a centre sends; the unit is the patient (client/private.py)."""
+
+    kind: Literal["none", "patient"] = "none"
+    epsilon: float = 0.0  # the loss that all rounds of this run together shall come to; the noise follows from it. Or ...
+    noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
+    delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
+    clip: float = 1.0  # largest L2 norm of one patient's gradient
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.epsilon <= 50, f"privacy.epsilon is {self.epsilon}; it must be above 0 and at most 50")
+        _require(self.noise == 0 or 0.3 <= self.noise <= 1000, f"privacy.noise is {self.noise}; it must be 0.3 to 1000, or 0")
+        _require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
+        _require(0 < self.clip <= 1e6, f"privacy.clip is {self.clip}; it must be above 0")
+        _require(
+            self.kind == "none" or (self.epsilon > 0) != (self.noise > 0),
+            f"privacy.epsilon is {self.epsilon} and privacy.noise {self.noise}: one follows from the other; give one, set the other to 0",
+        )
 
 
 @settings
@@ -348,5 +371,6 @@ class Config:
     backbone: Backbone = field(default_factory=Backbone)
     preprocess: Preprocess = field(default_factory=Preprocess)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=Privacy)
     federation: Federation = field(default_factory=Federation)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.compose import active, to_dict
 from common.imbalance import effective_number
-from common.messages import Contribution, Query, Request, Train
+from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
 from common.weights import Weights, flatten, layout_of
@@ -114,6 +114,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         entry["seconds"] = time.perf_counter() - began
         close(run, place, stage, entry, started, because)
         text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
+        spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
+        text += f"  epsilon {min(spent):.2f} to {max(spent):.2f}" if spent else ""
         log.info("%s round %d/%d  %5.1f s  %s", name, round, stage.rounds, entry["seconds"], text)
     place["finished"] = True
     save(run, name, len(place["rounds"]) - 1)
@@ -122,7 +124,6 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
 def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round: int) -> tuple[dict[str, Any], str]:
     """One round's training and aggregation, retried below the quorum. Returns the report's entry and why the round closed. Raises Paused."""
     taught, average = training(run, stage)
-    quorum = max(1, math.ceil(run.config.federation.quorum * len(taught)))
     rate = plateau(stage, place, run.config.evaluation) if stage.optimiser.schedule == "plateau" else 1.0
     for attempt in range(run.config.federation.retries + 1):
         folder = run.folder / "spool"
@@ -146,17 +147,20 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             )
             for c in taught
         }
+        declined = 0
         for received in run.transport.ask(requests, run.config.federation.deadline):
             bytes_up, bytes_down = bytes_up + received.bytes_up, bytes_down + received.bytes_down
             reply = received.reply
             if not isinstance(reply, Contribution):
                 facts[received.centre] = {"accepted": False, "reason": reason_of(reply)}
+                declined += isinstance(reply, Refusal) and reply.declined
                 continue
             summed = sum(v for v, n in reply.losses.values())
             labelled = sum(n for _, n in reply.losses.values())
             facts[received.centre] = {
                 "accepted": True, "reason": "", "scans": reply.scans, "steps": reply.steps, "seconds": reply.seconds,
                 "loss": summed / labelled if labelled else None, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down,
+                "epsilon": reply.epsilon,
             }  # fmt: skip
             why = fault(reply, run.layout, place["personal"])
             if why:
@@ -170,6 +174,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         for centre, said in facts.items():
             if not said["accepted"]:
                 leave_out(run, name, round, centre, said["reason"])
+        quorum = max(1, math.ceil(run.config.federation.quorum * (len(taught) - declined)))  # who declines is not waited for
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)

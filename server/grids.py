@@ -181,6 +181,22 @@ def cost_grid(rounds: Rounds) -> Grid:
     return Grid([[Head("stage", False), *map(Head, heads)]], rows)
 
 
+def privacy_grid(rounds: Rounds, privacy: Result) -> Grid:
+    """What each centre's patients have lost so far, in this and earlier runs, by the last round that each contributed to."""
+    spent: dict[str, list[tuple[int, float]]] = {}
+    for number, _, r in rounds:
+        for centre, said in r.get("centres", {}).items():
+            if finite(said.get("epsilon")) is not None:
+                spent.setdefault(centre, []).append((number, said["epsilon"]))
+    rows = [
+        Line([Cell(centre), *(Cell(text_of(v, 2) or "", "n") for v in (of[0][1], of[-1][1])), Cell(str(len(of)), "n")])
+        for centre, of in spent.items()
+    ]
+    heads = ("epsilon, first round", "epsilon, last round", "rounds")
+    caption = f"Patients' privacy loss at delta {privacy.get('delta', 0):g}, clipped at {privacy.get('clip', 0):g}"
+    return Grid([[Head("centre", False), *map(Head, heads)]], rows, caption)
+
+
 def left_out_grid(result: Result) -> Grid:
     """Contributions that were not used, and why."""
     head = [Head("stage", False), Head("round"), Head("centre", False), Head("reason", False)]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConsiliumError
-from common.model import Model, group_norm, make_model
+from common.model import Model, group_norm, make_model, refuse_batch_norm
 from common.schema import Config
 from common.seeds import derive
 
@@ -20,6 +20,8 @@ def initial_model(config: Config) -> Model:
     Raises ConsiliumError when the weights cannot be had or do not fit.
     """
     model = make_model(config.backbone, config.tasks, derive(config.seed, "initial"))
+    if config.privacy.kind == "patient":
+        refuse_batch_norm(model)
     source = config.backbone.weights
     if source == "random":
         return model
@@ -37,7 +39,7 @@ def initial_model(config: Config) -> Model:
                 "backbone.weights=timm: give a file (backbone.weights=/path/weights.safetensors) or backbone.weights=random"
             ) from error
         if config.backbone.norm == "group":
-            encoder = group_norm(encoder)
+            encoder = group_norm(encoder, config.backbone.groups)
         state = encoder.state_dict()
     else:
         state = read_weights(Path(source).expanduser())

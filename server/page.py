@@ -102,6 +102,7 @@ summary { cursor:pointer; color:var(--accent) }
 {% for t in labels %}{{ grid(t) }}{% else %}<p>No counts were reported.</p>{% endfor %}
 {% if about.rows %}<h3>The centres</h3>{{ grid(about) }}{% endif %}
 {% if cost_figures %}<h2>Time and traffic</h2>{{ plots(cost_figures) }}{{ grid(costs) }}{% endif %}
+{% if privacy.rows %}<h2>Privacy</h2>{{ grid(privacy) }}{% endif %}
 <h2>Left out</h2>
 {% if left_out.rows %}{{ grid(left_out) }}{% else %}<p>Nothing: every contribution that arrived was used.</p>{% endif %}
 <h2>Configuration</h2>

@@ -91,6 +91,7 @@ contributions = _table(
     sa.Column("steps", sa.BigInteger),
     sa.Column("norm", sa.Float),
     sa.Column("loss", sa.Float),
+    sa.Column("epsilon", sa.Float),  # what the centre's patients have lost so far
     sa.Column("seconds", sa.Float),
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),

@@ -49,6 +49,14 @@ def test_what_is_not_allowed_is_refused_with_its_rule(policy: Policy, sentence: 
     assert sentence in str(caught.value)
 
 
+def test_a_limit_on_epsilon_is_met_by_a_private_run_and_by_no_other() -> None:
+    permit(Policy(epsilon=3), TRAIN, compose(["privacy=patient"]), NOON)  # client/budget.py counts
+    assert "delta" not in describe(Policy())
+    assert describe(Policy(epsilon=3)) == {"epsilon": 3, "delta": 1e-5, "smallest_cell": 1}
+    with pytest.raises(ValueError, match="delta is 1"):
+        Policy(delta=1)
+
+
 def test_what_is_allowed_passes() -> None:
     policy = Policy(
         recipes=["triage"], fingerprints=[fingerprint()], labels=["covid", "lesion", "severity"], queries=["counts"], hours="08:00-18:00"

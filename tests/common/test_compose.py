@@ -130,3 +130,46 @@ def test_our_own_lung_masks_are_not_learnt(name: str, label: str) -> None:
     given = Config(tasks={name: Task(kind="segmentation", label=label)}, stages={"main": Stage()}, evaluation=Evaluation(task=name))
     with pytest.raises(ConsiliumError, match="would learn the column 'lungs', where our own lung finder fills in"):
         check(given)
+
+
+# --- privacy --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_privacy_gives_every_centre_the_same_group_norms() -> None:
+    assert compose([]).privacy.kind == "none"
+    assert compose([]).backbone.norm == "batch"
+    config = compose(["privacy=patient", "backbone=efficientnet_b7", "stage.precision=bf16"])
+    assert config.backbone.norm == "group"
+    assert (config.privacy.epsilon, config.privacy.noise) == (8.0, 0.0)
+    assert compose(["privacy=patient", "privacy.noise=1.1", "privacy.epsilon=0"]).privacy.noise == 1.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["privacy=patients"], "did you mean 'patient'"),
+        (["privacy.epsilon=0"], "privacy.epsilon is 0.0 and privacy.noise 0.0: one follows from the other"),
+        (["privacy.noise=1"], "privacy.epsilon is 8.0 and privacy.noise 1.0"),
+        (["privacy.epsilon=-1"], "privacy.epsilon is -1.0"),
+        (["privacy.epsilon=51"], "privacy.epsilon is 51.0"),
+        (["privacy.noise=0.1", "privacy.epsilon=0"], "privacy.noise is 0.1"),
+        (["privacy.delta=0"], "privacy.delta is 0.0"),
+        (["privacy.clip=0"], "privacy.clip is 0.0"),
+        (["backbone.groups=0"], "backbone.groups is 0"),
+        (["recipe=finegrained"], "task 'moco' contrasts a scan with a queue of others"),
+        (["tasks.source.head=moments"], "task 'source' sends class moments"),
+        (["tasks.source.prior=local"], "task 'source' has the centre's own class counts"),
+        (["recipe=transfer", "stages.transition.tasks=[soft]"], "task 'soft' sends sums of features"),
+        (["recipe=triage"], "stages.main.sample draws scans by their label"),
+        (["stage.personal=[batch_norm]"], "keeps batch norms, which are replaced by group norms"),
+        (["stage.personal=[all]", "tasks.source.head=local"], "exchanges no weights"),
+        (["federation.mode=local"], "exchanges no weights"),
+        (["stage.precision=fp16"], "precision=fp16"),
+        (["stage.runtime=auto"], "runtime=auto trains on patients without protection"),
+    ],
+)
+def test_privacy_refuses_what_would_tell_more(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConsiliumError) as caught:
+        compose(["privacy=patient", *overrides])
+    assert sentence in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

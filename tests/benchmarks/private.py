@@ -1,0 +1,134 @@
+"""What `privacy=patient` costs: time and memory of a step against a plain one, and the AUC on the phantom by epsilon.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--seeds 1] [--only epsilon]
+
+A step is `client.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
+and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
+one process (tests/inprocess.py); `none, group norm` shows what the change of architecture alone does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.objective import Batch
+from client.private import Protection
+from client.trainer import train
+from common.model import Model, make_model
+from common.schema import Backbone, Stage, Task
+from server.runs import begin, open_ledger
+from tests.inprocess import InProcess, sites
+
+MODELS = [
+    ("test_efficientnet", 64), ("test_efficientnet", 96), ("test_efficientnet", 224),
+    ("resnet10t", 64), ("resnet10t", 96), ("resnet10t", 224),
+    ("mobilenetv3_small_100", 64), ("mobilenetv3_small_100", 96), ("mobilenetv3_small_100", 224),
+]  # fmt: skip
+TASKS = {"covid": Task()}
+STAGE = Stage(batch=4)
+
+
+def made(backbone: str, size: int) -> tuple[Model, Batch]:
+    """A model with group norms, and four scans."""
+    rng = np.random.default_rng(1)
+    slices = torch.from_numpy(rng.integers(0, 256, (4, 8, size, size), dtype=np.uint8))
+    return make_model(Backbone(backbone, norm="group"), TASKS, 1, channels_last=True), Batch(
+        slices, {"covid": torch.tensor([0.0, 1, 1, 0])}
+    )
+
+
+def step(model: Model, batch: Batch, private: bool) -> None:
+    if private:
+        patients = {str(i): one for i, one in enumerate(batch.parts(4))}
+        train(model, [patients], STAGE, TASKS, {}, protection=Protection(1.0, 1.0, 4.0))
+    else:
+        train(model, [batch], STAGE, TASKS, {})
+
+
+def peak(backbone: str, size: int, private: bool) -> int:
+    """Bytes that a step adds to the peak of this process (Linux counts it, and sets it back to the present on `clear_refs` 5)."""
+    torch.set_num_threads(1)
+    model, batch = made(backbone, size)
+    step(*made(backbone, 32), private)  # libraries are loaded
+    Path("/proc/self/clear_refs").write_text("5")
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    step(model, batch, private)
+    after = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * (int(after["VmHWM"].split()[0]) - int(status["VmRSS"].split()[0]))
+
+
+def steps(repeats: int) -> None:
+    print(f"{'backbone':24} {'px':>4} {'plain, ms':>10} {'private':>8} {'ratio':>6} {'plain, MB':>10} {'private':>8} {'ratio':>6}")
+    fresh = multiprocessing.get_context("spawn")
+    for backbone, size in MODELS:
+        model, batch = made(backbone, size)
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for repeat in range(repeats + 1):  # the first is not counted
+            for private in (False, True):
+                began = time.perf_counter()
+                step(model, batch, private)
+                if repeat:
+                    taken[private].append(1000 * (time.perf_counter() - began))
+        plain, private_ = (statistics.median(taken[p]) for p in (False, True))
+        with fresh.Pool(1, maxtasksperchild=1) as pool:
+            memory = pool.starmap(peak, [(backbone, size, p) for p in (False, True)], chunksize=1)
+        print(
+            f"{backbone:24} {size:4} {plain:10.0f} {private_:8.0f} {private_ / plain:6.2f} "
+            f"{memory[0] / 1e6:10.0f} {memory[1] / 1e6:8.0f} {memory[1] / max(memory[0], 1):6.2f}",
+            flush=True,
+        )
+
+
+def auc(scale: float, rounds: int, seeds: int, only: str, more: list[str]) -> None:
+    from common.compose import compose
+
+    settings = {"none": [], "none, group norm": ["backbone.norm=group"]}
+    settings |= {f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}"] for e in (8, 3, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{'':18} {'macro':>6} {'worst':>6}  epsilon spent  seconds")
+        for name, own in ((name, own) for name, own in settings.items() if only in name):
+            for seed in range(1, seeds + 1):
+                few = [f"federation.root={folder}/data", f"federation.phantom.scale={scale}", f"stage.rounds={rounds}", f"seed={seed}"]
+                config = compose([*few, "stage.tasks=[covid]", "evaluation.choose=last", *own, *more])
+                runs = Path(folder) / "runs"
+                for book in Path(folder).glob("data/*/.consilium/budget/*"):
+                    book.unlink()  # so that what is said is this run's
+                began = time.perf_counter()
+                result = begin(config, InProcess(sites()), runs, open_ledger(runs), f"{name.replace(' ', '-').replace(',', '')}-{seed}")
+                scores = result["test"]["covid"]
+                spent = [c["epsilon"] for c in result["stages"][-1]["rounds"][-1]["centres"].values() if c["epsilon"] is not None]
+                said = f"{min(spent):.2f} to {max(spent):.2f}" if spent else "–"
+                print(
+                    f"{name:18} {scores['macro']['auc']:6.3f} {scores['worst']['auc']['value']:6.3f}  {said:14} "
+                    f"{time.perf_counter() - began:6.0f}  seed {seed}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--auc", action="store_true")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--scale", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="of the federations: those with this in their name, e.g. epsilon")
+    given, more = parser.parse_known_args()  # more: overrides of the federations, e.g. stage.batch=32
+    torch.set_num_threads(1)
+    if given.steps or not given.auc:
+        steps(given.repeats)
+    if given.auc or not given.steps:
+        auc(given.scale, given.rounds, given.seeds, given.only, more)
+
+
+if __name__ == "__main__":
+    main()
