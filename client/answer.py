@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, personal, private, soft_labels
+from client import budget, egress, personal, private, soft_labels, wire
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
@@ -27,6 +27,7 @@ from client.runtime import fastest
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.trainer import train
+from common.codec import codec_of
 from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
@@ -129,6 +130,8 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         request.name not in ("counts", "scores") or (request.name, request.split) == ("scores", "train")
     ):
         raise Refused(f"query '{request.name}' would tell of training scans without noise, which privacy=patient does not allow")
+    if request.split == "test":
+        wire.forget(home(site, config), request.run)
     began = time.perf_counter()
     scans, _ = read_scans(site, config)
     stage = config.stages[request.stage] if request.stage else next(iter(config.stages.values()))
@@ -209,6 +212,9 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         personal.forget(folder, request.run, stage, request.stage, [*request.keep, request.round])
         if "all" in stage.personal:
             delta = np.empty(0, np.float32)
+    arrays: dict[str, np.ndarray] = {}
+    if len(delta) and (codec := codec_of(config)) != "fp32":
+        arrays, delta = wire.coded(home(site, config), request, delta, layout, codec), np.empty(0, np.float32)
     contribution = Contribution(
         centre,
         delta,
@@ -217,6 +223,7 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         report.steps,
         {t: list(v) for t, v in report.losses.items()},
         time.perf_counter() - began,
+        arrays,
     )
     if account:
         contribution.epsilon = budget.epsilon(budget.charge(account, price, request), config.privacy.delta)

@@ -14,15 +14,14 @@ belongs to the centre and is made of noised values too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from common.schema import Codec, Config
 from common.weights import Entry, Layout
 
-Codec = Literal["fp32", "fp16", "int8", "int4"]
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -112,6 +111,11 @@ def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Cod
                 values[e.where] = rest[kept : kept + n]
                 kept += n
     return values
+
+
+def codec_of(config: Config) -> Codec:
+    """What changes travel in: pooled and local training send none to anybody, and stay exact."""
+    return config.aggregation.codec if config.federation.mode == "federated" else "fp32"
 
 
 def channels(entry: Entry) -> int:

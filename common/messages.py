@@ -96,12 +96,13 @@ class Contribution:
     """What a centre sends back in a round."""
 
     centre: str
-    delta: NDArray[np.float32]  # [P] weights after minus weights received; empty when the stage keeps all weights personal
+    delta: NDArray[np.float32]  # [P] weights after minus weights received; empty when the stage keeps all weights personal, or when ...
     integers: NDArray[np.int64]  # [Q] counters after
     scans: int
     steps: int
     losses: dict[str, list[float]]  # {task: [summed loss, labelled scans seen]}
     seconds: float
+    coded: dict[str, NDArray[np.generic]] = field(default_factory=dict)  # ... it travels as arrays of the run's codec (common/codec.py)
     epsilon: float | None = None  # `privacy=patient`: what its cohort has lost so far, at the run's delta, in this and all earlier runs
 
 
@@ -118,6 +119,8 @@ Request = Hello | Query | Train
 Reply = Presence | Answer | Contribution | Refusal
 KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Hello, Query, Train, Presence, Answer, Contribution, Refusal)}
 
+NAMED = ("sums", "coded")  # fields that are arrays by name
+
 
 def pack(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
     """(arrays, facts): every array by its field (`field/key` inside a dict), the rest as JSON-able facts with the message's kind."""
@@ -129,8 +132,8 @@ def pack(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict
             arrays[f.name] = value
         elif isinstance(value, Weights):
             arrays[f"{f.name}.floats"], arrays[f"{f.name}.integers"] = value.floats, value.integers
-        elif f.name == "sums":
-            arrays.update({f"sums/{key}": array for key, array in value.items()})
+        elif f.name in NAMED:
+            arrays.update({f"{f.name}/{key}": array for key, array in value.items()})
         else:
             facts[f.name] = value
     return arrays, facts
@@ -144,8 +147,8 @@ def unpack(arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, Any]) 
         if f"{f.name}.floats" in arrays:
             floats, integers = arrays[f"{f.name}.floats"], arrays[f"{f.name}.integers"]
             facts[f.name] = Weights(np.asarray(floats, np.float32), np.asarray(integers, np.int64))
-        elif f.name == "sums":
-            facts["sums"] = {key[5:]: array for key, array in arrays.items() if key.startswith("sums/")}
+        elif f.name in NAMED:
+            facts[f.name] = {key.removeprefix(f"{f.name}/"): array for key, array in arrays.items() if key.startswith(f"{f.name}/")}
         elif f.name in arrays:
             facts[f.name] = arrays[f.name]
     message: Request | Reply = cls(**facts)

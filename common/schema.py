@@ -13,6 +13,7 @@ T = TypeVar("T")
 Mode = Literal["federated", "central", "local"]
 Personal = Literal["batch_norm", "heads", "all"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Codec = Literal["fp32", "fp16", "int8", "int4"]
 Metric = Literal["auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "gmean", "dice", "r2", "spearman"]
 Kind = Literal["masked", "positive", "negative", "unlabelled"]  # of a scan: with a mask; else by the stage's first binary task
 
@@ -260,6 +261,7 @@ class Aggregation:
     beta1: float = 0.9  # fedadam, fedyogi
     beta2: float = 0.99
     eps: float = 1e-3
+    codec: Codec = "int8"  # of the changes that centres send (common/codec.py); fp32: as they are
     outlier: float = 10.0  # a contribution is left out when its norm exceeds this multiple of the others' median
 
     def __post_init__(self) -> None:

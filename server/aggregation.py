@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from common.codec import decode
 from common.imbalance import centre_weights
 from common.messages import Contribution
-from common.schema import Aggregation, Task
+from common.schema import Aggregation, Codec, Task
 from common.tasks import reads_map
 from common.weights import Layout, Weights
 
@@ -39,6 +40,13 @@ class Spooled:
     def delta(self) -> NDArray[np.float32]:
         """Where it lies on disk; nothing is read before it is used."""
         return np.load(self.path, mmap_mode="c")  # type: ignore[no-any-return]
+
+
+def decoded(contribution: Contribution, layout: Layout, codec: Codec) -> Contribution:
+    """With the change itself in place of its code. Raises ValueError or KeyError for what is none of this layout's or codec's."""
+    if not contribution.coded:
+        return contribution
+    return replace(contribution, delta=decode(contribution.coded, layout, codec), coded={})
 
 
 def fault(contribution: Contribution, layout: Layout, empty: bool) -> str:

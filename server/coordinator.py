@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from common.codec import codec_of
 from common.compose import active, to_dict
 from common.imbalance import effective_number
 from common.messages import Contribution, Query, Refusal, Request, Train
@@ -22,7 +23,7 @@ from common.model import make_model
 from common.schema import Evaluation, Stage
 from common.weights import Weights, flatten, layout_of
 from server import checkpoint, scores
-from server.aggregation import Spooled, fault, group_weights, outliers, spool, step, weighted_sum
+from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
 from server.counts import counted, global_counts, training
 from server.initial import initial_model
 from server.presence import filled, greet, readmit
@@ -162,7 +163,11 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
                 "loss": summed / labelled if labelled else None, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down,
                 "epsilon": reply.epsilon,
             }  # fmt: skip
-            why = fault(reply, run.layout, place["personal"])
+            try:
+                reply = decoded(reply, run.layout, codec_of(run.config))
+                why = fault(reply, run.layout, place["personal"])
+            except (KeyError, ValueError) as error:
+                why = f"cannot be decoded: {error}"
             if why:
                 facts[received.centre].update(accepted=False, reason=why)
             else:

@@ -41,7 +41,7 @@ def copy(hospital: Path, tmp_path: Path) -> Path:
 
 def config_of(*overrides: str) -> Config:
     few = ["federation=folder", "federation.centres=[north,south]", "preprocess.size=32", "preprocess.crop=none", "stage.batch=4"]
-    config = compose([*few, "stage.precision=fp32", *overrides])
+    config = compose([*few, "stage.precision=fp32", "aggregation.codec=fp32", *overrides])
     tasks = {n: replace(t, classes=["north", "south"]) if n == "source" else t for n, t in config.tasks.items()}
     return replace(config, tasks=tasks)
 
@@ -340,7 +340,9 @@ def test_a_sentence_of_ours_may_name_a_file_so_it_stays_in_a_hospital(
 
 def recipe(*overrides: str) -> Config:
     few = ["federation=folder", "federation.centres=[north,south]", "preprocess.size=32", "preprocess.crop=none", "preprocess.slices=1"]
-    return compose([*few, "stage.precision=fp32", "stage.batch=4", "backbone.decoder.widths=[8,8,8,8,4]", *overrides])
+    return compose(
+        [*few, "stage.precision=fp32", "aggregation.codec=fp32", "stage.batch=4", "backbone.decoder.widths=[8,8,8,8,4]", *overrides]
+    )
 
 
 def test_only_asked_columns_are_named_and_films_are_no_ct(hospital: Path) -> None:

@@ -90,9 +90,11 @@ def test_bad_contributions_are_left_out_with_the_reason(phantom: Path, tmp_path:
     def hook(centre: str, request: Request, reply: Reply) -> Reply | None:
         if isinstance(reply, Contribution) and isinstance(request, Train):
             if (centre, request.round) == ("north", 1):
-                reply.delta[3] = np.inf
+                reply.coded["scales"] = np.full_like(reply.coded["scales"], 0x7F80)  # infinite
             if (centre, request.round) == ("east", 1):
-                reply.delta *= 1000
+                reply.coded["scales"] = reply.coded["scales"] + np.uint16(10 << 7)  # ten more in the exponent: 1024 times as much
+            if (centre, request.round) == ("west", 2):
+                del reply.coded["codes"]
             if (centre, request.round) == ("south", 2):
                 return None  # silence
         return reply
@@ -102,6 +104,7 @@ def test_bad_contributions_are_left_out_with_the_reason(phantom: Path, tmp_path:
     assert left[1, "north"] == "not finite"
     assert "times the others' median" in left[1, "east"]
     assert "no reply within" in left[2, "south"]
+    assert "cannot be decoded" in left[2, "west"]
     assert set(result["stages"][0]["rounds"][1]["weights"]["backbone"]) == {"south", "west"}
     assert all(np.isfinite(w).all() for w in weights(tmp_path).values())
 
