@@ -1,6 +1,6 @@
 """What `privacy=patient` costs: time and memory of a step against a plain one, and the AUC on the phantom by epsilon.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--seeds 1] [--only epsilon]
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--only epsilon]
 
 A step is `client.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
 and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
