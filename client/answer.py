@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, personal, private, soft_labels, wire
+from client import budget, egress, personal, private, received, soft_labels, wire
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
@@ -32,7 +32,7 @@ from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
 from common.imbalance import logit_adjustment
-from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Reply, Request, Train
+from common.messages import Answer, Contribution, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
 from common.model import Model, make_model, refuse_batch_norm
 from common.schema import Config, Stage
 from common.seeds import derive
@@ -78,9 +78,12 @@ def _answer(site: Site, request: Request) -> Reply:
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
             return hello(site, config)
+        request = received.completed(home(site, config), config, request)
         if isinstance(request, Train):
             return release(policy, train_round(site, config, request, policy))
         return release(policy, query(site, config, request), request.name)
+    except received.Missing:
+        return Lacking(centre)
     except Refused as refused:
         return Refusal(centre, str(refused), isinstance(refused, Declined))
     except ConsiliumError as error:  # its sentence may name a file: that stays in a hospital

@@ -20,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from common.schema import Codec, Config
-from common.weights import Entry, Layout
+from common.weights import Entry, Layout, Weights
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
@@ -33,7 +33,7 @@ BLOCK = 1 << 16  # values that are worked on at a time: they stay in the process
 def encode(
     values: Floats, layout: Layout, codec: Codec, residual: Floats | None = None, scales: Floats | None = None
 ) -> tuple[Arrays, Floats | None]:
-    """Arrays for the wire, and the residual [P] to add the next time (None for fp32).
+    """Arrays for the wire, and the residual [P] to add the next time (None for fp32), which takes the place of the one given.
 
     `values` [P] in the layout's order. fp32: `values` [P]. Else `codes` [V] of the V parameters (float16 or int8; int4: uint8, two a byte,
     deflated), `scales` uint16 [channels], `rest` float32 [P - V], the buffers. A channel with a value that is not finite has a scale that is
@@ -45,7 +45,7 @@ def encode(
     top, parts = LEVELS[codec], [e for e in layout.floats if e.parameter]
     codes = np.empty(sum(e.stop - e.start for e in parts), np.float16 if codec == "fp16" else np.int8)
     found = np.empty(sum(map(channels, parts)), np.float32)
-    lost = np.zeros(layout.size, np.float32)
+    lost = np.zeros(layout.size, np.float32) if residual is None else residual
     total, scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     at = first = 0
     with np.errstate(invalid="ignore", over="ignore"):
@@ -82,7 +82,11 @@ def encode(
                 if not np.isfinite(largest).all():  # said once; the next round starts clean
                     left[rows][~np.isfinite(largest)] = 0
             at, first = at + e.stop - e.start, first + channels(e)
-    rest = [values[e.where] for e in layout.floats if not e.parameter]
+    rest = []
+    for e in layout.floats:
+        if not e.parameter:
+            lost[e.where] = 0
+            rest.append(values[e.where])
     arrays: Arrays = {"codes": packed(codes.view(np.int8)) if codec == "int4" else codes, "scales": shortened(found)}
     return arrays | {"rest": np.concatenate(rest) if rest else np.empty(0, np.float32)}, lost
 
@@ -111,6 +115,18 @@ def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Cod
                 values[e.where] = rest[kept : kept + n]
                 kept += n
     return values
+
+
+def changed(weights: Weights, change: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec) -> Weights:
+    """The weights with an encoded change added, the counters replaced: the same bits wherever it is done. Nothing: the same weights.
+
+    Raises ValueError or KeyError for a change that is none of this layout's or codec's.
+    """
+    if not change:
+        return weights
+    floats = decode(change, layout, codec)
+    np.add(weights.floats, floats, out=floats)
+    return Weights(floats, _checked(change["integers"], np.int64, layout.integer_size))
 
 
 def codec_of(config: Config) -> Codec:

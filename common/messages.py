@@ -45,6 +45,9 @@ class Query:
     personal: list[tuple[str, int]] = field(default_factory=list)  # (stage, round) of the centre's own weights to lay over, in this order
     centroids: NDArray[np.float64] | None = None  # [K, D], clusters: the nearest is a scan's cluster
     clustering: str = ""  # clusters: keep each scan's cluster at the centre under this name
+    base: str = ""  # when `weights` are ELSEWHERE: the digest of what the centre holds, ...
+    change: dict[str, NDArray[np.generic]] = field(default_factory=dict)  # ... what to add to it, in the run's codec (none: nothing), ...
+    digest: str = ""  # ... and the digest of the sum
 
 
 @dataclass
@@ -61,6 +64,9 @@ class Train:
     keep: list[int] = field(default_factory=list)  # rounds of this stage whose personal weights may still be asked for
     average: float = 0.0  # training scans of the average centre: `stage.pace: equal` takes as many steps everywhere
     rate: float = 1.0  # what the learning rate is multiplied by (`schedule: plateau`)
+    base: str = ""  # as in a Query
+    change: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    digest: str = ""
 
 
 # --- from a centre --------------------------------------------------------------------------------------------------------------------
@@ -107,6 +113,13 @@ class Contribution:
 
 
 @dataclass
+class Lacking:
+    """The centre does not hold the weights that the request builds on: send them whole."""
+
+    centre: str
+
+
+@dataclass
 class Refusal:
     """The centre will not or cannot answer. `reason` holds no path, name or identifier."""
 
@@ -116,10 +129,10 @@ class Refusal:
 
 
 Request = Hello | Query | Train
-Reply = Presence | Answer | Contribution | Refusal
-KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Hello, Query, Train, Presence, Answer, Contribution, Refusal)}
+Reply = Presence | Answer | Contribution | Lacking | Refusal
+KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Hello, Query, Train, Presence, Answer, Contribution, Lacking, Refusal)}
 
-NAMED = ("sums", "coded")  # fields that are arrays by name
+NAMED = ("sums", "coded", "change")  # fields that are arrays by name
 
 
 def pack(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:

@@ -24,11 +24,12 @@ from common.schema import Evaluation, Stage
 from common.weights import Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
+from server.broadcast import ask, rounded, send
 from server.counts import counted, global_counts, training
 from server.initial import initial_model
 from server.presence import filled, greet, readmit
 from server.source_head import balanced_discriminant
-from server.state import Paused, Run, ask, by_reason, leave_out, reason_of
+from server.state import Paused, Run, by_reason, leave_out, reason_of
 
 log = logging.getLogger("consilium.server")
 
@@ -109,10 +110,14 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
             break
         started, began = datetime.now(UTC), time.perf_counter()
         readmit(run)
+        run.traffic = {}
         entry, because = train_round(run, name, stage, place, round)
         fit_heads(run, name, stage)
         entry["val"] = evaluate(run, name, stage, place, "val", round)
         entry["seconds"] = time.perf_counter() - began
+        entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
+        for centre, said in entry["centres"].items():
+            said["bytes_up"], said["bytes_down"] = run.traffic[centre]
         close(run, place, stage, entry, started, because)
         text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
         spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
@@ -131,7 +136,6 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         shutil.rmtree(folder, ignore_errors=True)
         facts: dict[str, dict[str, Any]] = {}
         arrived: dict[str, Spooled] = {}
-        bytes_up = bytes_down = 0
         globals_ = global_counts(run)
         requests: dict[str, Request] = {
             c: Train(
@@ -149,8 +153,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             for c in taught
         }
         declined = 0
-        for received in run.transport.ask(requests, run.config.federation.deadline):
-            bytes_up, bytes_down = bytes_up + received.bytes_up, bytes_down + received.bytes_down
+        for received in send(run, requests):
             reply = received.reply
             if not isinstance(reply, Contribution):
                 facts[received.centre] = {"accepted": False, "reason": reason_of(reply)}
@@ -160,8 +163,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             labelled = sum(n for _, n in reply.losses.values())
             facts[received.centre] = {
                 "accepted": True, "reason": "", "scans": reply.scans, "steps": reply.steps, "seconds": reply.seconds,
-                "loss": summed / labelled if labelled else None, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down,
-                "epsilon": reply.epsilon,
+                "loss": summed / labelled if labelled else None, "epsilon": reply.epsilon,
             }  # fmt: skip
             try:
                 reply = decoded(reply, run.layout, codec_of(run.config))
@@ -192,14 +194,12 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
         weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
         update = weighted_sum(list(arrived.values()), weights, run.layout)
-        run.weights = step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments)
+        run.weights = rounded(run, step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments))
     shutil.rmtree(folder, ignore_errors=True)
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
     effective = {group: effective_number(w) for group, w in weights.items()}
     return {
         "round": round,
-        "bytes_up": bytes_up,
-        "bytes_down": bytes_down,
         "weights": weights,
         "effective": effective,
         "centres": facts,
@@ -226,6 +226,7 @@ def fit_heads(run: Run, name: str, stage: Stage) -> None:
                 c: Query(run.id, to_dict(run.config), "moments", name, "train", task, run.weights) for c in run.expected
             }
             weight, bias = balanced_discriminant(ask(run, requests))
+            run.weights = run.weights.copy()  # it may be on its way to somebody
             for entry in run.layout.floats:
                 if entry.group == task:
                     run.weights.floats[entry.where] = (weight if len(entry.shape) == 2 else bias).reshape(-1)

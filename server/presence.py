@@ -15,8 +15,9 @@ from common.messages import Hello, Presence, Query, Request
 from common.schema import Config
 from common.tasks import columns_of
 from server import scores
+from server.broadcast import ask
 from server.soft_labels import cluster
-from server.state import Paused, Run, Unlabelled, ask, by_reason, reason_of
+from server.state import Paused, Run, Unlabelled, by_reason, reason_of
 
 log = logging.getLogger("consilium.server")
 

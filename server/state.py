@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.errors import ConsiliumError
-from common.messages import Answer, Presence, Refusal, Request, Sums, add
+from common.messages import Presence, Refusal, Sums
 from common.schema import Config
-from common.weights import Layout, Weights
+from common.weights import ELSEWHERE, Array, Layout, Weights
 from server.ledger import Ledger
 from server.transport import Transport
 
@@ -39,8 +37,11 @@ class Run:
     transport: Transport
     ledger: Ledger
     layout: Layout = field(default_factory=Layout)
-    weights: Weights = field(default_factory=lambda: Weights(np.empty(0, np.float32), np.empty(0, np.int64)))
-    moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser
+    weights: Weights = ELSEWHERE
+    moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser; what its last step lost in rounding
+    change: tuple[str, str, dict[str, Array]] = ("", "", {})  # digests of the weights before and after the last step, and the step
+    held: dict[str, str] = field(default_factory=dict)  # {centre: digest of the weights it holds}
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # {centre: bytes (up, down)} of the round so far
     presence: dict[str, Presence] = field(default_factory=dict)
     counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
     result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
@@ -52,22 +53,6 @@ class Run:
     @property
     def quorum(self) -> int:
         return max(1, math.ceil(self.config.federation.quorum * len(self.expected)))
-
-
-def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
-    answers: dict[str, Sums] = {}
-    for received in run.transport.ask(requests, run.config.federation.deadline):
-        if isinstance(received.reply, Answer):
-            answers[received.centre] = received.reply.sums
-        else:
-            leave_out(run, "", 0, received.centre, reason_of(received.reply))
-    if not answers:
-        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
-    total: Sums = {}
-    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
-        add(total, answers[centre])
-    return total
 
 
 def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> None:

@@ -36,7 +36,8 @@ class InProcess:
             reply: Reply | None = self._call(self.by_name[centre], request)
             if self.hook:
                 reply = self.hook(centre, request, reply)  # type: ignore[arg-type]
-            yield Received(centre, reply or Refusal(centre, f"no reply within {deadline:.0f} s"))
+            up, down = (sum(a.nbytes for a in pack(message)[0].values()) if message else 0 for message in (reply, request))
+            yield Received(centre, reply or Refusal(centre, f"no reply within {deadline:.0f} s"), up, down)
 
     def _call(self, site: Site, request: Request) -> Reply:
         reply = answer(site, unpack(*pack(request)))  # type: ignore[arg-type]

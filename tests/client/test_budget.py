@@ -153,7 +153,8 @@ def test_a_round_is_charged_once_unless_it_is_trained_again(hospital: Path) -> N
     assert first.epsilon is not None
     scans.forget()  # as a new process
     again = done(asked(hospital, config))
-    assert first.coded and first.coded.keys() == again.coded.keys()
+    assert first.coded
+    assert first.coded.keys() == again.coded.keys()
     for name, codes in first.coded.items():
         np.testing.assert_array_equal(codes, again.coded[name])
     assert (again.epsilon, len(book(hospital))) == (first.epsilon, 1)

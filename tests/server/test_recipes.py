@@ -161,7 +161,7 @@ def test_the_stages_are_what_they_are_called(phantom: Path, tmp_path: Path) -> N
             (before if request.stage == "transition" else after).append(request.weights.floats.copy())
         return reply
 
-    given = config(phantom, "recipe=transfer", centres=["north", "west"])
+    given = config(phantom, "recipe=transfer", "aggregation.codec=fp32", centres=["north", "west"])  # to see whole weights
     begin(given, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "r")
     model = make_model(given.backbone, given.tasks, 0)
     still = shallow(model, 0.5)

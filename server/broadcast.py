@@ -1,0 +1,84 @@
+"""How the present weights reach the centres in few bytes: a centre that holds the last ones is sent what changed, in the run's codec.
+
+The server rounds its own step before anybody sees it (`rounded`): the run's weights are then exactly what a centre gets that adds the codes to
+what it holds, wherever and however often they are put together, and what rounding took is added to the next step. Who lacks them gets them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from common.codec import changed, codec_of, encode
+from common.messages import Answer, Contribution, Lacking, Query, Request, Sums, Train, add
+from common.weights import ELSEWHERE, Weights
+from server.state import Paused, Run, leave_out, reason_of
+from server.transport import Received
+
+
+def rounded(run: Run, after: Weights) -> Weights:
+    """The next weights as the codec can say them; `after` is written over. What is lost lies in `run.moments`, which a checkpoint holds."""
+    codec = codec_of(run.config)
+    if codec == "fp32":
+        return after
+    np.subtract(after.floats, run.weights.floats, out=after.floats)
+    codes, left = encode(after.floats, run.layout, codec, run.moments.get("left"))
+    run.moments["left"] = left
+    change = codes | {"integers": after.integers}
+    next_ = changed(run.weights, change, run.layout, codec)
+    run.change = run.weights.digest(), next_.digest(), change
+    return next_
+
+
+def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
+    """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again."""
+    federated = codec_of(run.config) != "fp32" and any(_weights(r) is run.weights for r in requests.values())
+    digest = run.weights.digest() if federated else ""
+    short = {c: shortened(run, r, run.held.get(c, ""), digest) if _weights(r) is run.weights else r for c, r in requests.items()}
+    while short:
+        lacking: dict[str, Request] = {}
+        for received in run.transport.ask(short, run.config.federation.deadline):
+            centre, reply = received.centre, received.reply
+            up, down = run.traffic.get(centre, (0, 0))
+            run.traffic[centre] = up + received.bytes_up, down + received.bytes_down
+            if isinstance(reply, Lacking) and short[centre] is not requests[centre]:
+                lacking[centre] = requests[centre]
+                continue
+            if isinstance(reply, Answer | Contribution) and digest and _weights(requests[centre]) is run.weights:
+                run.held[centre] = digest
+            elif not isinstance(reply, Answer | Contribution):
+                run.held.pop(centre, None)
+            yield received
+        short = lacking
+
+
+def shortened(run: Run, request: Request, held: str, digest: str) -> Request:
+    """A request for a centre that holds the weights of digest `held` and shall have those of `digest`."""
+    base, reached, change = run.change
+    if isinstance(request, Query | Train) and held and held == digest:
+        return replace(request, weights=ELSEWHERE, base=held, digest=digest)
+    if isinstance(request, Query | Train) and held and (held, digest) == (base, reached):
+        return replace(request, weights=ELSEWHERE, base=held, digest=digest, change=change)
+    return request
+
+
+def _weights(request: Request) -> Weights | None:
+    return request.weights if isinstance(request, Query | Train) else None
+
+
+def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
+    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
+    answers: dict[str, Sums] = {}
+    for received in send(run, requests):
+        if isinstance(received.reply, Answer):
+            answers[received.centre] = received.reply.sums
+        else:
+            leave_out(run, "", 0, received.centre, reason_of(received.reply))
+    if not answers:
+        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
+    total: Sums = {}
+    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
+        add(total, answers[centre])
+    return total
