@@ -68,6 +68,9 @@ SETTINGS: dict[str, list[str]] = {
     "tau 0.5 + source head": ["aggregation.tau=0.5"],
     "tau 1 + source head": ["aggregation.tau=1"],
     "tau 1 + FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
+    "tau 1, fp32": ["aggregation.tau=1", "aggregation.codec=fp32", *COVID],  # all above and below were run when changes travelled so
+    "tau 1, int8": ["aggregation.tau=1", "aggregation.codec=int8", *COVID],
+    "tau 1, int4": ["aggregation.tau=1", "aggregation.codec=int4", *COVID],
     "tau 1, own pace": ["aggregation.tau=1", "stage.pace=own", *COVID],
     "personal 6 + 2": [*PERSONAL, "stages.own.rounds=2"],  # 8 rounds like all above
     "personal 6 + 8": [*PERSONAL, "stages.own.rounds=8"],  # a centre takes home what others taught, then trains as long as it would alone

@@ -126,7 +126,6 @@ BENCHES = {
             "stage.batch=16",
             "stage.steps=15",
             "stage.optimiser.lr=3e-4",
-            "stage.optimiser.head_lr=10",
             "stages.main.rounds=8",
         ],
         {
