@@ -1,4 +1,4 @@
-"""The weights a centre holds, so that the next ones need not come whole: `wire/<run>/<digest>.safetensors` in the state folder, the last only."""
+"""The weights a centre holds, so that the next ones need not come whole: `wire/<run>/<digest>.npy` in the state folder, the last only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from client.site import safe
 from common.codec import changed, codec_of
@@ -31,34 +30,34 @@ def completed(folder: Path, config: Config, request: Query | Train) -> Query | T
     if request.weights is None or codec == "fp32":
         return request
     place = folder / "wire" / safe(request.run)
-    if not request.base:
-        weights, digest = request.weights, request.weights.digest()
-    else:
+    weights = request.weights
+    if request.base:
         try:
-            held = Weights(**load_file(place / f"{safe(request.base)}.safetensors"))
-            weights, digest = changed(held, request.change, layout_for(config), codec), request.digest
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            held = np.load(place / f"{safe(request.base)}.npy", mmap_mode="c")  # nothing is read before it is used
+            weights = Weights(changed(held, request.change, layout_for(config), codec), weights.integers)
+        except (OSError, EOFError, KeyError, ValueError) as error:
             raise Missing from error
-        if weights.digest() != digest:
+        if weights.digest != request.digest:
             raise Missing
-    keep(place, digest, weights)
+    keep(place, weights)
     return replace(request, weights=weights, base="", change={}, digest="")
 
 
-def keep(place: Path, digest: str, weights: Weights) -> None:
+def keep(place: Path, weights: Weights) -> None:
     """Put the weights on disk in place of the last. A disk that is full costs bytes on the wire, no more."""
-    path = place / f"{digest}.safetensors"
+    path = place / f"{weights.digest}.npy"
     if path.exists():
         return
-    part = place / f"{digest}.{os.getpid()}.part"
+    part = place / f"{weights.digest}.{os.getpid()}.part"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        save_file({"floats": weights.floats, "integers": weights.integers}, part)
+        with part.open("wb") as file:
+            np.save(file, weights.floats)
         part.replace(path)
-        for old in place.glob("*.safetensors"):
+        for old in place.glob("*.npy"):
             if old != path:
                 old.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         log.warning("the weights cannot be kept (%s): they will come whole again", type(error).__name__)
         part.unlink(missing_ok=True)
 

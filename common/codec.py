@@ -20,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from common.schema import Codec, Config
-from common.weights import Entry, Layout, Weights
+from common.weights import Entry, Layout
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
@@ -117,16 +117,16 @@ def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Cod
     return values
 
 
-def changed(weights: Weights, change: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec) -> Weights:
-    """The weights with an encoded change added, the counters replaced: the same bits wherever it is done. Nothing: the same weights.
+def changed(floats: Floats, change: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec) -> Floats:
+    """The values [P] with an encoded change added: the same bits wherever it is done. No change: the same values.
 
     Raises ValueError or KeyError for a change that is none of this layout's or codec's.
     """
     if not change:
-        return weights
-    floats = decode(change, layout, codec)
-    np.add(weights.floats, floats, out=floats)
-    return Weights(floats, _checked(change["integers"], np.int64, layout.integer_size))
+        return floats
+    after = decode(change, layout, codec)
+    np.add(_checked(floats, np.float32, layout.size), after, out=after)
+    return after
 
 
 def codec_of(config: Config) -> Codec:

@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,14 +48,15 @@ class Weights:
     def copy(self) -> Weights:
         return Weights(self.floats.copy(), self.integers.copy())
 
+    @cached_property
     def digest(self) -> str:
-        """Equal for equal bits."""
+        """Equal for equal bits; to be asked for when they change no more."""
         whole = hashlib.sha256(np.ascontiguousarray(self.floats).data)
         whole.update(np.ascontiguousarray(self.integers).data)
         return whole.hexdigest()
 
 
-ELSEWHERE = Weights(np.empty(0, np.float32), np.empty(0, np.int64))  # not in this message: the centre holds what they are made of
+NONE = np.empty(0, np.float32)  # `floats` that are not in this message: the centre holds what they are made of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.codec import changed, codec_of, encode
 from common.messages import Answer, Contribution, Lacking, Query, Request, Sums, Train, add
-from common.weights import ELSEWHERE, Weights
+from common.weights import NONE, Weights
 from server.state import Paused, Run, leave_out, reason_of
 from server.transport import Received
 
@@ -26,16 +26,15 @@ def rounded(run: Run, after: Weights) -> Weights:
     np.subtract(after.floats, run.weights.floats, out=after.floats)
     codes, left = encode(after.floats, run.layout, codec, run.moments.get("left"))
     run.moments["left"] = left
-    change = codes | {"integers": after.integers}
-    next_ = changed(run.weights, change, run.layout, codec)
-    run.change = run.weights.digest(), next_.digest(), change
-    return next_
+    reached = Weights(changed(run.weights.floats, codes, run.layout, codec), after.integers)
+    run.change = run.weights.digest, reached.digest, codes
+    return reached
 
 
 def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
     """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again."""
     federated = codec_of(run.config) != "fp32" and any(_weights(r) is run.weights for r in requests.values())
-    digest = run.weights.digest() if federated else ""
+    digest = run.weights.digest if federated else ""
     short = {c: shortened(run, r, run.held.get(c, ""), digest) if _weights(r) is run.weights else r for c, r in requests.items()}
     while short:
         lacking: dict[str, Request] = {}
@@ -57,10 +56,11 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
 def shortened(run: Run, request: Request, held: str, digest: str) -> Request:
     """A request for a centre that holds the weights of digest `held` and shall have those of `digest`."""
     base, reached, change = run.change
+    short = Weights(NONE, run.weights.integers)
     if isinstance(request, Query | Train) and held and held == digest:
-        return replace(request, weights=ELSEWHERE, base=held, digest=digest)
+        return replace(request, weights=short, base=held, digest=digest)
     if isinstance(request, Query | Train) and held and (held, digest) == (base, reached):
-        return replace(request, weights=ELSEWHERE, base=held, digest=digest, change=change)
+        return replace(request, weights=short, base=held, digest=digest, change=change)
     return request
 
 

@@ -75,6 +75,7 @@ def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
         run.weights = best_weights(run)
     run.moments = {}
     if stage.reset:
+        run.weights = run.weights.copy()  # digests are kept
         fresh = flatten(initial_model(replace(run.config, seed=run.config.seed + 1)), run.layout)
         for tensor in run.layout.matching(stage.reset):
             ours, theirs = (run.weights.integers, fresh.integers) if tensor in run.layout.integers else (run.weights.floats, fresh.floats)

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import ConsiliumError
 from common.messages import Presence, Refusal, Sums
 from common.schema import Config
-from common.weights import ELSEWHERE, Array, Layout, Weights
+from common.weights import NONE, Array, Layout, Weights
 from server.ledger import Ledger
 from server.transport import Transport
 
@@ -37,7 +39,7 @@ class Run:
     transport: Transport
     ledger: Ledger
     layout: Layout = field(default_factory=Layout)
-    weights: Weights = ELSEWHERE
+    weights: Weights = field(default_factory=lambda: Weights(NONE, np.empty(0, np.int64)))
     moments: dict[str, Any] = field(default_factory=dict)  # of the server optimiser; what its last step lost in rounding
     change: tuple[str, str, dict[str, Array]] = ("", "", {})  # digests of the weights before and after the last step, and the step
     held: dict[str, str] = field(default_factory=dict)  # {centre: digest of the weights it holds}

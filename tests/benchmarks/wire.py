@@ -2,22 +2,36 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.wire [--backbone tf_efficientnet_b7] [--rounds 5] [--like adam|gaussian]
 
-What changes look like: `changes`. Errors are L2 over
-parameters, relative to the true change: of one round, and of the sum of all rounds with error feedback. The last line is a peer's: Flower's
-ArrayRecord of the same tensors, packed and unpacked.
+What changes look like: `changes`. Errors are L2 over parameters, relative to the true change: of one round, and of the sum of all rounds with
+error feedback. Then the way that a run goes, Flower's records in memory but no network: up from a centre's change (client/wire.py) to the
+server's (server/aggregation.py), residual on disk; down from the server's step (server/broadcast.py) to the weights that a centre trains from
+(client/received.py), which it keeps on disk. The last line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import timm
 
+from client import received, wire
 from common.codec import decode, encode
-from common.weights import Layout, layout_of
+from common.compose import compose, to_dict
+from common.messages import Contribution, Reply, Request, Train, pack
+from common.model import make_model
+from common.records import from_records, to_records
+from common.schema import Codec, Config
+from common.weights import Layout, Weights, layout_of
+from server.aggregation import decoded
+from server.broadcast import rounded, shortened
+from server.ledger import Ledger
+from server.state import Run
+from server.transport import Transport
 
 
 def changes(layout: Layout, rounds: int, like: str, seed: int = 1) -> list[np.ndarray]:
@@ -40,13 +54,46 @@ def changes(layout: Layout, rounds: int, like: str, seed: int = 1) -> list[np.nd
     return out
 
 
+def carried(message: Request | Reply) -> tuple[Request | Reply, int]:
+    """The message behind Flower's records, and the bytes of its arrays."""
+    return from_records(to_records(message)), sum(a.nbytes for a in pack(message)[0].values())
+
+
+def both_ways(config: Config, layout: Layout, deltas: list[np.ndarray], folder: Path) -> None:
+    """Prints bytes and CPU seconds of a round's change up and down, medians over the rounds but the first, which goes down whole."""
+    run = Run("r", config, folder, Transport, Ledger(f"sqlite:///{folder}/ledger.db"), layout)  # type: ignore[arg-type]
+    run.weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.integer_size, np.int64))
+    request, held, rows = Train("r", to_dict(config), "main", 1, run.weights), "", []
+    for number, delta in enumerate(deltas, 1):
+        began, clock = time.process_time(), time.perf_counter()
+        arrays = wire.coded(folder, replace(request, round=number), delta, layout, config.aggregation.codec)
+        reply, up = carried(Contribution("c", np.empty(0, np.float32), run.weights.integers, 1, 1, {}, 0.0, arrays))
+        update = decoded(reply, layout, config.aggregation.codec).delta  # type: ignore[arg-type]
+        there, there_clock = time.process_time(), time.perf_counter()
+        run.weights = rounded(run, Weights(run.weights.floats + update, run.weights.integers))
+        digest = run.weights.digest
+        short, down = carried(shortened(run, replace(request, round=number, weights=run.weights), held, digest))
+        arrived = received.completed(folder, config, short)  # type: ignore[arg-type]
+        back, back_clock = time.process_time(), time.perf_counter()
+        assert arrived.weights is not None
+        assert arrived.weights.digest == digest
+        held = digest
+        rows.append((up, there - began, there_clock - clock, down, back - there, back_clock - there_clock))
+    whole = 4 * layout.size
+    up, cpu, wall, down, cpu_back, wall_back = (statistics.median(column[1:]) for column in zip(*rows, strict=True))
+    print(
+        f"up   {whole / up:5.2f}x fewer bytes  {cpu:6.2f} CPU s {wall:6.2f} s   down {whole / down:5.2f}x {cpu_back:6.2f} CPU s {wall_back:6.2f} s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backbone", default="tf_efficientnet_b7")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--like", choices=["adam", "gaussian"], default="adam")
     given = parser.parse_args()
-    layout = layout_of(timm.create_model(given.backbone))
+    config = compose([f"backbone.name={given.backbone}", "tasks.source.classes=[a,b,c,d]"])
+    layout = layout_of(make_model(config.backbone, config.tasks, 0))
     mask, deltas = layout.parameters(), changes(layout, given.rounds, given.like)
 
     def norm(x: np.ndarray) -> float:
@@ -70,6 +117,11 @@ def main() -> None:
         print(
             f"{codec:6} {ratio:10.2f}x {encoding:8.3f} {decoding:8.3f}          {single:8.5f} {norm(error) / norm(total):12.5f}", flush=True
         )
+    codecs: tuple[Codec, ...] = ("int8", "int4")
+    for codec in codecs:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{codec}   ", end="")
+            both_ways(replace(config, aggregation=replace(config.aggregation, codec=codec)), layout, deltas, Path(folder))
     from flwr.app import Array, ArrayRecord
 
     named = {e.name: deltas[0][e.where].reshape(e.shape) for e in layout.floats}
