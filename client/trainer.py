@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -57,6 +58,10 @@ def train(
     """
     device = torch.device(device)
     model.to(device).train()
+    if stage.compile and any(map(shutil.which, ("g++", "clang++"))):
+        model.encoder.compile(dynamic=False)
+    elif stage.compile:
+        log.warning("stage.compile: there is no C++ compiler here; trained without, to the same weights")
     heads = {t: list(model.heads[t].parameters()) for t in tasks}
     fixed = {id(p) for t, task in tasks.items() if task.head != "local" for p in heads[t]}
     idle = {id(p) for t, head in model.heads.items() if t not in tasks for p in head.parameters()}
@@ -173,8 +178,8 @@ def make_optimiser(
     still = list(anchored) or ([] if made else [nn.Parameter(torch.zeros(1))])  # torch wants at least one parameter
     made += [{"params": still, "lr": 0.0, "scale": 0.0, "weight_decay": 0.0}] if still else []
     if settings.name == "sgd":
-        return torch.optim.SGD(made, momentum=settings.momentum)
-    return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW)(made)
+        return torch.optim.SGD(made, momentum=settings.momentum, fused=True)
+    return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW)(made, fused=True)
 
 
 def learning_rate(settings: Optimiser, done: float) -> float:

@@ -206,6 +206,7 @@ class Stage:
     precision: Precision = "fp32"
     channels_last: bool = True
     checkpointing: bool = False
+    compile: bool = False  # by torch.compile: minutes at first, worth it for long rounds on a GPU
     runtime: Literal["given", "auto"] = "given"  # auto: each centre measures which precision, channels_last and threads are fastest there
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partialmethod
 from itertools import pairwise
 from typing import Any
 
@@ -303,6 +304,14 @@ def test_checkpointing_and_channels_last_change_memory_not_weights() -> None:
     model = make_model(Backbone(norm="group"), COVID, 1, channels_last=True, checkpointing=True)
     train(model, some_batches(1), STAGE, COVID, {})
     for name, t in state(model).items():
+        torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_compiling_changes_time_not_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, whose C++ compiler would take half a minute; it was run once."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    plain = state(trained(COVID, some_batches(2)))
+    for name, t in state(trained(COVID, some_batches(2), replace(STAGE, compile=True))).items():  # by the same names, too
         torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
 
 
