@@ -7,7 +7,9 @@ their number, and the sum has the same bits whatever the order of arrival, which
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -23,9 +25,9 @@ from common.schema import Aggregation, Codec, Task
 from common.tasks import reads_map
 from common.weights import Layout, Weights
 
-# Values of the sum that stay in the cache while every contribution is added. PyTorch shares no fewer among threads, and that is meant: they
-# would gain a third on an idle machine, and their barriers cost seconds on a busy one.
-BLOCK = 1 << 15
+# Values of the sum that stay in the cache while every contribution is added, by as many threads as keep the memory busy. Not OpenMP's: they wait for
+# each other after every block, which on a busy machine costs seconds.
+BLOCK, THREADS = 1 << 19, 4
 
 
 @dataclass
@@ -110,14 +112,20 @@ def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, floa
     """
     total = np.empty(layout.size, np.float32)  # NumPy asks the system for large pages, which spares half the time
     deltas = {one.centre: torch.from_numpy(one.delta()) for one in sorted(spooled, key=lambda s: s.centre)}
-    for group, runs in layout.groups().items():
-        w = {c: share for c in deltas if (share := weights.get(group, {}).get(c, 0.0))}
-        for run in runs:
-            for start in range(run.start, run.stop, BLOCK):
-                block = slice(start, min(start + BLOCK, run.stop))
-                summed = torch.from_numpy(total[block]).zero_()
-                for centre, share in w.items():
-                    summed.add_(deltas[centre][block], alpha=share)
+    shares = {group: {c: share for c in deltas if (share := by.get(c, 0.0))} for group, by in weights.items()}
+    runs = [(group, run) for group, some in layout.groups().items() for run in some]
+    blocks = [(group, slice(at, min(at + BLOCK, run.stop))) for group, run in runs for at in range(run.start, run.stop, BLOCK)]
+
+    def add(job: tuple[str, slice]) -> None:
+        group, block = job
+        summed = torch.from_numpy(total[block]).zero_()
+        for centre, share in shares.get(group, {}).items():
+            summed.add_(deltas[centre][block], alpha=share)
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(min(before, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        deque(pool.map(add, blocks), maxlen=0)  # for what they raise
+    torch.set_num_threads(before)
     return total
 
 
@@ -129,25 +137,23 @@ def step(
     layout: Layout,
     state: dict[str, NDArray[np.float32]],
 ) -> Weights:
-    """The next weights; `state` (the server optimiser's moments) changes in place.
+    """The next weights, in the memory of `update`; `state` (the server optimiser's moments) changes in place.
 
     FedAvg adds `lr * update`. FedAdam and FedYogi (Reddi et al., ICLR 2021, algorithm 2) scale it by moments; batch-norm statistics are
     plain averages in every method. Counters are the largest of the centres' and keep their type.
     """
-    after = weights.copy()
-    floats = torch.from_numpy(after.floats)
-    if settings.method == "fedavg":
-        floats.add_(torch.from_numpy(update), alpha=settings.lr)
-    else:
+    averages = {entry.start: update[entry.where].copy() for entry in layout.floats if not entry.parameter}
+    if settings.method != "fedavg":
         m = state.setdefault("m", np.zeros_like(update))
         v = state.setdefault("v", np.full_like(update, settings.eps**2))
         square = update**2
         m += (1 - settings.beta1) * (update - m)
         v += (1 - settings.beta2) * (square - v if settings.method == "fedadam" else square * np.sign(square - v))
-        floats.add_(torch.from_numpy(m / (np.sqrt(v) + settings.eps)), alpha=settings.lr)
+        np.divide(m, np.sqrt(v) + settings.eps, out=update)
+    update *= settings.lr
     for entry in layout.floats:
         if not entry.parameter:
-            after.floats[entry.where] = weights.floats[entry.where] + update[entry.where]
-    if spooled and layout.integer_size:
-        np.max([s.integers for s in spooled], axis=0, out=after.integers)
-    return after
+            update[entry.where] = averages[entry.start]
+    update += weights.floats
+    integers = np.max([s.integers for s in spooled], axis=0) if spooled and layout.integer_size else weights.integers
+    return Weights(update, integers)

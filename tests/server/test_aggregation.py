@@ -94,7 +94,7 @@ def test_server_optimisers_follow_the_paper(method: str) -> None:
     x = START.floats.astype(np.float64)
     parameters = LAYOUT.parameters()
     for update in updates:
-        weights = step(weights, update, [], chosen, LAYOUT, state)
+        weights = step(weights, update.copy(), [], chosen, LAYOUT, state)
         d = update.astype(np.float64)
         m = 0.9 * m + 0.1 * d
         v = 0.99 * v + 0.01 * d**2 if method == "fedadam" else v - 0.01 * d**2 * np.sign(v - d**2)
