@@ -16,18 +16,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.compose import compose, to_dict
 from common.imbalance import effective_number
 from common.messages import Presence, Sums
 from common.schema import Config
-from server import checkpoint, scores
+from common.weights import Weights, layout_of
+from server import scores
+from server.coordinator import save
 from server.ledger import Ledger
 from server.report import table, write_report
+from server.state import Run
 
 RUN, STAGE = "20260101-000000-multisource-federated-0000", "main"
 
@@ -109,21 +114,21 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     joined = [timed(lambda c=c: ledger.add_centre(RUN, c, {"counts": {"covid": [40.0, 40.0]}})) for c in names]  # type: ignore[misc]
     place: dict[str, Any] = {"name": STAGE, "rounds": [], "best": {}, "personal": False, "finished": False}
     result["stages"].append(place)
-    weights = {"w": np.zeros(100_000, np.float32)}
+    run = Run(RUN, config, folder, None, ledger, layout_of(torch.nn.Linear(1000, 100)), result=result)  # type: ignore[arg-type]
+    run.weights = Weights(np.zeros(run.layout.size, np.float32), np.empty(0, np.int64))
     written, events, kept, made = [], [], [], []
     gc.freeze()
     for round in range(rounds):
         *spent, entry = timed(lambda round=round: entry_of(draws, config, round))  # type: ignore[misc]
         made.append(spent)
         place["rounds"].append(entry)
-        written.append(timed(lambda: ledger.add_round(
-            RUN, STAGE, round, started=datetime.now(UTC), seconds=31.0, closed_because="all replied",
-            contributions=entry["centres"], weights=entry["weights"], scores=entry["val"],
-        ))[:2])  # fmt: skip
+        facts = {"contributions": entry["centres"], "weights": entry["weights"], "scores": entry["val"]}
+        add = partial(ledger.add_round, RUN, STAGE, round, started=datetime.now(UTC), seconds=31.0, closed_because="all replied", **facts)
+        written.append(timed(add)[:2])
         events.append(timed(lambda: ledger.event(RUN, "left_out", "no reply within 3600 s", names[0]))[:2])
         place["best"] = {"stage": STAGE, "round": round, "value": 0.9}
-        state = checkpoint.State(STAGE, round, weights, {}, {"result": result, "best": place["best"]})
-        kept.append(timed(lambda: checkpoint.save(folder, state))[:2])
+        run.weights.floats[0] = round
+        kept.append(timed(lambda round=round: save(run, STAGE, round))[:2])  # type: ignore[misc]
     result["test"] = scores.table(sums_of(draws, config), config, list(config.tasks), with_sums=True)
     ledger.add_metrics(RUN, STAGE, rounds - 1, "test", scores.without_sums(result["test"]))
     ledger.event(RUN, "finished")
