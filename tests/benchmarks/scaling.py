@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.codec import codec_of, encode
 from common.compose import compose, config_from, to_dict
 from common.fingerprint import fingerprint
-from common.messages import Answer, Contribution, Hello, Presence, Query, Refusal, Reply, Request, Sums, Train, pack
+from common.messages import Answer, Contribution, Hello, Presence, Query, Reply, Request, Sums, Train, pack
 from common.model import make_model
 from common.records import from_records, to_records
 from common.schema import Config
@@ -136,7 +137,7 @@ def carry_out(transport: Any, centres: int, backbone: str, folder: Path) -> dict
     coded(backbone)
     with Peak() as peak:
         result = conduct(run)
-    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(began[:-1], began[1:], strict=True)]
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(began)]
     entry = result["stages"][0]["rounds"][-1]
     assert sum(said["accepted"] for said in entry["centres"].values()) == centres, entry["centres"]
     model = 4 * layout_size(run.layout)
@@ -154,6 +155,8 @@ def layout_size(layout: Layout) -> int:
 def behind_flower(centres: int, backbone: str, folder: Path) -> dict[str, Any]:
     """The same with Flower's simulation in between."""
     from flwr.simulation import run_simulation
+
+    from tests.benchmarks.scaling import client  # by its name, for the actors: here it may be __main__'s
 
     found: list[dict[str, Any]] = []
     server = ServerApp()
