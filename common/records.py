@@ -23,5 +23,8 @@ def to_records(message: Request | Reply) -> RecordDict:
 
 def from_records(content: RecordDict) -> Request | Reply:
     """The message inside. Raises KeyError, TypeError or ValueError for a record that is none of ours."""
-    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
-    return unpack(arrays, json.loads(str(content.config_records["facts"]["json"])))
+    # Not by `content.array_records`: that leaves a cycle behind, which holds a model a message until Python next looks for cycles.
+    arrays, facts = content["arrays"], content["facts"]
+    if not isinstance(arrays, ArrayRecord) or not isinstance(facts, ConfigRecord):
+        raise TypeError("its records are of other kinds")
+    return unpack({name: array.numpy() for name, array in arrays.items()}, json.loads(str(facts["json"])))

@@ -2,7 +2,8 @@
 
 ``checkpoints/<stage>-<round>.safetensors`` holds the weights, ``.optimiser.safetensors`` the server optimiser's arrays, ``.json`` the rest
 and the checksums of both. The JSON is written last: a checkpoint exists only when it is complete. The newest two are kept, and the best of
-each, so that going back by one never finds its best gone.
+each, so that going back by one never finds its best gone. What the run has been through lies beside them, an entry a file
+(``checkpoints/history/<number>.json``), so that the thousandth round writes no more than the first; a checkpoint says how many entries are its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class State:
     round: int
     weights: Arrays
     optimiser: Arrays = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)  # JSON: finished stages, history, random state, "best": {"stage", "round", "value"}
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON: finished stages, random state, "best": {"stage", "round", "value"}
+    history: list[Any] = field(default_factory=list)  # JSON, only ever added to, at most one entry a save
     note: str = ""  # of `load_latest`: why this is not the newest
 
 
@@ -52,7 +54,7 @@ def save(run_dir: Path, state: State) -> Path:
     weights = weights_path(run_dir, state.stage, state.round)
     folder, name = weights.parent, weights.name.removesuffix(WEIGHTS)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history").mkdir(parents=True, exist_ok=True)
         known = _headers(folder)
         data = {
             suffix: tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
@@ -63,8 +65,12 @@ def save(run_dir: Path, state: State) -> Path:
             (folder / f"{name}.json").unlink()  # a round done again: its old JSON would vouch for the wrong arrays
         for suffix, some in data.items():
             _write(folder / f"{name}{suffix}", some)
-        number = 1 + max((header["number"] for header in known.values()), default=0)
-        header = {"number": number, "stage": state.stage, "round": state.round, "sha256": sums, "facts": state.facts}
+        last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
+        entries = len(state.history)
+        for k in range(max(0, min(last["entries"], entries - 1)), entries):  # the last one always: its round may have been done again
+            _write(_entry(folder, k), json.dumps(state.history[k]).encode())
+        header = {"number": last["number"] + 1, "stage": state.stage, "round": state.round, "sha256": sums, "entries": entries}
+        header["facts"] = state.facts
         _write(folder / f"{name}.json", json.dumps(header).encode())
         _tidy(folder, {**known, name: header})
     except OSError as error:
@@ -83,11 +89,12 @@ def load_latest(run_dir: Path) -> State | None:
     for name, header in sorted(_headers(folder).items(), key=lambda item: item[1]["number"], reverse=True):
         try:
             weights, optimiser = (_verified(folder / f"{name}{suffix}", header["sha256"][suffix]) for suffix in (WEIGHTS, OPTIMISER))
+            history = [json.loads(_entry(folder, k).read_bytes()) for k in range(header["entries"])]
         except (OSError, SafetensorError, ValueError):
             torn.append(name)
             continue
         note = f"checkpoint {' and '.join(torn)} is damaged; went on from {name}" if torn else ""
-        return State(header["stage"], header["round"], weights, optimiser, header["facts"], note)
+        return State(header["stage"], header["round"], weights, optimiser, header["facts"], history, note)
     if torn:
         raise ConsiliumError(f"no checkpoint in {folder} is intact (damaged: {', '.join(torn)}); restore the folder or start a new run")
     return None
@@ -111,9 +118,13 @@ def _headers(folder: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(path.read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "facts"} <= header.keys():
+        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "entries", "facts"} <= header.keys():
             found[path.stem] = header
     return found
+
+
+def _entry(folder: Path, number: int) -> Path:
+    return folder / "history" / f"{number:06d}.json"
 
 
 def _verified(path: Path, sha256: str) -> Arrays:

@@ -7,6 +7,7 @@ never stopped.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -42,7 +43,9 @@ def conduct(run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     state = checkpoint.load_latest(run.folder)
     if state:
-        run.result = state.facts["result"]
+        run.result, history = state.facts["result"], iter(state.history)
+        for place in run.result["stages"]:
+            place["rounds"] = list(itertools.islice(history, place["rounds"]))
         run.config = filled(run.config, run.result["filled"])
     greet(run)
     model = make_model(run.config.backbone, run.config.tasks, 0) if state else initial_model(run.config)
@@ -299,8 +302,10 @@ def close(run: Run, place: dict[str, Any], stage: Stage, entry: dict[str, Any], 
 def save(run: Run, stage: str, round: int) -> None:
     """Checkpoint what the run is."""
     place = run.result["stages"][-1]
-    facts = {"result": run.result, "best": {} if place["personal"] else place["best"]}
-    checkpoint.save(run.folder, checkpoint.State(stage, round, dict(run.layout.named(run.weights)), run.moments, facts))
+    history = [entry for each in run.result["stages"] for entry in each["rounds"]]
+    stages = [{**each, "rounds": len(each["rounds"])} for each in run.result["stages"]]
+    facts = {"result": {**run.result, "stages": stages}, "best": {} if place["personal"] else place["best"]}
+    checkpoint.save(run.folder, checkpoint.State(stage, round, dict(run.layout.named(run.weights)), run.moments, facts, history))
 
 
 def best_weights(run: Run) -> Weights:

@@ -8,6 +8,7 @@ the last one unless asked for all. A round's rows are one transaction: a process
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class Ledger:
         try:
             if url.get_backend_name() == "sqlite" and url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=_json)
         except ModuleNotFoundError:
             raise ConsiliumError("a PostgreSQL ledger needs psycopg: pip install 'consilium[postgresql]'") from None
         except OSError as error:
@@ -109,16 +110,14 @@ class Ledger:
             database.execute(tables.rounds.insert(), {**at, "started": started, "seconds": seconds, "closed_because": closed_because})
             kept = [c.name for c in tables.contributions.columns if c.name not in ("id", "centre", *at)]
             replies = [{**at, "centre": name, **{key: _finite(said.get(key)) for key in kept}} for name, said in contributions.items()]
-            shares = [
-                {**at, "part": part, "centre": centre, "weight": weight, "effective": effective_number(of)}
-                for part, of in weights.items()
-                for centre, weight in of.items()
-            ]
-            for table, rows in ((tables.contributions, replies), (tables.weights, shares)):
+            shares = [{**at, "part": part, "effective": effective_number(of), "weights": of} for part, of in weights.items()]
+            for table, rows in (
+                (tables.contributions, replies),
+                (tables.shares, shares),
+                (tables.scores, _scores(at, "val", scores or {})),
+            ):
                 if rows:
                     database.execute(table.insert(), rows)
-            if scores:
-                _insert_metrics(database, at, "val", scores)
         return attempt
 
     def add_metrics(self, run: str, stage: str, round: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
@@ -129,8 +128,9 @@ class Ledger:
         """
         with self._open() as database:
             at = {"run": run, "stage": stage, "round": round}
-            at["attempt"] = _last(database, tables.metrics, **at, split=split) + 1
-            _insert_metrics(database, at, split, scores)
+            at["attempt"] = _last(database, tables.scores, **at, split=split) + 1
+            if rows := _scores(at, split, scores):
+                database.execute(tables.scores.insert(), rows)
 
     # ---- reading: rows as dicts in the order of writing
 
@@ -162,11 +162,13 @@ class Ledger:
     def contributions(self, run: str, *, all_attempts: bool = False) -> list[Row]:
         return self._read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
 
-    def weights(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.weights, run) if all_attempts else _last_attempts(tables.weights, run))
+    def shares(self, run: str, *, all_attempts: bool = False) -> list[Row]:
+        return self._read(_of(tables.shares, run) if all_attempts else _last_attempts(tables.shares, run))
 
-    def metrics(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.metrics, run) if all_attempts else _last_attempts(tables.metrics, run, "split"))
+    def scores(self, run: str, *, all_attempts: bool = False, centres: bool = True) -> list[Row]:
+        """`centres=False` leaves out what is long: each centre's own."""
+        rows = _of(tables.scores, run) if all_attempts else _last_attempts(tables.scores, run, "split")
+        return self._read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
 
     def _read(self, query: sa.Select[Any]) -> list[Row]:
         with self._open(read=True) as database:
@@ -195,21 +197,18 @@ def _sqlite_begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("read") else "BEGIN IMMEDIATE")
 
 
-def _insert_metrics(database: sa.Connection, at: Mapping[str, Any], split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = []
-    for task, views in scores.items():
-        cells = [("macro", None, "challenge_score", views["challenge_score"], None)] if "challenge_score" in views else []
-        for centre, values in views.get("centres", {}).items():
-            why = values.get("reasons", {})
-            cells += [("centre", centre, name, value, why.get(name)) for name, value in values.items() if name != "reasons"]
-        for view in ("macro", "pooled", "spread"):
-            why = views.get(view, {}).get("reasons", {})
-            cells += [(view, None, name, value, why.get(name)) for name, value in views.get(view, {}).items() if name != "reasons"]
-        cells += [("worst", worst["centre"], name, worst["value"], None) for name, worst in views.get("worst", {}).items()]
-        keys = ("view", "centre", "name", "value", "reason")
-        rows += [{**at, "split": split, "task": task, **dict(zip(keys, cell, strict=True)), "value": _finite(cell[3])} for cell in cells]
-    if rows:
-        database.execute(tables.metrics.insert(), rows)
+def _scores(at: Mapping[str, Any], split: str, scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row a task."""
+    return [
+        {
+            **at,
+            "split": split,
+            "task": task,
+            "views": {k: v for k, v in views.items() if k != "centres"},
+            "centres": views.get("centres", {}),
+        }
+        for task, views in scores.items()
+    ]
 
 
 def _last(database: sa.Connection, table: sa.Table, **where: Any) -> int:
@@ -224,7 +223,7 @@ def _of(table: sa.Table, run: str) -> sa.Select[Any]:
 
 def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
     """Rows of each round's last attempt. It is the rounds' own, so that a contribution of an earlier one does not stay visible."""
-    source = tables.metrics if also else tables.rounds
+    source = tables.scores if also else tables.rounds
     keys = ("stage", "round", *also)
     last = sa.select(*(source.c[key] for key in keys), sa.func.max(source.c.attempt).label("attempt")).where(source.c.run == run)
     newest = last.group_by(*(source.c[key] for key in keys)).subquery()
@@ -233,8 +232,17 @@ def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Not-a-number and infinity are no values in SQL: NULL."""
+    """Not-a-number and infinity are no values in SQL, nor in JSON: NULL."""
+    if isinstance(value, Mapping):
+        return {key: _finite(of) for key, of in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
 
 
 def _short(error: SQLAlchemyError) -> str:

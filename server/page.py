@@ -94,7 +94,8 @@ summary { cursor:pointer; color:var(--accent) }
 <noscript><p>The plots need JavaScript, which is part of this file; the tables do not.</p></noscript>
 {% if score_figures %}{{ plots(score_figures) }}<p class="note">Both from histograms of scores by true class, never from a scan's own score.
  Calibration: the larger the mark, the more scans.</p>{% endif %}
-{% if stages.rows %}<h2>Stages and rounds</h2>{{ grid(stages) }}{{ plots(round_figures) }}{% endif %}
+{% if stages.rows %}<h2>Stages and rounds</h2>{{ grid(stages) }}
+{%- if thinned %}<p class="note">{{ thinned }}</p>{% endif %}{{ plots(round_figures) }}{% endif %}
 {% if weight_figures %}<h2>Weights of the centres</h2>
 <p>A centre's share in each part of the model. The effective number of centres is 1 / Σ w².</p>
 {{ plots(weight_figures) }}{{ grid(weights) }}{% endif %}

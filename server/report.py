@@ -36,6 +36,8 @@ from server.grids import (
 )
 from server.page import PAGE
 
+POINTS, FEWEST = 10_000, 100
+
 
 def write_report(path: Path, result: Result) -> None:
     """Writes the page to `path`, whole or not at all. `result`: see `tests/server/test_report.py` for one with every part."""
@@ -99,11 +101,12 @@ def _context(result: Result) -> dict[str, Any]:
     task, metric = _chosen(result)
     test = result.get("test", {})
     tasks = sorted(test, key=lambda name: name != task)  # the chosen one first
+    drawn_of, step = thinned(rounds, len(names))
     figures: dict[str, list[Figure]] = {
         "score_figures": [f for t in tasks if test[t].get("hist") for f in score_figures(t, test[t]["hist"], names)],
-        "round_figures": round_figures(rounds, names, task, metric),
-        "weight_figures": weight_figures(rounds, names),
-        "cost_figures": cost_figures(rounds, names),
+        "round_figures": round_figures(drawn_of, names, task, metric),
+        "weight_figures": weight_figures(drawn_of, names),
+        "cost_figures": cost_figures(drawn_of, names),
     }
     drawn = [figure for some in figures.values() for figure in some]
     for i, figure in enumerate(drawn):
@@ -128,6 +131,7 @@ def _context(result: Result) -> dict[str, Any]:
         "status": str(result.get("status", "unknown")),
         "facts": facts,
         "notes": [str(note) for note in result.get("notes", [])],
+        "thinned": f"Of {len(rounds)} rounds the curves show every {step}th, the first and the last of each stage." if step > 1 else "",
         **_headline(result, task, metric),
         "results": [score_grid(name, test[name], columns_of(test[name])) for name in tasks],
         "who": [{"name": name, "colour": i % COLOURS, "style": styles[dash(i)]} for i, name in enumerate(names)] if drawn else [],
@@ -176,6 +180,14 @@ def _rounds(result: Result) -> Rounds:
     """(number over all stages from 1, stage, round)."""
     flat = [(stage["name"], r) for stage in result.get("stages", []) for r in stage.get("rounds", [])]
     return [(i, stage, r) for i, (stage, r) in enumerate(flat, 1)]
+
+
+def thinned(rounds: Rounds, names: int) -> tuple[Rounds, int]:
+    """The rounds that curves show, and every how manieth: about POINTS of a figure, which a browser still draws at once, but no fewer than FEWEST a
+    curve. The first and the last of a stage always."""
+    step = max(1, len(rounds) // max(FEWEST, POINTS // max(1, names)))
+    ends = {k for i in range(1, len(rounds)) if rounds[i - 1][1] != rounds[i][1] for k in (i - 1, i)} | {0, len(rounds) - 1}
+    return [one for i, one in enumerate(rounds) if i % step == 0 or i in ends], step
 
 
 def _names(result: Result, rounds: Rounds) -> list[str]:

@@ -96,24 +96,23 @@ contributions = _table(
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
 )
-weights = _table(
-    "weights",
+shares = _table(
+    "shares",
     *_at_round(),
     sa.Column("part", sa.String, nullable=False),  # "backbone" or the head's task
-    sa.Column("centre", sa.String, nullable=False),
-    sa.Column("weight", sa.Float, nullable=False),
     sa.Column("effective", sa.Float, nullable=False),  # number of centres, 1 / sum w^2
+    sa.Column("weights", _JSON, nullable=False),  # {centre: weight}
 )
-metrics = _table(
-    "metrics",
+# One row a task and round instead of one a number: a hundred centres are 2,000 numbers.
+scores = _table(
+    "scores",
     *_at_round(),
     sa.Column("split", sa.String, nullable=False),
     sa.Column("task", sa.String, nullable=False),
-    sa.Column("view", sa.String, nullable=False),  # centre | macro | pooled | worst | spread
-    sa.Column("centre", sa.String),  # of views `centre` and `worst`
-    sa.Column("name", sa.String, nullable=False),
-    sa.Column("value", sa.Float),  # NULL: undefined ...
-    sa.Column("reason", sa.String),  # ... because of this
+    sa.Column("views", _JSON, nullable=False),  # {macro | pooled | worst | spread | challenge_score: ...}; null: undefined
+    sa.Column(
+        "centres", _JSON, nullable=False
+    ),  # {centre: {metric: value, ..., "reasons": {metric: why it is undefined}}}; last, as it is long
 )
 
 _REFUSE = "the ledger is append-only"

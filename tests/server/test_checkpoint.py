@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConsiliumError
@@ -32,6 +33,7 @@ def rounds(run: Path, suffix: str = ".json") -> list[int]:
     return sorted(int(path.name[5:10]) for path in (run / "checkpoints").glob(f"main-?????{suffix}"))
 
 
+@settings(deadline=None)  # a disk's
 @given(
     st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]), max_size=4),
     st.integers(0, 99_999),
@@ -114,6 +116,28 @@ def test_a_damaged_newest_falls_back_with_a_note(tmp_path: Path, suffix: str, da
     assert loaded.note == ("" if suffix == ".json" else "checkpoint main-00002 is damaged; went on from main-00001")
     save(tmp_path, state(2))  # done again
     assert load_latest(tmp_path).round == 2  # type: ignore[union-attr]
+
+
+def test_history_grows_by_a_file_a_save_and_each_checkpoint_has_its_own_part(tmp_path: Path) -> None:
+    def saved(round: int, history: list[Any]) -> None:
+        save(tmp_path, replace(state(round), history=history))
+
+    saved(1, ["a"])
+    saved(2, ["a", {"ü": 1}])
+    saved(2, ["a", {"ü": 1}])  # as at a stage's end
+    before = (tmp_path / "checkpoints" / "history" / "000000.json").stat().st_mtime_ns
+    saved(3, ["a", {"ü": 1}, 3])
+    assert load_latest(tmp_path).history == ["a", {"ü": 1}, 3]  # type: ignore[union-attr]
+    weights_path(tmp_path, "main", 3).unlink()
+    assert load_latest(tmp_path).history == ["a", {"ü": 1}]  # type: ignore[union-attr]
+    saved(3, ["a", {"ü": 1}, "again"])
+    saved(4, ["a", {"ü": 1}, "again", 4])
+    assert load_latest(tmp_path).history == ["a", {"ü": 1}, "again", 4]  # type: ignore[union-attr]
+    assert (tmp_path / "checkpoints" / "history" / "000000.json").stat().st_mtime_ns == before  # not written again
+    (tmp_path / "checkpoints" / "history" / "000003.json").write_text("{")
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert (found.round, "main-00004 is damaged" in found.note) == (3, True)
 
 
 def test_none_intact_is_one_sentence_and_never_a_new_beginning(tmp_path: Path) -> None:

@@ -116,13 +116,20 @@ def test_what_is_written_is_read_back(address: str) -> None:
     north, south = again.contributions("r1")
     assert REPLY.items() <= north.items()
     assert (south["accepted"], south["reason"], south["loss"], south["norm"]) == (False, "not finite", None, None)
-    effective = {(w["part"], w["centre"]): w["effective"] for w in again.weights("r1")}
-    assert effective == {("backbone", "north"): pytest.approx(1.6), ("backbone", "south"): pytest.approx(1.6), ("covid", "north"): 1.0}
-    cells = {(m["split"], m["view"], m["centre"], m["name"]): (m["value"], m["reason"]) for m in again.metrics("r1")}
-    assert cells["test", "centre", "south", "auc"] == (None, "one class only (no positive scan among 9)")
-    assert cells["val", "worst", "north", "auc"] == cells["val", "macro", None, "auc"] == (0.9, None)
-    assert cells["test", "macro", None, "challenge_score"] == (0.7, None)
-    assert len(cells) == len(again.metrics("r1")) == 2 * 10
+    shares = {share["part"]: (share["weights"], share["effective"]) for share in again.shares("r1")}
+    assert shares == {"backbone": ({"north": 0.75, "south": 0.25}, pytest.approx(1.6)), "covid": ({"north": 1.0}, 1.0)}
+    val, test = again.scores("r1")
+    assert (val["split"], val["attempt"], test["split"], test["task"]) == ("val", 1, "test", "covid")
+    for row in (val, test):
+        assert {"centres": row["centres"], **row["views"]} == SCORES["covid"]
+    assert "centres" not in again.scores("r1", centres=False)[0]
+
+
+def test_what_is_not_finite_is_null_also_inside_scores(address: str) -> None:
+    ledger = begin(address)
+    ledger.add_metrics("r1", "main", 1, "test", {"covid": {"centres": {"north": {"loss": math.nan}}, "macro": {"loss": math.inf}}})
+    (row,) = ledger.scores("r1")
+    assert (row["centres"], row["views"]) == ({"north": {"loss": None}}, {"macro": {"loss": None}})
 
 
 def test_the_database_itself_refuses_change(address: str) -> None:
@@ -152,8 +159,8 @@ def test_a_round_done_again_is_a_higher_attempt_and_the_last_is_shown(address: s
     assert [(c["round"], c["centre"]) for c in ledger.contributions("r1")] == [(1, "north"), (1, "south"), (2, "south")]
     assert [r["attempt"] for r in ledger.rounds("r1", all_attempts=True)] == [1, 1, 2]
     assert len(ledger.contributions("r1", all_attempts=True)) == 4
-    assert {m["attempt"] for m in ledger.metrics("r1") if m["round"] == 2} == {2}
-    assert {w["attempt"] for w in ledger.weights("r1") if w["round"] == 2} == {2}
+    assert {row["attempt"] for row in ledger.scores("r1") if row["round"] == 2} == {2}
+    assert {row["attempt"] for row in ledger.shares("r1") if row["round"] == 2} == {2}
 
 
 def test_the_status_is_the_last_status_event(address: str) -> None:

@@ -30,7 +30,7 @@ from common.metrics import (
 )
 from common.schema import Config, Evaluation, Task
 from server import scores as tables
-from server.report import side_by_side, table, write_report
+from server.report import POINTS, side_by_side, table, thinned, write_report
 
 CENTRES = ("north", "east", "south", "west")
 STAGES = (("pretraining", 3), ("main", 6))
@@ -282,6 +282,16 @@ def test_many_centres_keep_apart(tmp_path: Path) -> None:
     looks = {(t["line"]["color"], t["line"]["dash"]) for t in figure["data"] if "meta" in t}
     assert len(looks) == 23  # of 24, one of which has no AUC
     assert sum(tag == "button" for tag, _ in got.elements) == 24
+
+
+def test_a_long_runs_curves_are_thinned_but_keep_their_ends() -> None:
+    rounds: Any = [(i, "first" if i <= 701 else "second", {}) for i in range(1, 2001)]
+    kept, step = thinned(rounds, 100)
+    assert step == 20
+    assert {1, 701, 702, 2000} <= {i for i, _, _ in kept}
+    assert 100 * len(kept) < 1.1 * POINTS
+    assert thinned(rounds[:150], 4) == (rounds[:150], 1)
+    assert thinned([], 0) == ([], 1)
 
 
 def test_the_terminal_table_has_a_row_a_centre_and_the_views() -> None:
