@@ -91,8 +91,11 @@ def encode(
     return arrays | {"rest": np.concatenate(rest) if rest else np.empty(0, np.float32)}, lost
 
 
-def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec) -> Floats:
-    """The values float32 [P] that `encode` put into the arrays, rounded. Raises ValueError, KeyError for arrays that are none of this layout's."""
+def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec, out: Floats | None = None) -> Floats:
+    """The values float32 [P] that `encode` put into the arrays, rounded; in `out` where it is given.
+
+    Raises ValueError or KeyError for arrays that are none of this layout's.
+    """
     if codec == "fp32":
         return _checked(arrays["values"], np.float32, layout.size)
     parts = [e for e in layout.floats if e.parameter]
@@ -101,7 +104,7 @@ def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Cod
     codes = _checked(codes, np.float16 if codec == "fp16" else np.int8, count)
     scales = widened(_checked(arrays["scales"], np.uint16, sum(map(channels, parts))))
     rest = _checked(arrays["rest"], np.float32, layout.size - count)
-    values = np.empty(layout.size, np.float32)
+    values = np.empty(layout.size, np.float32) if out is None else out
     at = first = kept = 0
     with np.errstate(invalid="ignore", over="ignore"):
         for e in layout.floats:
@@ -117,14 +120,14 @@ def decode(arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Cod
     return values
 
 
-def changed(floats: Floats, change: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec) -> Floats:
+def changed(floats: Floats, change: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Codec, out: Floats | None = None) -> Floats:
     """The values [P] with an encoded change added: the same bits wherever it is done. No change: the same values.
 
     Raises ValueError or KeyError for a change that is none of this layout's or codec's.
     """
     if not change:
         return floats
-    after = decode(change, layout, codec)
+    after = decode(change, layout, codec, out)
     np.add(_checked(floats, np.float32, layout.size), after, out=after)
     return after
 

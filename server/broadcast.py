@@ -26,7 +26,7 @@ def rounded(run: Run, after: Weights) -> Weights:
     np.subtract(after.floats, run.weights.floats, out=after.floats)
     codes, left = encode(after.floats, run.layout, codec, run.moments.get("left"))
     run.moments["left"] = left
-    reached = Weights(changed(run.weights.floats, codes, run.layout, codec), after.integers)
+    reached = Weights(changed(run.weights.floats, codes, run.layout, codec, after.floats), after.integers)
     run.change = run.weights.digest, reached.digest, codes
     return reached
 

@@ -69,7 +69,12 @@ SETTINGS: dict[str, list[str]] = {
     "tau 1 + source head": ["aggregation.tau=1"],
     "tau 1 + FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
     "tau 1, fp32": ["aggregation.tau=1", "aggregation.codec=fp32", *COVID],  # all above and below were run when changes travelled so
-    "tau 1, fp32, NCHW": ["aggregation.tau=1", "aggregation.codec=fp32", "stage.channels_last=false", *COVID],  # other rounding, nothing else
+    "tau 1, fp32, NCHW": [
+        "aggregation.tau=1",
+        "aggregation.codec=fp32",
+        "stage.channels_last=false",
+        *COVID,
+    ],  # other rounding, nothing else
     "tau 1, int8": ["aggregation.tau=1", "aggregation.codec=int8", *COVID],
     "tau 1, int4": ["aggregation.tau=1", "aggregation.codec=int4", *COVID],
     "tau 1, own pace": ["aggregation.tau=1", "stage.pace=own", *COVID],
