@@ -24,8 +24,11 @@ def rounded(run: Run, after: Weights) -> Weights:
     if codec == "fp32":
         return after
     np.subtract(after.floats, run.weights.floats, out=after.floats)
-    codes, left = encode(after.floats, run.layout, codec, run.moments.get("left"))
-    run.moments["left"] = left
+    left = run.moments.get("left")
+    if not isinstance(left, np.memmap):  # a model's size, wanted once a round: on disk, from where a checkpoint takes it
+        np.save(run.folder / "left.npy", np.zeros_like(after.floats) if left is None else left)
+        left = np.load(run.folder / "left.npy", mmap_mode="r+")
+    codes, run.moments["left"] = encode(after.floats, run.layout, codec, left)
     reached = Weights(changed(run.weights.floats, codes, run.layout, codec, after.floats), after.integers)
     run.change = run.weights.digest, reached.digest, codes
     return reached

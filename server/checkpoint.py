@@ -56,15 +56,14 @@ def save(run_dir: Path, state: State) -> Path:
     try:
         (folder / "history").mkdir(parents=True, exist_ok=True)
         known = _headers(folder)
-        data = {
-            suffix: tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
-            for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser))
-        }
-        sums = {suffix: hashlib.sha256(some).hexdigest() for suffix, some in data.items()}
-        if name in known and known[name]["sha256"] != sums:
-            (folder / f"{name}.json").unlink()  # a round done again: its old JSON would vouch for the wrong arrays
-        for suffix, some in data.items():
-            _write(folder / f"{name}{suffix}", some)
+        sums = {}
+        for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser)):
+            data = tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
+            sums[suffix] = hashlib.sha256(data).hexdigest()
+            if name in known and known[name]["sha256"][suffix] != sums[suffix]:
+                (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
+            _write(folder / f"{name}{suffix}", data)
+            del data  # a model's size: the next one's place
         last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
         entries = len(state.history)
         for k in range(max(0, min(last["entries"], entries - 1)), entries):  # the last one always: its round may have been done again

@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from common.codec import codec_of
@@ -22,7 +23,7 @@ from common.imbalance import effective_number
 from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
-from common.weights import Weights, flatten, layout_of
+from common.weights import NONE, Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
 from server.broadcast import ask, rounded, send
@@ -31,6 +32,7 @@ from server.initial import initial_model
 from server.presence import filled, greet, readmit
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
+from server.transport import Received
 
 log = logging.getLogger("consilium.server")
 
@@ -41,6 +43,21 @@ def conduct(run: Run) -> dict[str, Any]:
     Raises ConsiliumError when it cannot go on, Paused when it can go on later.
     """
     began = time.perf_counter()
+    take_up(run)
+    for name, stage in run.config.stages.items():
+        done = next((s for s in run.result["stages"] if s["name"] == name), None)
+        if done is None:
+            done = enter(run, name, stage)
+        if not done["finished"]:
+            play(run, name, stage, done)
+    test(run)
+    run.result["seconds"] += time.perf_counter() - began
+    run.result["status"] = "finished"
+    return run.result
+
+
+def take_up(run: Run) -> None:
+    """The run as its last checkpoint has it, or as it begins; what that takes of memory is free again afterwards."""
     state = checkpoint.load_latest(run.folder)
     if state:
         run.result, history = state.facts["result"], iter(state.history)
@@ -57,16 +74,6 @@ def conduct(run: Run) -> dict[str, Any]:
         log.info("resumed after round %d of stage '%s'", state.round, state.stage)
     else:
         run.weights = flatten(model, run.layout)
-    for name, stage in run.config.stages.items():
-        done = next((s for s in run.result["stages"] if s["name"] == name), None)
-        if done is None:
-            done = enter(run, name, stage)
-        if not done["finished"]:
-            play(run, name, stage, done)
-    test(run)
-    run.result["seconds"] += time.perf_counter() - began
-    run.result["status"] = "finished"
-    return run.result
 
 
 # --- stages and rounds ----------------------------------------------------------------------------------------------------------------
@@ -158,27 +165,10 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         }
         declined = 0
         for received in send(run, requests):
-            reply = received.reply
-            if not isinstance(reply, Contribution):
-                facts[received.centre] = {"accepted": False, "reason": reason_of(reply)}
-                declined += isinstance(reply, Refusal) and reply.declined
-                continue
-            summed = sum(v for v, n in reply.losses.values())
-            labelled = sum(n for _, n in reply.losses.values())
-            facts[received.centre] = {
-                "accepted": True, "reason": "", "scans": reply.scans, "steps": reply.steps, "seconds": reply.seconds,
-                "loss": summed / labelled if labelled else None, "epsilon": reply.epsilon,
-            }  # fmt: skip
-            try:
-                reply = decoded(reply, run.layout, codec_of(run.config))
-                why = fault(reply, run.layout, place["personal"])
-            except (KeyError, ValueError) as error:
-                why = f"cannot be decoded: {error}"
-            if why:
-                facts[received.centre].update(accepted=False, reason=why)
-            else:
-                arrived[received.centre] = spool(reply, run.layout, folder)
-                facts[received.centre]["norm"] = arrived[received.centre].norm
+            facts[received.centre], one = accepted(run, received, place["personal"], folder)
+            declined += isinstance(received.reply, Refusal) and received.reply.declined
+            if one:
+                arrived[received.centre] = one
         for centre, why in outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier).items():
             facts[centre].update(accepted=False, reason=why)
             del arrived[centre]
@@ -208,6 +198,27 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         "effective": effective,
         "centres": facts,
     }, because
+
+
+def accepted(run: Run, received: Received, empty: bool, folder: Path) -> tuple[dict[str, Any], Spooled | None]:
+    """What the report and ledger say of a reply to Train; and the contribution on disk, where it can be used. `empty`: it shall hold no weights."""
+    reply = received.reply
+    if not isinstance(reply, Contribution):
+        return {"accepted": False, "reason": reason_of(reply)}, None
+    summed, labelled = (sum(column) for column in zip(*reply.losses.values(), strict=True)) if reply.losses else (0.0, 0)
+    facts: dict[str, Any] = {
+        "accepted": True, "reason": "", "scans": reply.scans, "steps": reply.steps, "seconds": reply.seconds,
+        "loss": summed / labelled if labelled else None, "epsilon": reply.epsilon,
+    }  # fmt: skip
+    try:
+        reply = decoded(reply, run.layout, codec_of(run.config))
+        why = fault(reply, run.layout, empty)
+    except (KeyError, ValueError) as error:
+        why = f"cannot be decoded: {error}"
+    if why:
+        return facts | {"accepted": False, "reason": why}, None
+    one = spool(reply, run.layout, folder)
+    return facts | {"norm": one.norm}, one
 
 
 def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:
@@ -311,8 +322,9 @@ def save(run: Run, stage: str, round: int) -> None:
 def best_weights(run: Run) -> Weights:
     """The global weights of the last stage's best round; where nothing is exchanged they never changed."""
     place = run.result["stages"][-1]
-    if place["personal"]:
+    if place["personal"] or place["best"]["round"] == len(place["rounds"]) - 1:
         return run.weights
+    run.weights = Weights(NONE, run.weights.integers)  # its memory is wanted
     return run.layout.flat(checkpoint.load_weights(checkpoint.weights_path(run.folder, place["name"], place["best"]["round"])))
 
 
