@@ -57,6 +57,7 @@ def conduct(run: Run) -> dict[str, Any]:
         log.info("resumed after round %d of stage '%s'", state.round, state.stage)
     else:
         run.weights = flatten(model, run.layout)
+    del model
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
         if done is None:
