@@ -219,7 +219,7 @@ def picture(rows: dict[str, list[dict[str, Any]]]) -> go.Figure:
         mode="lines", line={"color": "lightgrey"},
     )  # fmt: skip
     figure.update_layout(
-        title="The federation's own cost: time a round is linear, memory is flat", xaxis={"type": "log", "title": "centres"},
+        title="The federation's own cost by number of centres", xaxis={"type": "log", "title": "centres"},
         yaxis={"type": "log", "title": "s a round"},
         yaxis2={"title": "memory beyond the start, in models", "overlaying": "y", "side": "right", "rangemode": "tozero"},
         legend={"orientation": "h", "y": -0.2},
