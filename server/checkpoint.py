@@ -66,7 +66,9 @@ def save(run_dir: Path, state: State) -> Path:
             del data  # a model's size: the next one's place
         last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
         entries = len(state.history)
-        for k in range(max(0, min(last["entries"], entries - 1)), entries):  # the last one always: its round may have been done again
+        for k in range(
+            max(0, min(last.get("entries", 0), entries - 1)), entries
+        ):  # the last one always: its round may have been done again
             _write(_entry(folder, k), json.dumps(state.history[k]).encode())
         header = {"number": last["number"] + 1, "stage": state.stage, "round": state.round, "sha256": sums, "entries": entries}
         header["facts"] = state.facts
@@ -89,7 +91,7 @@ def load_latest(run_dir: Path) -> State | None:
         try:
             weights, optimiser = (_verified(folder / f"{name}{suffix}", header["sha256"][suffix]) for suffix in (WEIGHTS, OPTIMISER))
             history = [json.loads(_entry(folder, k).read_bytes()) for k in range(header["entries"])]
-        except (OSError, SafetensorError, ValueError):
+        except (OSError, SafetensorError, ValueError, KeyError):
             torn.append(name)
             continue
         note = f"checkpoint {' and '.join(torn)} is damaged; went on from {name}" if torn else ""
@@ -117,7 +119,7 @@ def _headers(folder: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(path.read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "entries", "facts"} <= header.keys():
+        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "facts"} <= header.keys():
             found[path.stem] = header
     return found
 

@@ -233,9 +233,9 @@ def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
 
 def _finite(value: Any) -> Any:
     """Not-a-number and infinity are no values in SQL, nor in JSON: NULL."""
-    if isinstance(value, Mapping):
-        return {key: _finite(of) for key, of in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return {key: _finite(of) for key, of in value.items()} if isinstance(value, dict) else value
 
 
 def _json(value: Any) -> str:
