@@ -48,12 +48,19 @@ class Chest:
 
 def look(voxels: NDArray[Any]) -> Chest:
     """Lungs and body of `voxels` [Z, H, W] (int16 HU or uint8 grey)."""
-    Z, H, W = voxels.shape
+    _, H, W = voxels.shape
     step = max(1, max(H, W) // REDUCED)
     h, w = max(1, H // step), max(1, W // step)
     whole = voxels[:, : h * step, : w * step]  # a whole number of pixels in each reduced one is three times as fast to average
     small = np.stack([cv2.resize(slice_, (w, h), interpolation=cv2.INTER_AREA) for slice_ in whole]) if step > 1 else voxels
-    if voxels.dtype != np.uint8:
+    return found(small, step, (H, W))
+
+
+def found(small: NDArray[Any], step: int, shape: tuple[int, int]) -> Chest:
+    """Lungs and body of slices [Z, h, w] that were reduced by `step`, or of some of a scan's slices at even distances."""
+    Z, h, w = small.shape
+    H, W = shape
+    if small.dtype != np.uint8:
         lungs, body = _enclosed(small > AIR_HU)
         return Chest(lungs, body, step, (H, W))
     cut, _ = cv2.threshold(small.reshape(Z * h, w), 0, 255, cv2.THRESH_OTSU)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from client import lungs
 from client.masks import find_lungs
 from client.readers import Volume, read_scan
-from client.slices import Kept, slices_of, square
+from client.slices import Kept, keep, square
 from common.errors import ConsiliumError
 from common.schema import Preprocess
 
@@ -30,8 +30,8 @@ def montage(path: Path, settings: Preprocess, out: Path, window: tuple[float, fl
 
     Raises ConsiliumError when the scan cannot be read or the picture cannot be written.
     """
-    volume = read_scan(Path(path), series)
-    kept = slices_of(volume, settings, window)
+    kept, scan = keep(Path(path), series, settings, window)
+    volume = scan if isinstance(scan, Volume) else read_scan(Path(path), series)
     page = draw(volume, kept, settings, window)
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

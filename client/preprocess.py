@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from client import masks
 from client.gather import Skipped
-from client.readers import Volume, read_scan
+from client.readers import Unread, Volume, read_scan
 from client.readers.nifti import NIFTI
-from client.slices import slices_of
+from client.slices import keep
 from client.store import Store
 from common.errors import ConsiliumError
 from common.schema import Preprocess
@@ -59,15 +59,15 @@ def run_job(job: Job) -> Outcome:
         key = _slices_key(store.key, store.content, job)
         volume = None
         if store.get(key) is None:
-            volume = read_scan(job.path, job.series)
             notes: list[str] = []
-            kept = slices_of(volume, job.settings, job.window, _crop_lungs(job, volume, notes))
+            kept, scan = keep(job.path, job.series, job.settings, job.window, lambda scan: _crop_lungs(job, scan, notes))
             facts = {
                 "indices": np.asarray(kept.indices).tolist(),
                 "box": list(map(int, kept.box)),
-                "notes": [*kept.notes, *notes],
-                **_of_scan(volume),
+                "notes": [*kept.notes, *dict.fromkeys(notes)],
+                **_of_scan(scan),
             }
+            volume = scan if isinstance(scan, Volume) else None
             if _slices_key(store.key, store.content, job) != key:
                 return "", "its files were changed while it was read; preprocess again once they are complete", []
             store.put(key, kept.slices, facts)
@@ -76,9 +76,9 @@ def run_job(job: Job) -> Outcome:
         return "", _reason(error, job.path, job.series), []
 
 
-def _of_scan(volume: Volume) -> dict[str, Any]:
+def _of_scan(scan: Volume | Unread) -> dict[str, Any]:
     """What a mask of the scan must fit, and what its measures are."""
-    return {"scan": list(volume.voxels.shape), "spacing": list(map(float, volume.spacing)), "modality": volume.modality}
+    return {"scan": list(scan.shape), "spacing": list(map(float, scan.spacing)), "modality": scan.modality}
 
 
 def _slices_key(find: Callable[..., Any], content: Callable[[Path], str], job: Job) -> Any:
@@ -91,16 +91,16 @@ def _lungs_from(job: Job, content: Callable[[Path], str]) -> str:
     return content(job.lungs) if job.lungs and job.lungs.exists() else f"found {job.modality}"
 
 
-def _crop_lungs(job: Job, volume: Volume, notes: list[str]) -> NDArray[np.uint8] | None:
+def _crop_lungs(job: Job, scan: Volume | Unread, notes: list[str]) -> NDArray[np.uint8] | None:
     """The lung mask that a crop to the lungs goes by, where the finder that suits the volume is not to look for itself."""
     if job.settings.crop != "lungs":
         return None
     if job.lungs:
         try:
-            return masks.fitted(masks.read_lungs(job.lungs, False), _shape(volume.voxels.shape), not _is_nifti(job.lungs))
+            return masks.fitted(masks.read_lungs(job.lungs, False), scan.shape, not _is_nifti(job.lungs))
         except Exception:  # readers fail in ways of their own, and a mask must not cost its scan
             notes.append("The lung mask that the cohort names cannot be used: the lungs were looked for.")
-    return masks.find_lungs(volume, True) if job.modality == "CT" and volume.modality == "XR" else None
+    return masks.find_lungs(scan, True) if isinstance(scan, Volume) and job.modality == "CT" and scan.modality == "XR" else None
 
 
 def _bring_masks(store: Store, key: str, job: Job, volume: Volume | None) -> list[Skipped]:

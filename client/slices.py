@@ -1,16 +1,26 @@
-"""From a volume to the slices that are kept of it: select, crop, window, resize."""
+"""From a scan to the slices that are kept of it: look for the lungs, select, crop, window, resize.
+
+The lungs of a long scan are looked for in evenly spaced slices at an eighth of 512 pixels; between them the areas are interpolated. Only the slices
+that are kept are read in full. `exact` (and `kds_paper`, always) looks at every slice in full.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from client import kds, lungs
-from client.readers.volume import Volume
+from client.readers import Unread, Volume, open_scan, read_scan
 from common.schema import Preprocess
+
+LOOKS = {"zquantile": 32, "kds": 64, "even": 64}  # slices that the lungs are looked for in, at most
+SIDE = 64  # pixels that the longer side is reduced to at least, by halving
+FEW = 32  # slices that are all looked at in full
 
 
 @dataclass
@@ -25,47 +35,96 @@ class Kept:
 
 
 def slices_of(
-    volume: Volume, settings: Preprocess, window: tuple[float, float] | None = None, lung: NDArray[np.uint8] | None = None
+    scan: Volume | Unread, settings: Preprocess, window: tuple[float, float] | None = None, lung: NDArray[np.uint8] | None = None
 ) -> Kept:
     """The slices kept of a scan by `settings`: S = settings.slices of a CT, 1 of a radiograph.
 
     `window` is the cohort's own (low, high) in the image's units and comes first; else `settings.window` for HU and the full 0..255 for
     pictures. `lung` [Z, H, W] is the cohort's own lung mask, for a crop to the lungs; else our finder's. A crop keeps its shape: it is padded
-    to a square with its darkest value.
+    to a square with its darkest value. Raises what the reader raises where a slice of an unread scan cannot be decoded, Unsure where all its
+    slices are to be read.
     """
-    notes = list(volume.notes)
-    shades = window or (settings.window if volume.is_hounsfield else (0.0, 255.0))
-    H, W = volume.voxels.shape[1:]
-    own = lungs.mask_box(lung, volume.spacing) if lung is not None and settings.crop == "lungs" else None
-    if volume.modality == "XR":
-        areas, indices = np.zeros(len(volume.voxels)), np.zeros(1, np.int64)
+    notes = list(scan.notes)
+    shades = window or (settings.window if scan.is_hounsfield else (0.0, 255.0))
+    Z, H, W = scan.shape
+    own = lungs.mask_box(lung, scan.spacing) if lung is not None and settings.crop == "lungs" else None
+    if scan.modality == "XR":
+        image = _all(scan).voxels[0]
+        areas, indices = np.zeros(Z), np.zeros(1, np.int64)
         if settings.crop == "lungs" and not own:
-            own = lungs.mask_box(lungs.radiograph_lungs(lungs.shown(volume.voxels[0], shades)), volume.spacing)
-        box = (0, H, 0, W) if settings.crop == "none" else own or radiograph_box(volume.voxels[0])
+            own = lungs.mask_box(lungs.radiograph_lungs(lungs.shown(image, shades)), scan.spacing)
+        box = (0, H, 0, W) if settings.crop == "none" else own or radiograph_box(image)
     else:
         paper = settings.selection == "kds_paper"
         if paper:
-            outlines, boxes = lungs.paper_body(volume, shades)
-            areas = outlines * volume.spacing[1] * volume.spacing[2]
+            outlines, boxes = lungs.paper_body(_all(scan), shades)
+            areas = outlines * scan.spacing[1] * scan.spacing[2]
         if not paper or (settings.crop == "lungs" and not own):
-            chest = lungs.look(volume.voxels)
+            chest, air = _look(scan, settings)
         if not paper:
-            areas = lungs.areas_of(chest, volume.spacing)
+            areas = air
         rng = np.random.default_rng(settings.draw) if settings.draw else None
-        indices = kds.select(areas, settings.slices, settings.selection, volume.positions, rng)
+        indices = kds.select(areas, settings.slices, settings.selection, scan.positions, rng)
         if areas.max() <= 0:
             notes.append(f"No {'body' if paper else 'lung'} was found: slices were taken at even distances.")
-        if len(volume.voxels) < settings.slices:
-            notes.append(f"Only {len(volume.voxels)} of the {settings.slices} slices wanted: some are repeated.")
+        if Z < settings.slices:
+            notes.append(f"Only {Z} of the {settings.slices} slices wanted: some are repeated.")
         if settings.crop == "none":
             box = (0, H, 0, W)
         elif settings.crop == "lungs":
-            box = own or lungs.lung_box_of(chest, volume.spacing)
+            box = own or lungs.lung_box_of(chest, scan.spacing)
         else:
-            box = lungs.paper_box_of(boxes, volume) if paper else lungs.body_box_of(chest)
+            box = lungs.paper_box_of(boxes, _all(scan)) if paper else lungs.body_box_of(chest)
     y0, y1, x0, x1 = box
-    slices = np.stack([square(lungs.shown(volume.voxels[i, y0:y1, x0:x1], shades), settings.size) for i in indices])
+    slices = np.stack([square(lungs.shown(image[y0:y1, x0:x1], shades), settings.size) for image in scan.read(indices)])
     return Kept(slices, indices, areas, box, notes)
+
+
+def keep(
+    path: Path,
+    series: str | None,
+    settings: Preprocess,
+    window: tuple[float, float] | None = None,
+    lung: Callable[[Volume | Unread], NDArray[np.uint8] | None] = lambda scan: None,
+) -> tuple[Kept, Volume | Unread]:
+    """`slices_of` the scan at `path`, and the scan, of which no more is read than that takes; `lung` gives its lung mask.
+
+    Where a slice cannot be decoded or nothing is found in those looked at, all is read: what is wrong is then noted as ever.
+    Raises ConsiliumError where the scan cannot be read.
+    """
+    if not settings.exact and settings.selection in LOOKS:
+        scan = open_scan(path, series)
+        try:
+            return slices_of(scan, settings, window, lung(scan)), scan
+        except Exception:  # decoders fail in ways of their own
+            if isinstance(scan, Volume):
+                raise
+    scan = read_scan(path, series)
+    return slices_of(scan, settings, window, lung(scan)), scan
+
+
+class Unsure(Exception):
+    """A look at some of a scan's slices is not enough."""
+
+
+def _all(scan: Volume | Unread) -> Volume:
+    if isinstance(scan, Unread):
+        raise Unsure
+    return scan
+
+
+def _look(scan: Volume | Unread, settings: Preprocess) -> tuple[lungs.Chest, NDArray[np.float64]]:
+    """The lungs and body in the slices looked at, and the area [Z] mm2 of lung air in all."""
+    Z, H, W = scan.shape
+    if Z > FEW and not settings.exact and settings.selection in LOOKS:
+        step = next((step for step in (8, 4, 2) if max(H, W) // step >= SIDE), 1)
+        every = -(-Z // LOOKS[settings.selection])
+        at = np.arange((Z - 1) % every // 2, Z, every)
+        chest = lungs.found(scan.small(at, step), step, (H, W))
+        if chest.lungs.mean() >= lungs.FEW:  # with less, a chest wall may have been too thin for so few pixels
+            return chest, np.interp(scan.positions, scan.positions[at], lungs.areas_of(chest, scan.spacing))
+    chest = lungs.look(_all(scan).voxels)
+    return chest, lungs.areas_of(chest, scan.spacing)
 
 
 def radiograph_box(image: NDArray[np.uint8]) -> lungs.Box:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from client.readers.dicom import is_dicom, read_dicom
 from client.readers.nifti import NIFTI, read_nifti
-from client.readers.pictures import PICTURES, read_picture, read_slices
-from client.readers.volume import Volume
+from client.readers.pictures import PICTURES, open_slices, read_picture, read_slices
+from client.readers.volume import Unread, Volume
 from common.errors import ConsiliumError
 
-__all__ = ["Volume", "read_scan", "scan_kind"]
+__all__ = ["Unread", "Volume", "open_scan", "read_scan", "scan_kind"]
 
 LOOK_AT = 200  # files of a folder that are looked at before deciding that it holds no DICOM
 
@@ -49,6 +49,13 @@ def scan_kind(path: Path) -> str | None:
     if nifti == 1:
         return "nifti"
     return "slices" if pictures else None
+
+
+def open_scan(path: Path, series: str | None = None) -> Volume | Unread:
+    """The scan at `path` with its slices unread, where they can be read one by one and nothing looks odd; else as `read_scan`."""
+    kind = scan_kind(path)
+    unread = open_slices(path) if kind == "slices" else None
+    return unread or read_scan(path, series)
 
 
 def read_scan(path: Path, series: str | None = None) -> Volume:

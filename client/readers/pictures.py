@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,10 +12,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from client.readers.volume import Volume
+from client.readers.volume import Indices, Unread, Volume, Voxels
 from common.errors import ConsiliumError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+JPEG = (".jpg", ".jpeg")
+PICTURES = (*JPEG, ".png", ".bmp", ".tif", ".tiff")
+REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}  # by JPEG's own transform
+UNKNOWN = "Pictures, not DICOM: spacing unknown, slices in the order of their names."
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -22,11 +26,11 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part]
 
 
-def _grey(path: Path) -> NDArray[Any] | None:
+def _grey(path: Path, how: int = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH) -> NDArray[Any] | None:
     """The picture in grey, 8 or 16 bits [H, W], or None where it cannot be decoded."""
     try:
         data = np.fromfile(path, dtype=np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH) if data.size else None
+        image = cv2.imdecode(data, how) if data.size else None
     except (OSError, cv2.error):
         return None
     return None if image is None else np.asarray(image)
@@ -39,19 +43,22 @@ def _eight_bits(voxels: NDArray[Any]) -> NDArray[np.uint8]:
     return (voxels.astype(np.float32) * (255.0 / max(float(voxels.max()), 1.0))).astype(np.uint8)
 
 
+def _pictures(folder: Path) -> list[Path]:
+    names = (n for n in os.listdir(folder) if n.lower().endswith(PICTURES) and not n.startswith("."))
+    return [folder / name for name in sorted(names, key=natural)]
+
+
 def read_slices(folder: Path) -> Volume:
     """A folder of pictures, one a slice, in the natural order of their names (2 before 10).
 
     Of pictures of different sizes the majority is kept; a picture that cannot be read is left out. Both are noted. Raises
     ConsiliumError when fewer than half can be read.
     """
-    files = sorted(
-        (p for p in folder.iterdir() if p.name.lower().endswith(PICTURES) and not p.name.startswith(".")), key=lambda p: natural(p.name)
-    )
+    files = _pictures(folder)
     images = [image for image in map(_grey, files) if image is not None]
     if not files or len(images) * 2 < len(files):
         raise ConsiliumError(f"{folder}: {len(files) - len(images)} of {len(files)} pictures cannot be read; export the scan again")
-    notes = ["Pictures, not DICOM: spacing unknown, slices in the order of their names."]
+    notes = [UNKNOWN]
     if len(images) < len(files):
         notes.append(f"{len(files) - len(images)} of {len(files)} pictures cannot be read and were left out.")
     shape, _ = Counter(image.shape for image in images).most_common(1)[0]
@@ -61,6 +68,52 @@ def read_slices(folder: Path) -> Volume:
             f"{len(images) - len(kept)} of {len(images)} pictures have another size than {shape[0]} x {shape[1]} and were left out."
         )
     return Volume(_eight_bits(np.stack(kept)), (1.0, 1.0, 1.0), np.arange(len(kept), dtype=np.float64), "CT", notes)
+
+
+def open_slices(folder: Path) -> Unread | None:
+    """The scan of `read_slices`, unread, where every picture looks like a whole JPEG and all are of one size; else None.
+
+    A reduced picture is decoded as such: each block of 8 x 8 pixels gives only the frequencies that it is to show.
+    """
+    files = _pictures(folder)
+    shapes = {_jpeg_shape(file) if file.name.lower().endswith(JPEG) else None for file in files}
+    H, W = shape = shapes.pop() or (0, 0)
+    if shapes or not H:
+        return None
+
+    def decoded(z: int, how: int, expected: tuple[int, int]) -> NDArray[np.uint8]:
+        image = _grey(files[z], how)
+        if image is None or image.shape != expected or image.dtype != np.uint8:
+            raise ValueError("a picture cannot be read, or is not as its header says")
+        return image
+
+    def read(which: Indices) -> Voxels:
+        return np.stack([decoded(z, cv2.IMREAD_GRAYSCALE, shape) for z in which])
+
+    def small(which: Indices, step: int) -> Voxels:
+        if step == 1:
+            return read(which)
+        reduced = [decoded(z, REDUCED[step], (-(-H // step), -(-W // step))) for z in which]
+        return np.stack(reduced)[:, : H // step, : W // step]
+
+    return Unread((len(files), H, W), (1.0, 1.0, 1.0), np.arange(len(files), dtype=np.float64), False, read, small, [UNKNOWN])
+
+
+def _jpeg_shape(path: Path) -> tuple[int, int] | None:
+    """Height and width of a grey or colour JPEG of 8 bits by its frame header (ITU T.81, B.2.2); None where the file does not end as a JPEG does."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        head, size = os.pread(file, 8192, 0), os.fstat(file).st_size
+        tail = os.pread(file, 2, max(0, size - 2))
+    finally:
+        os.close(file)
+    at = 2
+    while head[:2] == b"\xff\xd8" and tail == b"\xff\xd9" and at + 9 <= len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame, not tables
+            return int.from_bytes(head[at + 5 : at + 7], "big"), int.from_bytes(head[at + 7 : at + 9], "big")
+        at += 2 + length
+    return None
 
 
 def read_picture(path: Path) -> Volume:

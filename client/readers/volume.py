@@ -1,11 +1,17 @@
-"""A scan in memory, whatever it was stored as."""
+"""A scan, whatever it was stored as: in memory, or read slice by slice as its slices are wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+Voxels = NDArray[np.int16] | NDArray[np.uint8]
+Indices = NDArray[np.int64]
 
 
 @dataclass
@@ -16,7 +22,7 @@ class Volume:
     slices to the head. `notes` are sentences for a person; they hold no identifier.
     """
 
-    voxels: NDArray[np.int16] | NDArray[np.uint8]  # [Z, H, W]: int16 HU, or uint8 for pictures and radiographs
+    voxels: Voxels  # [Z, H, W]: int16 HU, or uint8 for pictures and radiographs
     spacing: tuple[float, float, float]  # mm (z, y, x); 1.0 where unknown
     positions: NDArray[np.float64]  # [Z] mm along the slices' normal, ascending; the index where unknown
     modality: str  # "CT" | "XR" (radiograph: Z = 1)
@@ -27,3 +33,44 @@ class Volume:
     def is_hounsfield(self) -> bool:
         """Whether the voxels are Hounsfield units (else grey values 0..255)."""
         return self.voxels.dtype == np.int16
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Z, H, W."""
+        Z, H, W = self.voxels.shape
+        return Z, H, W
+
+    def read(self, which: Indices) -> Voxels:
+        """Slices [n, H, W]."""
+        return self.voxels[which]
+
+    def small(self, which: Indices, step: int) -> Voxels:
+        """Slices [n, H // step, W // step], one pixel for `step` x `step`."""
+        return np.stack([reduced(self.voxels[z], step) for z in which])
+
+
+@dataclass
+class Unread:
+    """A CT of which only the headers were read; all is as for a Volume, but its slices.
+
+    `read` and `small` raise what their decoder raises where a slice cannot be decoded; reading the scan as a Volume leaves such slices out.
+    """
+
+    shape: tuple[int, int, int]  # Z, H, W
+    spacing: tuple[float, float, float]
+    positions: NDArray[np.float64]
+    is_hounsfield: bool
+    read: Callable[[Indices], Voxels]
+    small: Callable[[Indices, int], Voxels]
+    notes: list[str] = field(default_factory=list)
+    modality: str = "CT"
+
+
+def reduced(image: NDArray[Any], step: int) -> NDArray[Any]:
+    """`image` [H, W] at [H // step, W // step]: the mean of each block of a picture; of HU the mean of the block's middle row, for which
+    the other rows need not be read."""
+    h, w = image.shape[0] // step, image.shape[1] // step
+    part = image[: h * step, : w * step]
+    if step == 1:
+        return part
+    return np.asarray(cv2.resize(part if image.dtype == np.uint8 else part[step // 2 :: step], (w, h), interpolation=cv2.INTER_AREA))
