@@ -8,6 +8,7 @@ A radiograph's lungs are darker than what is around them, but enclosed by no thr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from client.readers.volume import Volume
+from client.readers.volume import Unread, Volume
 
 AIR_HU = -500.0
 REDUCED = 160  # pixels that the longer side is reduced to at least; 2 to 3 mm a pixel, thinner than a chest wall
@@ -46,14 +47,16 @@ class Chest:
     shape: tuple[int, int]  # H, W of the scan
 
 
-def look(voxels: NDArray[Any]) -> Chest:
-    """Lungs and body of `voxels` [Z, H, W] (int16 HU or uint8 grey)."""
-    _, H, W = voxels.shape
-    step = max(1, max(H, W) // REDUCED)
-    h, w = max(1, H // step), max(1, W // step)
-    whole = voxels[:, : h * step, : w * step]  # a whole number of pixels in each reduced one is three times as fast to average
-    small = np.stack([cv2.resize(slice_, (w, h), interpolation=cv2.INTER_AREA) for slice_ in whole]) if step > 1 else voxels
-    return found(small, step, (H, W))
+def look(voxels: Iterable[NDArray[Any]]) -> Chest:
+    """Lungs and body of the slices `voxels` [Z, H, W] (int16 HU or uint8 grey), of which one at a time need be in memory."""
+    small = []
+    for image in voxels:
+        H, W = image.shape
+        step = max(1, max(H, W) // REDUCED)
+        h, w = max(1, H // step), max(1, W // step)
+        whole = image[: h * step, : w * step]  # a whole number of pixels in each reduced one is three times as fast to average
+        small.append(cv2.resize(whole, (w, h), interpolation=cv2.INTER_AREA) if step > 1 else image)
+    return found(np.stack(small), step, (H, W))
 
 
 def found(small: NDArray[Any], step: int, shape: tuple[int, int]) -> Chest:
@@ -107,11 +110,14 @@ def _enclosed(solid: Mask, corners: bool = False) -> tuple[Mask, NDArray[np.int6
                 cv2.floodFill(outside, None, seed, 2, flags=4)
         enclosed[z] = (outside[1:-1, 1:-1] == 0) & (inside > 0)
     # The oesophagus and gut are separate air spaces in three dimensions, and small ones; the two lungs may be one or two.
-    spaces, number = ndimage.label(enclosed)
-    sizes = np.bincount(spaces.ravel(), minlength=number + 1)
-    sizes[0] = 0
-    keep = sizes >= max(SMALL * sizes.max(), 1)
-    return keep[spaces], body
+    flat = enclosed.any(axis=0)
+    y, x = (np.flatnonzero(flat.any(axis=axis)) for axis in (1, 0))
+    if len(y):
+        air = enclosed[:, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+        spaces = ndimage.label(air)[0][air]
+        sizes = np.bincount(spaces)
+        air[air] = sizes[spaces] >= SMALL * sizes.max()
+    return enclosed, body
 
 
 def areas_of(chest: Chest, spacing: tuple[float, float, float]) -> NDArray[np.float64]:
@@ -275,25 +281,25 @@ def lung_box(volume: Volume) -> Box:
     return lung_box_of(look(volume.voxels), volume.spacing)
 
 
-def paper_body(volume: Volume, window: tuple[float, float] | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def paper_body(voxels: Iterable[NDArray[Any]], window: tuple[float, float]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Areas [Z] in pixels and boxes [Z, 4] of the body's filled outer contour, as the first paper's code finds it.
 
     That code reads pictures; the window (in the image's units) that makes pictures of HU is ours.
     """
-    window = window or (PAPER_WINDOW if volume.is_hounsfield else (0.0, 255.0))
     ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
-    areas, boxes = np.zeros(len(volume.voxels)), np.zeros((len(volume.voxels), 4), np.int64)
-    for z, voxels in enumerate(volume.voxels):
-        grey = cv2.erode(cv2.blur(shown(voxels, window), (3, 3)), np.ones((3, 3), np.uint8))
+    areas, boxes = [], []
+    for image in voxels:
+        grey = cv2.erode(cv2.blur(shown(image, window), (3, 3)), np.ones((3, 3), np.uint8))
         otsu, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_OTSU)
         closed = cv2.morphologyEx((grey > max(otsu / 2, 20)).view(np.uint8), cv2.MORPH_CLOSE, ellipse)
         contours, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        areas.append(0)
+        boxes.append((0, 0, 0, 0))
         if contours:
             filled = cv2.drawContours(np.zeros_like(grey), [max(contours, key=cv2.contourArea)], -1, 1, cv2.FILLED)
-            areas[z] = np.count_nonzero(filled)
             x, y, wide, high = cv2.boundingRect(filled)
-            boxes[z] = y, y + high, x, x + wide
-    return areas, boxes
+            areas[-1], boxes[-1] = int(np.count_nonzero(filled)), (y, y + high, x, x + wide)
+    return np.array(areas, np.float64), np.array(boxes, np.int64)
 
 
 def shown(voxels: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8]:
@@ -305,19 +311,23 @@ def shown(voxels: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8
     return np.asarray(np.rint(grey).clip(0, 255), np.uint8)
 
 
+def _paper(volume: Volume) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    return paper_body(volume.voxels, PAPER_WINDOW if volume.is_hounsfield else (0.0, 255.0))
+
+
 def paper_areas(volume: Volume) -> NDArray[np.float64]:
     """[Z] mm2 of the body's filled outline: what the first paper's code calls the lung."""
-    return paper_body(volume)[0] * volume.spacing[1] * volume.spacing[2]
+    return _paper(volume)[0] * volume.spacing[1] * volume.spacing[2]
 
 
 def paper_box(volume: Volume) -> Box:
     """The box of that outline over all slices, plus 5 pixels; the whole slice where there is none."""
-    return paper_box_of(paper_body(volume)[1], volume)
+    return paper_box_of(_paper(volume)[1], volume)
 
 
-def paper_box_of(boxes: NDArray[np.int64], volume: Volume) -> Box:
+def paper_box_of(boxes: NDArray[np.int64], volume: Volume | Unread) -> Box:
     """`paper_box` from the boxes [Z, 4] of `paper_body`."""
-    H, W = volume.voxels.shape[1:]
+    _, H, W = volume.shape
     boxes = boxes[boxes[:, 1] > 0]
     if not len(boxes):
         return 0, H, 0, W

@@ -41,15 +41,14 @@ def slices_of(
 
     `window` is the cohort's own (low, high) in the image's units and comes first; else `settings.window` for HU and the full 0..255 for
     pictures. `lung` [Z, H, W] is the cohort's own lung mask, for a crop to the lungs; else our finder's. A crop keeps its shape: it is padded
-    to a square with its darkest value. Raises what the reader raises where a slice of an unread scan cannot be decoded, Unsure where all its
-    slices are to be read.
+    to a square with its darkest value. Raises what the reader raises where a slice of an unread scan cannot be decoded.
     """
     notes = list(scan.notes)
     shades = window or (settings.window if scan.is_hounsfield else (0.0, 255.0))
     Z, H, W = scan.shape
     own = lungs.mask_box(lung, scan.spacing) if lung is not None and settings.crop == "lungs" else None
     if scan.modality == "XR":
-        image = _all(scan).voxels[0]
+        image = scan.read(0)
         areas, indices = np.zeros(Z), np.zeros(1, np.int64)
         if settings.crop == "lungs" and not own:
             own = lungs.mask_box(lungs.radiograph_lungs(lungs.shown(image, shades)), scan.spacing)
@@ -57,7 +56,7 @@ def slices_of(
     else:
         paper = settings.selection == "kds_paper"
         if paper:
-            outlines, boxes = lungs.paper_body(_all(scan), shades)
+            outlines, boxes = lungs.paper_body(scan.each(), shades)
             areas = outlines * scan.spacing[1] * scan.spacing[2]
         if not paper or (settings.crop == "lungs" and not own):
             chest, air = _look(scan, settings)
@@ -74,9 +73,9 @@ def slices_of(
         elif settings.crop == "lungs":
             box = own or lungs.lung_box_of(chest, scan.spacing)
         else:
-            box = lungs.paper_box_of(boxes, _all(scan)) if paper else lungs.body_box_of(chest)
+            box = lungs.paper_box_of(boxes, scan) if paper else lungs.body_box_of(chest)
     y0, y1, x0, x1 = box
-    slices = np.stack([square(lungs.shown(image[y0:y1, x0:x1], shades), settings.size) for image in scan.read(indices)])
+    slices = np.stack([square(lungs.shown(scan.read(int(i))[y0:y1, x0:x1], shades), settings.size) for i in indices])
     return Kept(slices, indices, areas, box, notes)
 
 
@@ -89,28 +88,16 @@ def keep(
 ) -> tuple[Kept, Volume | Unread]:
     """`slices_of` the scan at `path`, and the scan, of which no more is read than that takes; `lung` gives its lung mask.
 
-    Where a slice cannot be decoded or nothing is found in those looked at, all is read: what is wrong is then noted as ever.
-    Raises ConsiliumError where the scan cannot be read.
+    Where a slice cannot be decoded all are read, and what is wrong is noted. Raises ConsiliumError where the scan cannot be read.
     """
-    if not settings.exact and settings.selection in LOOKS:
-        scan = open_scan(path, series)
-        try:
-            return slices_of(scan, settings, window, lung(scan)), scan
-        except Exception:  # decoders fail in ways of their own
-            if isinstance(scan, Volume):
-                raise
+    scan = open_scan(path, series)
+    try:
+        return slices_of(scan, settings, window, lung(scan)), scan
+    except Exception:  # decoders fail in ways of their own
+        if isinstance(scan, Volume):
+            raise
     scan = read_scan(path, series)
     return slices_of(scan, settings, window, lung(scan)), scan
-
-
-class Unsure(Exception):
-    """A look at some of a scan's slices is not enough."""
-
-
-def _all(scan: Volume | Unread) -> Volume:
-    if isinstance(scan, Unread):
-        raise Unsure
-    return scan
 
 
 def _look(scan: Volume | Unread, settings: Preprocess) -> tuple[lungs.Chest, NDArray[np.float64]]:
@@ -123,7 +110,7 @@ def _look(scan: Volume | Unread, settings: Preprocess) -> tuple[lungs.Chest, NDA
         chest = lungs.found(scan.small(at, step), step, (H, W))
         if chest.lungs.mean() >= lungs.FEW:  # with less, a chest wall may have been too thin for so few pixels
             return chest, np.interp(scan.positions, scan.positions[at], lungs.areas_of(chest, scan.spacing))
-    chest = lungs.look(_all(scan).voxels)
+    chest = lungs.look(scan.each())
     return chest, lungs.areas_of(chest, scan.spacing)
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from common.schema import Preprocess
 
-ALGORITHM = 1  # raise it when readers, lungs, selection or resizing give other pixels: every stored slice is then computed anew
+ALGORITHM = 2  # raise it when readers, lungs, selection or resizing give other pixels: every stored slice is then computed anew
 FINDER = 1  # the same for the lungs that a crop to the lungs, or a mask, is made from: slices of other crops are kept
 
 WRITING = ".writing-"
@@ -64,7 +65,7 @@ class Store:
 
     def _note(self, path: Path) -> Path:
         """Where the content's hash is noted for files of these names, sizes and times."""
-        looks = [(name, f.stat()) for name, f in _files(path)]
+        looks = [(name, os.stat(file)) for name, file in _files(path)]
         quick = [str(path.resolve()), [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in looks]]
         return self._at(_hash(json.dumps(quick).encode()), ".content")
 
@@ -77,11 +78,10 @@ class Store:
         note = self._note(path)
         with contextlib.suppress(OSError):
             return note.read_text()
-        whole = hashlib.blake2b(digest_size=20)
-        for name, file in _files(path):
-            whole.update(json.dumps([name, _hash(file.read_bytes())]).encode())
-        _write(note, whole.hexdigest().encode())
-        return whole.hexdigest()
+        files = [[name, xxhash.xxh3_128_hexdigest(_bytes(file))] for name, file in _files(path)]
+        whole = _hash(json.dumps(files).encode())
+        _write(note, whole.encode())
+        return whole
 
     def get(self, key: str, verify: bool = True) -> NDArray[np.uint8] | None:
         """The slices `[S, H, W]` uint8, read-only and memory-mapped, or None when they are not there or damaged.
@@ -135,14 +135,20 @@ def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
-def _files(path: Path) -> list[tuple[str, Path]]:
+def _bytes(file: str) -> bytes:
+    with open(file, "rb", buffering=0) as opened:
+        return opened.read()
+
+
+def _files(path: Path) -> list[tuple[str, str]]:
     """The scan's files with their names below it, hidden ones left out, in a fixed order."""
     if not path.is_dir():
-        return [(path.name, path)]
+        return [(path.name, str(path))]
     found = []
     for root, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [(os.path.relpath(os.path.join(root, n), path), Path(root, n)) for n in sorted(names) if not n.startswith(".")]
+        below = os.path.relpath(root, path)
+        found += [(os.path.normpath(f"{below}/{n}"), f"{root}/{n}") for n in sorted(names) if not n.startswith(".")]
     return found
 
 

@@ -26,10 +26,11 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part]
 
 
-def _grey(path: Path, how: int = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH) -> NDArray[Any] | None:
+def _grey(path: Path | str, how: int = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH) -> NDArray[Any] | None:
     """The picture in grey, 8 or 16 bits [H, W], or None where it cannot be decoded."""
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            data = np.frombuffer(file.read(), np.uint8)
         image = cv2.imdecode(data, how) if data.size else None
     except (OSError, cv2.error):
         return None
@@ -43,9 +44,9 @@ def _eight_bits(voxels: NDArray[Any]) -> NDArray[np.uint8]:
     return (voxels.astype(np.float32) * (255.0 / max(float(voxels.max()), 1.0))).astype(np.uint8)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _pictures(folder: Path) -> list[str]:
     names = (n for n in os.listdir(folder) if n.lower().endswith(PICTURES) and not n.startswith("."))
-    return [folder / name for name in sorted(names, key=natural)]
+    return [os.path.join(folder, name) for name in sorted(names, key=natural)]
 
 
 def read_slices(folder: Path) -> Volume:
@@ -76,7 +77,7 @@ def open_slices(folder: Path) -> Unread | None:
     A reduced picture is decoded as such: each block of 8 x 8 pixels gives only the frequencies that it is to show.
     """
     files = _pictures(folder)
-    shapes = {_jpeg_shape(file) if file.name.lower().endswith(JPEG) else None for file in files}
+    shapes = {_jpeg_shape(file) if file.lower().endswith(JPEG) else None for file in files}
     H, W = shape = shapes.pop() or (0, 0)
     if shapes or not H:
         return None
@@ -87,19 +88,19 @@ def open_slices(folder: Path) -> Unread | None:
             raise ValueError("a picture cannot be read, or is not as its header says")
         return image
 
-    def read(which: Indices) -> Voxels:
-        return np.stack([decoded(z, cv2.IMREAD_GRAYSCALE, shape) for z in which])
+    def read(z: int) -> NDArray[np.uint8]:
+        return decoded(z, cv2.IMREAD_GRAYSCALE, shape)
 
     def small(which: Indices, step: int) -> Voxels:
         if step == 1:
-            return read(which)
+            return np.stack([read(z) for z in which])
         reduced = [decoded(z, REDUCED[step], (-(-H // step), -(-W // step))) for z in which]
         return np.stack(reduced)[:, : H // step, : W // step]
 
     return Unread((len(files), H, W), (1.0, 1.0, 1.0), np.arange(len(files), dtype=np.float64), False, read, small, [UNKNOWN])
 
 
-def _jpeg_shape(path: Path) -> tuple[int, int] | None:
+def _jpeg_shape(path: str) -> tuple[int, int] | None:
     """Height and width of a grey or colour JPEG of 8 bits by its frame header (ITU T.81, B.2.2); None where the file does not end as a JPEG does."""
     file = os.open(path, os.O_RDONLY)
     try:

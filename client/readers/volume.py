@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +40,13 @@ class Volume:
         Z, H, W = self.voxels.shape
         return Z, H, W
 
-    def read(self, which: Indices) -> Voxels:
-        """Slices [n, H, W]."""
-        return self.voxels[which]
+    def read(self, z: int) -> NDArray[Any]:
+        """One slice [H, W]."""
+        return np.asarray(self.voxels[z])
+
+    def each(self) -> Iterator[NDArray[Any]]:
+        """All slices [H, W], one after another."""
+        return iter(self.voxels)
 
     def small(self, which: Indices, step: int) -> Voxels:
         """Slices [n, H // step, W // step], one pixel for `step` x `step`."""
@@ -60,10 +64,14 @@ class Unread:
     spacing: tuple[float, float, float]
     positions: NDArray[np.float64]
     is_hounsfield: bool
-    read: Callable[[Indices], Voxels]
+    read: Callable[[int], NDArray[Any]]
     small: Callable[[Indices, int], Voxels]
     notes: list[str] = field(default_factory=list)
     modality: str = "CT"
+
+    def each(self) -> Iterator[NDArray[Any]]:
+        """All slices [H, W], one after another: one is in memory at a time."""
+        return map(self.read, range(self.shape[0]))
 
 
 def reduced(image: NDArray[Any], step: int) -> NDArray[Any]:
