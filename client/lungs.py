@@ -110,10 +110,10 @@ def _enclosed(solid: Mask, corners: bool = False) -> tuple[Mask, NDArray[np.int6
                 cv2.floodFill(outside, None, seed, 2, flags=4)
         enclosed[z] = (outside[1:-1, 1:-1] == 0) & (inside > 0)
     # The oesophagus and gut are separate air spaces in three dimensions, and small ones; the two lungs may be one or two.
-    flat = enclosed.any(axis=0)
-    y, x = (np.flatnonzero(flat.any(axis=axis)) for axis in (1, 0))
-    if len(y):
-        air = enclosed[:, y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    flat = np.asarray(enclosed.any(axis=0))
+    rows, columns = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
+    if len(rows):
+        air = enclosed[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         spaces = ndimage.label(air)[0][air]
         sizes = np.bincount(spaces)
         air[air] = sizes[spaces] >= SMALL * sizes.max()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from client.readers.dicom import is_dicom, read_dicom
+from client.readers.dicom import is_dicom, open_dicom, read_dicom
 from client.readers.nifti import NIFTI, read_nifti
 from client.readers.pictures import PICTURES, open_slices, read_picture, read_slices
 from client.readers.volume import Unread, Volume
@@ -54,6 +54,8 @@ def scan_kind(path: Path) -> str | None:
 def open_scan(path: Path, series: str | None = None) -> Volume | Unread:
     """The scan at `path` with its slices unread, where they can be read one by one and nothing looks odd; else as `read_scan`."""
     kind = scan_kind(path)
+    if kind == "dicom":
+        return open_dicom(path, series)
     unread = open_slices(path) if kind == "slices" else None
     return unread or read_scan(path, series)
 

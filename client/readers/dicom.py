@@ -7,17 +7,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from client.readers.headers import Head, Series, choose_series, find_series, is_dicom, normal_of, scan_headers, view_rank
+from client.readers.glance import JPEG_2000
 from client.readers.pictures import natural
-from client.readers.volume import Volume
+from client.readers.stored import stored
+from client.readers.volume import Indices, Unread, Volume, middle_rows
 from common.errors import ConsiliumError
 
-__all__ = ["Series", "choose_series", "find_series", "is_dicom", "read_dicom", "read_series"]
+__all__ = ["Series", "choose_series", "find_series", "is_dicom", "open_dicom", "read_dicom", "read_series"]
 
 AIR = -1024
 SAME_PLACE = 0.01  # mm
@@ -33,6 +36,22 @@ def read_dicom(path: Path, series: str | None = None) -> Volume:
     `series` is a SeriesInstanceUID; without it the thinnest axial series of the study is read and the others are noted. Raises
     ConsiliumError where there is no CT and no radiograph, where the folder holds several studies, or where too little can be read.
     """
+    chosen, notes = _chosen(path, series)
+    volume = read_series(chosen)
+    volume.notes[:0] = notes
+    return volume
+
+
+def open_dicom(path: Path, series: str | None = None) -> Volume | Unread:
+    """As `read_dicom`, with the slices unread where it is certain from the headers alone that all are whole and where their pixels lie."""
+    chosen, notes = _chosen(path, series)
+    scan = _open_ct(chosen) or read_series(chosen)
+    scan.notes[:0] = notes
+    return scan
+
+
+def _chosen(path: Path, series: str | None) -> tuple[Series, list[str]]:
+    """The series to read, and what is to be said of the others and of damaged files."""
     found, damaged, other = scan_headers(path)
     if not found:
         why = f"only {', '.join(sorted(other))}" if other else f"{_plural(damaged, 'damaged file')}" if damaged else "none at all"
@@ -54,9 +73,7 @@ def read_dicom(path: Path, series: str | None = None) -> Volume:
     # Damaged headers count against the series: half a scan is not a scan.
     if damaged > len(chosen.files):
         raise ConsiliumError(f"{path}: {damaged} of {damaged + len(chosen.files)} files are damaged; export the scan again")
-    volume = read_series(chosen)
-    volume.notes[:0] = [*notes, *said]
-    return volume
+    return chosen, [*notes, *said]
 
 
 def read_series(series: Series) -> Volume:
@@ -72,8 +89,9 @@ def _ordered(series: Series) -> tuple[list[Head], NDArray[np.float64], float, li
     def likeness(head: Head) -> tuple[Any, ...]:
         return (head.shape, tuple(round(v, 1) + 0.0 for v in head.orientation or ()))
 
-    (shape, turned), _ = Counter(map(likeness, series.heads)).most_common(1)[0]
-    heads = [head for head in series.heads if likeness(head) == (shape, turned)]
+    likes = list(map(likeness, series.heads))
+    (shape, turned), _ = Counter(likes).most_common(1)[0]
+    heads = [head for head, like in zip(series.heads, likes, strict=True) if like == (shape, turned)]
     if len(heads) < len(series.heads):
         left = _plural(len(series.heads) - len(heads), "slice")
         notes.append(f"{left} of another size or orientation than the majority ({shape[0]} x {shape[1]}) left out.")
@@ -83,7 +101,7 @@ def _ordered(series: Series) -> tuple[list[Head], NDArray[np.float64], float, li
         normal = normal_of(heads[0].orientation)
         if heads[0].orientation is None:
             notes.append("The slices' orientation is missing; they are taken as axial.")
-        places = np.array([float(normal @ np.array(head.position)) for head in heads])
+        places = np.array([head.position for head in heads]) @ normal
         unit = SAME_PLACE
     else:
         missing = sum(head.position is None for head in heads)
@@ -174,13 +192,54 @@ def _read_ct(series: Series) -> Volume:
     if bad:
         notes.append(f"{bad} of {_plural(len(heads), 'slice')} cannot be decoded (damaged) and left out.")
         voxels, places = voxels[good], places[good]
+    spacing, turned = _known(series, heads, notes)
+    return Volume(_upright(voxels, turned), (step, *spacing), places, "CT", notes, _origin(heads[0], turned, spacing))
+
+
+def _known(series: Series, heads: list[Head], notes: list[str]) -> tuple[tuple[float, float], tuple[bool, bool]]:
+    """mm (y, x) of a pixel and how the slices are turned; adds to the notes what is not known or not usual."""
     if all(head.intercept is None for head in heads):
         notes.append("No rescale intercept: stored values are taken as Hounsfield units.")
     if heads[0].spacing is None:
         notes.append("The pixel spacing is missing: 1 mm is assumed.")
-    spacing = heads[0].spacing or (1.0, 1.0)
     turned = _turned(series, heads[0])
-    return Volume(_upright(voxels, series, heads[0], notes), (step, *spacing), places, "CT", notes, _origin(heads[0], turned, spacing))
+    if any(turned):
+        notes.append("The slices were stored turned and were brought to the usual view (front up, patient's right at the left).")
+    elif not series.axial and heads[0].orientation is not None:
+        notes.append("The slices are not axial.")
+    return heads[0].spacing or (1.0, 1.0), turned
+
+
+def _open_ct(series: Series) -> Unread | None:
+    """A CT of which every slice is a file of its own whose pixels can be found; else None."""
+    if series.modality != "CT" or any(head.pixels is None for head in series.heads):
+        return None
+    heads, places, step, notes = _ordered(series)
+    spacing, turned = _known(series, heads, notes)
+
+    def read(z: int) -> NDArray[np.int16]:
+        return _upright(_hounsfield(stored(heads[z]), heads[z]), turned)
+
+    def small(which: Indices, step: int) -> NDArray[np.int16]:
+        return np.stack([_upright(_small(heads[z], step, turned[0]), (False, turned[1])) for z in which])
+
+    H, W = heads[0].shape
+    return Unread((len(heads), H, W), (step, *spacing), places, True, read, small, notes)
+
+
+def _small(head: Head, step: int, upside_down: bool) -> NDArray[np.int16]:
+    """One slice reduced by `step`, its rows turned if they are to be; the columns not yet. Of plain pixels only `middle_rows` are read."""
+    assert head.pixels is not None
+    H, W = head.shape
+    if step > 1 and head.pixels.syntax in JPEG_2000:
+        small = np.ascontiguousarray(_hounsfield(stored(head, step), head)[: H // step, : W // step])
+        return small[::-1] if upside_down else small
+    raw = stored(head)
+    raw = raw[::-1] if upside_down else raw
+    if step == 1:
+        return _hounsfield(raw, head)
+    hu = _hounsfield(middle_rows(raw, step), head)
+    return np.asarray(cv2.resize(hu, (W // step, H // step), interpolation=cv2.INTER_AREA))
 
 
 def _turned(series: Series, head: Head) -> tuple[bool, bool]:
@@ -199,17 +258,10 @@ def _origin(head: Head, turned: tuple[bool, bool], spacing: tuple[float, float])
     return float(first[0]), float(first[1])
 
 
-def _upright(voxels: NDArray[np.int16], series: Series, head: Head, notes: list[str]) -> NDArray[np.int16]:
-    """Axial slices in the radiological view: columns to the patient's left, rows to the back. Prone scans are stored turned."""
-    if not series.axial or head.orientation is None:
-        if head.orientation is not None:
-            notes.append("The slices are not axial.")
-        return voxels
-    up, across = _turned(series, head)
-    if not up and not across:
-        return voxels
-    notes.append("The slices were stored turned and were brought to the usual view (front up, patient's right at the left).")
-    return np.ascontiguousarray(voxels[:, :: -1 if up else 1, :: -1 if across else 1])
+def _upright(voxels: NDArray[np.int16], turned: tuple[bool, bool]) -> NDArray[np.int16]:
+    """Slices [..., H, W] in the radiological view: columns to the patient's left, rows to the back. Prone scans are stored turned."""
+    up, across = turned
+    return np.ascontiguousarray(voxels[..., :: -1 if up else 1, :: -1 if across else 1])
 
 
 def _read_radiograph(series: Series) -> Volume:

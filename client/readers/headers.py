@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
+from client.readers.glance import Pixels, glance
 from client.readers.pictures import natural
 from common.errors import ConsiliumError
 
@@ -66,6 +68,7 @@ class Head:
     intercept: float | None
     padding: int | None
     view: str
+    pixels: Pixels | None = None  # where they lie, if that is certain without reading them
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,21 @@ def _floats(value: Any, length: int) -> Vector | None:
         numbers = tuple(float(v) for v in value)
     except (TypeError, ValueError):
         return None
-    return numbers if len(numbers) == length and bool(np.isfinite(numbers).all()) else None
+    return numbers if len(numbers) == length and all(map(math.isfinite, numbers)) else None
 
 
 def _number(value: Any) -> float | None:
-    found = _floats([value], 1)
-    return found[0] if found else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
-def _group(dataset: Dataset, frame: int, sequence: str, tag: str, default: Any = None) -> Any:
+def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: str, default: Any = None) -> Any:
     """A tag of a multi-frame file: the frame's own, else the shared one, else the file's."""
+    if isinstance(dataset, dict):  # of a plain file, which has one frame
+        return dataset.get(tag, default)
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(groups) or []
         inner = items[index].get(sequence) if index < len(items) else None
@@ -130,7 +138,7 @@ def _group(dataset: Dataset, frame: int, sequence: str, tag: str, default: Any =
     return dataset.get(tag, default)
 
 
-def _heads(path: Path, dataset: Dataset) -> Iterator[Head]:
+def _heads(path: Path, dataset: Dataset | dict[str, Any], pixels: Pixels | None) -> Iterator[Head]:
     """One head a frame; a plain file is one frame."""
     for frame in range(int(dataset.get("NumberOfFrames") or 1)):
         place = _floats(_group(dataset, frame, "PlanePositionSequence", "ImagePositionPatient"), 3)
@@ -142,7 +150,7 @@ def _heads(path: Path, dataset: Dataset) -> Iterator[Head]:
         yield Head(
             path=path,
             frame=frame,
-            shape=(int(dataset.Rows), int(dataset.Columns)),
+            shape=(int(dataset["Rows"]), int(dataset["Columns"])) if isinstance(dataset, dict) else (int(dataset.Rows), int(dataset.Columns)),
             position=place,
             orientation=_floats(_group(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
             spacing=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
@@ -153,6 +161,7 @@ def _heads(path: Path, dataset: Dataset) -> Iterator[Head]:
             intercept=_number(_group(dataset, frame, "PixelValueTransformationSequence", "RescaleIntercept")),
             padding=None if padding is None else int(padding),
             view=str(dataset.get("ViewPosition") or "").upper(),
+            pixels=pixels,
         )
 
 
@@ -183,12 +192,17 @@ def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
     found: dict[tuple[str, str], tuple[str, str, int | None, list[Head]]] = {}
     damaged, other = 0, set[str]()
     for file in _files(path):
-        if not is_dicom(file):
+        try:
+            seen = glance(file)
+        except OSError:
+            continue
+        if seen is None and not is_dicom(file):
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # odd but harmless values; what matters is checked above
-                dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS], force=True)
+                dataset: Dataset | dict[str, Any]
+                dataset, pixels = seen or (pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS], force=True), None)
                 modality = str(dataset.get("Modality") or "")
                 kind = "CT" if modality == "CT" else "XR" if modality in RADIOGRAPH else ""
                 if not kind:
@@ -204,7 +218,7 @@ def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
                 if kind == "CT" and ("LOCALIZER" in image_type or int(dataset.get("SamplesPerPixel") or 1) != 1):
                     other.add("CT localiser or screenshot")
                     continue
-                heads = list(_heads(file, dataset))
+                heads = list(_heads(file, dataset, pixels))
                 key = (str(dataset.get("StudyInstanceUID") or ""), str(dataset.get("SeriesInstanceUID") or ""))
                 number = _number(dataset.get("SeriesNumber"))
                 patient = str(dataset.get("PatientID") or "")

@@ -75,10 +75,13 @@ class Unread:
 
 
 def reduced(image: NDArray[Any], step: int) -> NDArray[Any]:
-    """`image` [H, W] at [H // step, W // step]: the mean of each block of a picture; of HU the mean of the block's middle row, for which
-    the other rows need not be read."""
+    """`image` [H, W] at [H // step, W // step]: the mean of each block of a picture; of HU the mean of `middle_rows`."""
     h, w = image.shape[0] // step, image.shape[1] // step
-    part = image[: h * step, : w * step]
-    if step == 1:
-        return part
-    return np.asarray(cv2.resize(part if image.dtype == np.uint8 else part[step // 2 :: step], (w, h), interpolation=cv2.INTER_AREA))
+    rows = image[: h * step, : w * step] if image.dtype == np.uint8 else middle_rows(image, step)
+    return np.asarray(cv2.resize(rows, (w, h), interpolation=cv2.INTER_AREA)) if step > 1 else image
+
+
+def middle_rows(image: NDArray[Any], step: int) -> NDArray[Any]:
+    """Of each `step` rows of `image` [H, W] the middle one [H // step, W // step * step]: the others need not be read."""
+    H, W = image.shape
+    return image[: H // step * step, : W // step * step][step // 2 :: step]
