@@ -54,7 +54,7 @@ def _decoded(frame: bytes, syntax: str, dtype: str) -> NDArray[Any]:
         if values.dtype != np.dtype(dtype):
             raise ValueError("signed in the header and not in the image, or the other way round")
         return values
-    return np.asarray(imagecodecs.dicomrle_decode(frame, np.dtype(dtype)))
+    return np.frombuffer(imagecodecs.dicomrle_decode(frame, np.dtype(dtype)), dtype)
 
 
 def _reduced(frame: bytes, step: int, dtype: str) -> NDArray[Any]:
