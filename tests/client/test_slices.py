@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from client.kds import Selection, select
-from client.readers.volume import Volume
-from client.slices import slices_of, square
+from client.lungs import body_box, lung_areas, paper_body, paper_box_of, shown
+from client.readers import Unread, Volume, read_scan
+from client.slices import keep, slices_of, square
 from common.schema import Preprocess
+from tests.client.test_readers import dataset, write
+
+SELECTIONS: list[Selection] = ["kds", "zquantile", "even"]  # those that a look at some slices serves
 
 
 def scan(Z: int = 24, H: int = 120, W: int = 160) -> Volume:
@@ -105,3 +114,141 @@ def test_a_square_keeps_the_shape(h: int, w: int) -> None:
     padded = square(image, 64)
     long, short = max(h, w), min(h, w)
     assert abs(int((padded > 100).sum()) - 64 * max(1, 64 * short / long)) <= 130
+
+
+def long_scan(seed: int, Z: int, size: int = 128) -> Volume:
+    """A chest of HU with noise: two lungs of random size that swell and shrink along z, in a body, as tests/client/test_lungs.py draws it."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    voxels = np.full((Z, size, size), -1000, np.int16)
+    low, high, power, tall = rng.uniform(0, 0.15), rng.uniform(0.85, 1), rng.uniform(0.6, 1.6), rng.uniform(0.15, 0.22)
+    for z in range(Z):
+        t = np.clip(((z + 0.5) / Z - low) / (high - low), 0, 1)
+        swell = np.sin(np.pi * t**power)
+        voxels[z][((y - 0.47) / 0.3) ** 2 + ((x - 0.5) / 0.42) ** 2 <= 1] = 40
+        for middle in (0.32, 0.68):
+            voxels[z][((y - 0.45) / tall) ** 2 + ((x - middle) / 0.12) ** 2 <= swell] = -850
+    voxels += rng.normal(0, 25, voxels.shape).astype(np.int16)
+    return Volume(voxels, (1.5, 2.5, 2.5), 1.5 * np.arange(Z), "CT")
+
+
+def as_jpegs(volume: Volume, folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    for name, voxels in zip(names, volume.voxels, strict=True):
+        (folder / name).write_bytes(cv2.imencode(".jpg", shown(voxels, (-1000, 300)))[1].tobytes())
+    return folder
+
+
+def as_dicom(volume: Volume, folder: Path, order: list[int]) -> Path:
+    size = volume.voxels.shape[1]
+    slices = [
+        dataset(1.5 * z, size=size, PixelSpacing=[2.5, 2.5], PixelData=(volume.voxels[z] + 1024).astype(np.int16).tobytes()) for z in order
+    ]
+    return write(folder, slices)
+
+
+def full_rule(volume: Volume, selection: Selection, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """What the words of DESIGN.md say, of every slice at full resolution: indices and slices, cropped to the body."""
+    shades = (-1000.0, 300.0) if volume.is_hounsfield else (0.0, 255.0)
+    if selection == "kds_paper":
+        areas, boxes = paper_body(volume.voxels, shades)
+        areas, box = areas * volume.spacing[1] * volume.spacing[2], paper_box_of(boxes, volume)
+    else:
+        areas, box = lung_areas(volume), body_box(volume)
+    indices = select(areas, 8, selection, volume.positions)
+    y0, y1, x0, x1 = box
+    return indices, np.stack([square(shown(volume.voxels[i, y0:y1, x0:x1], shades), size) for i in indices])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "dicom"])
+@pytest.mark.parametrize("selection", ["kds", "kds_paper", "zquantile", "even"])
+def test_exact_is_the_full_rule(tmp_path: Path, kind: str, selection: Selection) -> None:
+    volume = long_scan(3, 70, 192)
+    names = [f"s{z}.jpg" for z in range(70)]
+    folder = as_jpegs(volume, tmp_path / "scan", names) if kind == "jpeg" else as_dicom(volume, tmp_path / "scan", list(range(70)))
+    kept, scan = keep(folder, None, Preprocess(selection=selection, exact=True, size=64))
+    assert isinstance(scan, Unread)  # one slice in memory at a time
+    indices, slices = full_rule(read_scan(folder), selection, 64)
+    np.testing.assert_array_equal(kept.indices, indices)
+    np.testing.assert_array_equal(kept.slices, slices)
+    if selection == "kds_paper":
+        np.testing.assert_array_equal(keep(folder, None, Preprocess(selection=selection, size=64))[0].slices, slices)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10_000), st.integers(40, 150))
+def test_a_look_at_some_slices_chooses_nearly_what_the_full_rule_does(seed: int, Z: int) -> None:
+    volume = long_scan(seed, Z)
+    for volume in (volume, Volume(np.stack([shown(v, (-1000, 300)) for v in volume.voxels]), volume.spacing, volume.positions, "CT")):
+        areas = lung_areas(volume)
+        for selection in SELECTIONS:
+            quick = slices_of(volume, Preprocess(selection=selection, size=32))
+            full = slices_of(volume, Preprocess(selection=selection, size=32, exact=True))
+            assert np.abs(quick.areas - areas).mean() < 0.05 * areas.max()
+            assert np.abs(np.subtract(quick.box, full.box)).max() <= 2 * 2 + 1  # two reduced pixels
+            if selection == "kds":  # unstable by nature: neighbours in area need not be neighbours along z
+                ranks = [np.sort(np.searchsorted(np.sort(areas), areas[found.indices]) / Z) for found in (quick, full)]
+                assert np.abs(ranks[0] - ranks[1]).max() < 0.15
+            else:
+                assert np.abs(quick.indices - full.indices).max() <= max(2, Z // 32)
+    assert quick.slices.shape == (8, 32, 32)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.permutations(range(50)), st.sampled_from(SELECTIONS))
+def test_file_names_do_not_matter_to_what_a_look_chooses(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], selection: Selection
+) -> None:
+    volume, folder = long_scan(1, 50), tmp_path_factory.mktemp("names")
+    how = Preprocess(selection=selection, size=32)
+    one, scan = keep(as_dicom(volume, folder / "a", list(range(50))), None, how)
+    other, _ = keep(as_dicom(volume, folder / "b", order), None, how)
+    assert isinstance(scan, Unread)
+    np.testing.assert_array_equal(one.indices, other.indices)
+    np.testing.assert_array_equal(one.slices, other.slices)
+    in_memory = slices_of(read_scan(folder / "a"), how)
+    np.testing.assert_array_equal(one.slices, in_memory.slices)
+    pictures = [as_jpegs(volume, folder / c, [f"{c}{z}.{'jpg' if z % 2 else 'JPEG'}" for z in range(100, 150)]) for c in "cd"]
+    np.testing.assert_array_equal(*(keep(p, None, how)[0].slices for p in pictures))
+
+
+def test_only_what_is_looked_at_is_decoded_and_what_is_kept_is_in_full(tmp_path: Path) -> None:
+    volume = long_scan(2, 96, 256)
+    folder = as_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(96)])
+    how = Preprocess(selection="zquantile", size=64)
+    kept, scan = keep(folder, None, how)
+    y0, y1, x0, x1 = kept.box
+    whole = read_scan(folder)
+    np.testing.assert_array_equal(kept.slices, np.stack([square(whole.voxels[i, y0:y1, x0:x1], 64) for i in kept.indices]))
+    looked = {*range(1, 96, 3), *kept.indices.tolist()}
+    for z in set(range(96)) - looked:
+        file = folder / f"{z}.jpg"
+        data = file.read_bytes()
+        file.write_bytes(data[:700] + bytes(len(data) - 702) + data[-2:])  # the header stays, the picture goes
+    np.testing.assert_array_equal(keep(folder, None, how)[0].slices, kept.slices)
+    assert scan.shape == (96, 256, 256)
+
+
+def test_an_odd_picture_and_the_whole_scan_is_read(tmp_path: Path) -> None:
+    volume = long_scan(2, 60)
+    folder = as_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(60)])
+    whole, small = (folder / "7.jpg").read_bytes(), cv2.imencode(".jpg", np.zeros((20, 20), np.uint8))[1].tobytes()
+    for spoilt, told in ((b"", "1 of 60 pictures cannot be read"), (small, "another size"), (whole[:-900], "")):
+        (folder / "7.jpg").write_bytes(spoilt)
+        kept, scan = keep(folder, None, Preprocess(size=32))
+        assert isinstance(scan, Volume)
+        assert kept.notes == read_scan(folder).notes
+        assert any(told in note for note in kept.notes)
+    (folder / "7.jpg").write_bytes(whole)
+    for z in (30, 31, 32):  # whole to look at, with nothing in it
+        (folder / f"{z}.jpg").write_bytes(whole[:180] + b"\xff\xd9")
+    kept, _ = keep(folder, None, Preprocess(size=32))
+    assert kept.slices.shape == (8, 32, 32)
+
+
+def test_no_lungs_in_what_is_looked_at_and_every_slice_is(tmp_path: Path) -> None:
+    volume = long_scan(4, 60)
+    empty = Volume(np.where(volume.voxels < -500, 40, volume.voxels).astype(np.int16), volume.spacing, volume.positions, "CT")
+    empty.voxels[20, 50:60, 40:60] = -850  # a little air in a single slice
+    np.testing.assert_array_equal(slices_of(empty, Preprocess()).areas, lung_areas(empty))
+    assert lung_areas(empty).max() > 0
