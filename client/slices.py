@@ -66,7 +66,7 @@ def slices_of(
         indices = kds.select(areas, settings.slices, settings.selection, scan.positions, rng)
         if areas.max() <= 0:
             notes.append(f"No {'body' if paper else 'lung'} was found: slices were taken at even distances.")
-        if Z < settings.slices:
+        if settings.slices > Z:
             notes.append(f"Only {Z} of the {settings.slices} slices wanted: some are repeated.")
         if settings.crop == "none":
             box = (0, H, 0, W)

@@ -78,7 +78,7 @@ class Store:
         note = self._note(path)
         with contextlib.suppress(OSError):
             return note.read_text()
-        files = [[name, xxhash.xxh3_128_hexdigest(_bytes(file))] for name, file in _files(path)]
+        files = [[name, _xxh3(file)] for name, file in _files(path)]
         whole = _hash(json.dumps(files).encode())
         _write(note, whole.encode())
         return whole
@@ -135,9 +135,9 @@ def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
-def _bytes(file: str) -> bytes:
+def _xxh3(file: str) -> str:
     with open(file, "rb", buffering=0) as opened:
-        return opened.read()
+        return xxhash.xxh3_128_hexdigest(opened.read())
 
 
 def _files(path: Path) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ class Preprocess:
 
     modality: Literal["any", "CT", "XR"] = "any"  # of a cohort that says what its scans are, only these are taken
     selection: Literal["kds", "kds_paper", "zquantile", "even"] = "kds"  # even: a grid over the slices that hold lung
-    exact: bool = False  # the lungs are looked for in every slice at full resolution; else in some, reduced (client/slices.py): several times as fast
+    exact: bool = False  # look for lungs in every slice, in full; else in some, reduced (client/slices.py): many times as fast
     slices: int = 8  # S, kept of a CT; a radiograph is always one
     draws: int = 0  # further random choices of slices, each kept too: training takes one of them or the evaluation's
     draw: int = 0  # which of them; 0: the evaluation's own choice

@@ -13,8 +13,8 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
-from client.readers.headers import Head, Series, choose_series, find_series, is_dicom, normal_of, scan_headers, view_rank
 from client.readers.glance import JPEG_2000
+from client.readers.headers import Head, Series, choose_series, find_series, is_dicom, normal_of, scan_headers, view_rank
 from client.readers.pictures import natural
 from client.readers.stored import stored
 from client.readers.volume import Indices, Unread, Volume, middle_rows
@@ -150,7 +150,8 @@ def _hounsfield(raw: NDArray[Any], head: Head) -> NDArray[np.int16]:
     """Stored values as HU, nothing below air's -1024; padding outside the field of view becomes air."""
     slope, intercept = head.slope, head.intercept or 0.0
     if slope == 1 and intercept == int(intercept) and raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:
-        hu = raw.astype(np.int32) + np.int32(intercept)
+        hu = raw.astype(np.int32)
+        hu += np.int32(intercept)
     else:
         hu = np.rint(raw.astype(np.float64) * slope + intercept).clip(-(2**31), 2**31 - 1).astype(np.int32)
     if head.padding is not None:
@@ -158,7 +159,7 @@ def _hounsfield(raw: NDArray[Any], head: Head) -> NDArray[np.int16]:
         if raw.dtype == np.int16 and padding > 32767:  # written as unsigned by scanners that store signed pixels
             padding -= 65536
         hu[raw == padding] = AIR
-    return hu.clip(AIR, 32767).astype(np.int16)
+    return np.clip(hu, AIR, 32767, out=hu).astype(np.int16)
 
 
 def _decode(path: Path) -> NDArray[Any]:

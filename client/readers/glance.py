@@ -34,7 +34,9 @@ def _low_first(tag: str) -> int:
     return int(tag[4:] + tag[:4], 16)
 
 
-_WANTED = {_low_first(t): (name, kind) for kind, text in _KINDS.items() for t, name in zip(text.split()[::2], text.split()[1::2], strict=True)}
+_WANTED = {
+    _low_first(t): (name, kind) for kind, text in _KINDS.items() for t, name in zip(text.split()[::2], text.split()[1::2], strict=True)
+}
 _SYNTAX, _SIGN, _LAST = _low_first("00020010"), _low_first("00280103"), _low_first("00281053")
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())  # with a length of 2 bytes
 _ITEM, _ITEM_ENDS, _SEQUENCE_ENDS, _OPEN = _low_first("FFFEE000"), _low_first("FFFEE00D"), _low_first("FFFEE0DD"), 0xFFFFFFFF

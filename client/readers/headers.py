@@ -138,6 +138,14 @@ def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: st
     return dataset.get(tag, default)
 
 
+def _needed(dataset: Dataset | dict[str, Any], tag: str) -> Any:
+    """A tag without which there is no image. Raises KeyError."""
+    found = dataset.get(tag)
+    if found is None:
+        raise KeyError(tag)
+    return found
+
+
 def _heads(path: Path, dataset: Dataset | dict[str, Any], pixels: Pixels | None) -> Iterator[Head]:
     """One head a frame; a plain file is one frame."""
     for frame in range(int(dataset.get("NumberOfFrames") or 1)):
@@ -150,7 +158,7 @@ def _heads(path: Path, dataset: Dataset | dict[str, Any], pixels: Pixels | None)
         yield Head(
             path=path,
             frame=frame,
-            shape=(int(dataset["Rows"]), int(dataset["Columns"])) if isinstance(dataset, dict) else (int(dataset.Rows), int(dataset.Columns)),
+            shape=(int(_needed(dataset, "Rows")), int(_needed(dataset, "Columns"))),
             position=place,
             orientation=_floats(_group(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient"), 6),
             spacing=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
@@ -187,6 +195,12 @@ def _series(study: str, series: str, patient: str, modality: str, number: int | 
     return Series(study, series, patient, modality, number, tuple(heads), float(np.median(thick)) if thick else gap, extent, axial)
 
 
+def _dataset(file: Path) -> Dataset | dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd but harmless values; what matters is checked by who asked
+        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS], force=True)
+
+
 def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
     """All series at `path`, how many DICOM files have a damaged header, and the modalities that were passed over."""
     found: dict[tuple[str, str], tuple[str, str, int | None, list[Head]]] = {}
@@ -199,29 +213,24 @@ def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
         if seen is None and not is_dicom(file):
             continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # odd but harmless values; what matters is checked above
-                dataset: Dataset | dict[str, Any]
-                dataset, pixels = seen or (pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS], force=True), None)
-                modality = str(dataset.get("Modality") or "")
-                kind = "CT" if modality == "CT" else "XR" if modality in RADIOGRAPH else ""
-                if not kind:
-                    if modality:
-                        other.add(modality)
-                    elif (
-                        "SeriesInstanceUID" not in dataset and "DirectoryRecordSequence" not in dataset and file.name.upper() != "DICOMDIR"
-                    ):
-                        damaged += 1
-                    continue
-                image_type = [str(part).upper() for part in dataset.get("ImageType") or []]
-                # Scouts show where the scan was taken; colour CT images are dose reports and screenshots.
-                if kind == "CT" and ("LOCALIZER" in image_type or int(dataset.get("SamplesPerPixel") or 1) != 1):
-                    other.add("CT localiser or screenshot")
-                    continue
-                heads = list(_heads(file, dataset, pixels))
-                key = (str(dataset.get("StudyInstanceUID") or ""), str(dataset.get("SeriesInstanceUID") or ""))
-                number = _number(dataset.get("SeriesNumber"))
-                patient = str(dataset.get("PatientID") or "")
+            dataset, pixels = seen or (_dataset(file), None)
+            modality = str(dataset.get("Modality") or "")
+            kind = "CT" if modality == "CT" else "XR" if modality in RADIOGRAPH else ""
+            if not kind:
+                if modality:
+                    other.add(modality)
+                elif "SeriesInstanceUID" not in dataset and "DirectoryRecordSequence" not in dataset and file.name.upper() != "DICOMDIR":
+                    damaged += 1
+                continue
+            image_type = [str(part).upper() for part in dataset.get("ImageType") or []]
+            # Scouts show where the scan was taken; colour CT images are dose reports and screenshots.
+            if kind == "CT" and ("LOCALIZER" in image_type or int(dataset.get("SamplesPerPixel") or 1) != 1):
+                other.add("CT localiser or screenshot")
+                continue
+            heads = list(_heads(file, dataset, pixels))
+            key = (str(dataset.get("StudyInstanceUID") or ""), str(dataset.get("SeriesInstanceUID") or ""))
+            number = _number(dataset.get("SeriesNumber"))
+            patient = str(dataset.get("PatientID") or "")
         except Exception:  # the header of a damaged file can fail in any way; it is counted and told of
             damaged += 1
             continue

@@ -17,7 +17,7 @@ from common.errors import ConsiliumError
 
 JPEG = (".jpg", ".jpeg")
 PICTURES = (*JPEG, ".png", ".bmp", ".tif", ".tiff")
-REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}  # by JPEG's own transform
+REDUCED = {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 UNKNOWN = "Pictures, not DICOM: spacing unknown, slices in the order of their names."
 
 

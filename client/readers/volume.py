@@ -82,6 +82,6 @@ def reduced(image: NDArray[Any], step: int) -> NDArray[Any]:
 
 
 def middle_rows(image: NDArray[Any], step: int) -> NDArray[Any]:
-    """Of each `step` rows of `image` [H, W] the middle one [H // step, W // step * step]: the others need not be read."""
+    """Of each `step` rows of `image` [H, W] the middle one [H // step, W // step * step]: an eighth of the work, and enough to see lungs."""
     H, W = image.shape
     return image[: H // step * step, : W // step * step][step // 2 :: step]

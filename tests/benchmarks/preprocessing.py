@@ -50,11 +50,11 @@ from pydicom.uid import (
 from scipy import ndimage
 from scipy.stats import gaussian_kde
 
-from client import kds, lungs
+from client import lungs
 from client.chest import chest
 from client.phantom import HOSPITALS
 from client.preprocess import Job, run_job
-from client.readers import read_scan
+from client.readers import Volume, read_scan
 from client.slices import LOOKS, slices_of
 from common.schema import Preprocess
 
@@ -300,7 +300,7 @@ def _peak(folder: Path, settings: Preprocess, store: Path) -> tuple[float, float
 
 def memory(data: Path | None, work: Path) -> None:
     voxels = volume_of(data, 300)
-    print(f"\n| 300 slices of | selection | wall | peak beyond the libraries (a stack in full: {voxels.nbytes / 2**20:.0f} MB of HU) |\n{'|---' * 4}|")
+    print(f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the libraries |\n{'|---' * 4}|")
     folders = {"JPEG": write_jpegs(voxels, work / "jpegm"), "DICOM": write_dicom(voxels, work / "dicomm")}
     for kind, folder in folders.items():
         for name, settings in SETTINGS.items():
@@ -314,8 +314,6 @@ def overlap() -> None:
     print(f"\n| phantom, 96 slices of 256 px | Dice, full | Dice, look | kds: same of 8, shift | zquantile: same, shift |\n{'|---' * 5}|")
     for centre, hospital in HOSPITALS.items():
         voxels, truth = chest(np.random.default_rng(3), np.random.default_rng(4), hospital.scanner, True, 96, 256)
-        from client.readers.volume import Volume
-
         volume = Volume(voxels, (hospital.scanner.spacing, 1.4, 1.4), hospital.scanner.spacing * np.arange(96.0), "CT")
         drawn = truth.lungs > 0
         found = lungs.lung_mask(voxels)
@@ -346,7 +344,12 @@ def auc(work: Path, scale: float, seeds: int) -> None:
     for seed in range(1, seeds + 1):
         for name, settings in SETTINGS.items():
             own = [f"preprocess.selection={settings.selection}", f"preprocess.exact={str(settings.exact).lower()}", f"seed={seed}"]
-            few = [f"federation.root={work}/data", f"federation.phantom.scale={scale}", "federation.phantom.slices=48", "preprocess.size=64"]
+            few = [
+                f"federation.root={work}/data",
+                f"federation.phantom.scale={scale}",
+                "federation.phantom.slices=48",
+                "preprocess.size=64",
+            ]
             config = compose([*few, "stage.tasks=[covid]", "stage.rounds=8", "evaluation.choose=last", *own])
             run = f"{name.replace(', ', '-').replace('_', '-')}-{seed}"
             scores = begin(config, InProcess(sites()), work / "runs", open_ledger(work / "runs"), run)["test"]["covid"]

@@ -178,8 +178,8 @@ def test_exact_is_the_full_rule(tmp_path: Path, kind: str, selection: Selection)
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10_000), st.integers(40, 150))
 def test_a_look_at_some_slices_chooses_nearly_what_the_full_rule_does(seed: int, Z: int) -> None:
-    volume = long_scan(seed, Z)
-    for volume in (volume, Volume(np.stack([shown(v, (-1000, 300)) for v in volume.voxels]), volume.spacing, volume.positions, "CT")):
+    hu = long_scan(seed, Z)
+    for volume in (hu, Volume(np.stack([shown(v, (-1000, 300)) for v in hu.voxels]), hu.spacing, hu.positions, "CT")):
         areas = lung_areas(volume)
         for selection in SELECTIONS:
             quick = slices_of(volume, Preprocess(selection=selection, size=32))
