@@ -2,7 +2,7 @@
 
 The key is a hash of the preprocessing settings, the scan's own window and the content of its files, so a changed setting or file is
 computed anew and an unchanged one never is. A file is content-hashed only when its size or times have changed since the last look.
-Entries appear whole or not at all (written beside, flushed, renamed); two writers of one key write the same bytes.
+Entries appear whole or not at all (written beside, renamed); two writers of one key write the same bytes.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Store:
 
     def noted(self, path: Path) -> str:
         """The content's hash where it is known without reading a byte. Raises OSError where it is not, or the files are not there."""
-        return self._note(path).read_text()
+        return _digest(self._note(path))
 
     def content(self, path: Path) -> str:
         """A hash of the scan's files, names and bytes; the bytes are read only when a size or a time has changed."""
         note = self._note(path)
         with contextlib.suppress(OSError):
-            return note.read_text()
+            return _digest(note)
         files = [[name, _xxh3(file)] for name, file in _files(path)]
         whole = _hash(json.dumps(files).encode())
         _write(note, whole.encode())
@@ -135,6 +135,14 @@ def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
+def _digest(note: Path) -> str:
+    """A noted hash. Raises OSError where there is none, or a power cut left half of one."""
+    noted = note.read_text(errors="replace")
+    if len(noted) != 40 or not set(noted) <= set("0123456789abcdef"):
+        raise FileNotFoundError(note)
+    return noted
+
+
 def _xxh3(file: str) -> str:
     with open(file, "rb", buffering=0) as opened:
         return xxhash.xxh3_128_hexdigest(opened.read())
@@ -154,24 +162,18 @@ def _files(path: Path) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Any]:
-    """A file to write that becomes `target` in one step once it is on the disk; a process killed on the way leaves no target."""
+    """A file to write that becomes `target` in one step; a process killed on the way leaves no target. Nothing waits for the disk: what a
+    power cut may spoil is seen by its checksum, and computed again."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=WRITING, dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write(target: Path, data: bytes) -> None:

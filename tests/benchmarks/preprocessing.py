@@ -5,7 +5,7 @@
 
 PEER is a clone of github.com/Purdue-M2/multisource-covid-ct; without it the JPEG table is left out. DATA (default: `$CONSILIUM_REAL_DATA`, else
 ../shared/data) gives a real chest CT, read between its slices to as many as are asked for; without it a phantom's is taken. Our side is what
-`consilium-centre preprocess` runs for a scan (client/preprocess.py, `run_job`): hash of all files, look, selection, crop, store with fsync. Sides
+`consilium-centre preprocess` runs for a scan (client/preprocess.py, `run_job`): hash of all files, look, selection, crop, store. Sides
 take turns within each repeat. "CPU" is processor time of one process, hence a ratio per core; "two cores" is the peer's wall time in its one process
 over ours by two processes that are running already, on the same machine at the same time. All files are in the page cache.
 """
