@@ -286,10 +286,10 @@ def _each(decode: Callable[[Path], NDArray[Any]], files: list[Path]) -> None:
         decode(file)
 
 
-def _peak(folder: Path, settings: Preprocess, store: Path) -> tuple[float, float]:
+def _peak(folder: Path, few: Path, settings: Preprocess, store: Path) -> tuple[float, float]:
     """(seconds, MB that a scan adds to the peak of this process; Linux sets it back to the present on `clear_refs` 5)."""
     cv2.setNumThreads(1)
-    ours(folder, Preprocess(size=32), store)  # libraries are loaded
+    ours(few, settings, store)  # libraries are loaded
     Path("/proc/self/clear_refs").write_text("5")
     before = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     began = time.perf_counter()
@@ -302,11 +302,11 @@ def _peak(folder: Path, settings: Preprocess, store: Path) -> tuple[float, float
 def memory(data: Path | None, work: Path) -> None:
     voxels = volume_of(data, 300)
     print(f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the libraries |\n{'|---' * 4}|")
-    folders = {"JPEG": write_jpegs(voxels, work / "jpegm"), "DICOM": write_dicom(voxels, work / "dicomm")}
-    for kind, folder in folders.items():
+    for kind, wrote in {"JPEG": write_jpegs, "DICOM": write_dicom}.items():
+        folder, few = wrote(voxels, work / f"{kind}m"), wrote(voxels[150:154], work / f"{kind}few")
         for name, settings in SETTINGS.items():
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                spent, peak = pool.submit(_peak, folder, settings, work / "store").result()
+                spent, peak = pool.submit(_peak, folder, few, settings, work / "store").result()
             print(f"| {kind} | {name} | {spent:.2f} s | {peak:.0f} MB |", flush=True)
 
 
