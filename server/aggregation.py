@@ -58,7 +58,9 @@ def fault(contribution: Contribution, layout: Layout, empty: bool) -> str:
         return f"wrong shape: {contribution.delta.size} weights instead of {expected}"
     if contribution.integers.shape != (layout.integer_size,):
         return f"wrong shape: {contribution.integers.size} counters instead of {layout.integer_size}"
-    if not np.isfinite(contribution.delta.sum(dtype=np.float64)):  # finite float32 add up to a finite float64
+    with np.errstate(invalid="ignore"):
+        total = contribution.delta.sum(dtype=np.float64)  # finite float32 add up to a finite float64
+    if not np.isfinite(total):
         return "not finite"
     return ""
 
