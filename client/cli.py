@@ -181,6 +181,19 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     console.print(f"code installed here: {fingerprint()}", highlight=False)
 
 
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="where the private key goes; its public part: the same name with .pub")]) -> None:
+    """Make this centre's own key: the private part stays here, the coordinator gets the public one."""
+    from common.keys import make_key, public_part, short
+
+    make_key(path)
+    line = public_part(path)
+    public = path.with_name(f"{path.name}.pub")
+    public.write_text(f"{line}\n")
+    typer.echo(line)
+    typer.echo(f"send {public} to the coordinator and read {short(line)} to them by telephone; {path} stays here", err=True)
+
+
 def _list(skipped: list[Skipped]) -> None:
     """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
     for one in skipped:

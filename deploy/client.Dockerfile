@@ -1,0 +1,35 @@
+# One per hospital. From the repository's root:
+#   docker build -f deploy/client.Dockerfile -t consilium-centre:0.1.0 .
+# CPU only:                  --build-arg TORCH_INDEX=<address of PyTorch's CPU index>
+# Behind a TLS inspection:   --secret id=ca,src=/path/to/your/ca-certificates.crt
+FROM python:3.11-slim AS build
+ARG TORCH_INDEX=""
+ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /opt/consilium
+COPY pyproject.toml deploy/constraints.txt ./
+# The dependencies before the code: an upgrade of ours sends a hospital some hundred kilobytes, not PyTorch again.
+RUN --mount=type=secret,id=ca \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
+    && python3 -m venv /opt/venv \
+    && if [ -n "$TORCH_INDEX" ]; then pip install -c constraints.txt --index-url "$TORCH_INDEX" torch torchvision; fi \
+    && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], 'setuptools>=77', sep='\n')" > /tmp/wanted \
+    && pip install -c constraints.txt -r /tmp/wanted
+COPY LICENSE README.md ./
+COPY common common
+COPY client client
+COPY configs configs
+COPY deploy/image bin
+RUN pip install --no-deps --no-build-isolation -e . && rm /opt/venv/bin/consilium-server
+
+FROM python:3.11-slim
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/consilium /opt/consilium
+# HOME and FLWR_HOME lie on a tmpfs: the root file system is read-only. NO_PROXY: the parts inside talk to each other over the loopback.
+ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost \
+    FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
+    HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+USER 10001:10001
+WORKDIR /tmp
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["healthy", "127.0.0.1:8081"]
+ENTRYPOINT ["flower-supernode"]
