@@ -28,6 +28,8 @@ RUN pip install --no-deps --no-build-isolation -e . && rm /opt/venv/bin/consiliu
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/consilium /opt/consilium
+# Where volumes come, for whichever user owns the secrets.
+RUN mkdir -m 1777 /state /runs
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost,superlink,postgres \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \

@@ -102,7 +102,7 @@ Authority = Annotated[Path, typer.Option("--ca", envvar="CONSILIUM_CA", help="ca
 
 @app.command()
 def admit(
-    centres: Annotated[Path, typer.Argument(help="folder of the centres' public keys")] = Path("/etc/consilium/centres"),
+    centres: Annotated[Path, typer.Argument(help="folder of the centres' public keys")] = Path("/etc/centres"),
     superlink: SuperLink = "localhost:8000",
     ca: Authority = Path("ca.crt"),
 ) -> None:

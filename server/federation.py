@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import ConsiliumError, nearest
+from common.schema import settings
 
 
-@dataclass(frozen=True)
+@settings
 class Centre:
     """What the coordinator proposes for one hospital; the hospital may change all of it in its own files."""
 
@@ -22,7 +23,7 @@ class Centre:
     public_key: str = ""  # file, beside federation.yaml, that `consilium-centre key` made there; empty: the key is made here
 
 
-@dataclass(frozen=True)
+@settings
 class Federation:
     """The whole of `federation.yaml`."""
 
