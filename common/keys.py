@@ -20,7 +20,9 @@ def write_private(path: Path, content: bytes) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
     except FileExistsError as error:
-        raise ConsiliumError(f"{path} is there already and a secret is never replaced; move it away first, or give another place") from error
+        raise ConsiliumError(
+            f"{path} is there already and a secret is never replaced; move it away first, or give another place"
+        ) from error
 
 
 def make_key(path: Path) -> None:
@@ -34,7 +36,9 @@ def public_part(path: Path) -> str:
     try:
         key = form.load_ssh_private_key(path.read_bytes(), None)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConsiliumError(f"{path} is no private key in OpenSSH's format without a passphrase; make one by `consilium-centre key`") from error
+        raise ConsiliumError(
+            f"{path} is no private key in OpenSSH's format without a passphrase; make one by `consilium-centre key`"
+        ) from error
     return key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()
 
 

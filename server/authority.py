@@ -35,7 +35,9 @@ def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], 
     try:
         ca_key = form.load_pem_private_key((authority / "ca.key").read_bytes(), None)
     except OSError as error:
-        raise ConsiliumError(f"{authority / 'ca.key'} is needed to make a certificate and cannot be read; bring it back for this") from error
+        raise ConsiliumError(
+            f"{authority / 'ca.key'} is needed to make a certificate and cannot be read; bring it back for this"
+        ) from error
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     ca = read_certificate(authority / "ca.crt")
     key = ec.generate_private_key(ec.SECP384R1())
@@ -64,7 +66,9 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConsiliumError(f"{path} cannot be read as a certificate ({type(error).__name__}); run `consilium-server provision`") from error
+        raise ConsiliumError(
+            f"{path} cannot be read as a certificate ({type(error).__name__}); run `consilium-server provision`"
+        ) from error
 
 
 def expiry(path: Path, warn: int, remedy: str) -> Finding:

@@ -19,7 +19,9 @@ from server.runs import find, open_ledger, runs_folder
 from server.simulate import console
 from server.simulate import simulate as simulate_run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run."
+)
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
 
@@ -81,7 +83,9 @@ def provision(
     federation: Annotated[Path, typer.Argument(help="federation.yaml (server/federation.py has its keys)")],
     out: Annotated[Path, typer.Option(help="folder for the authority, the coordinator's files and the kits")] = Path("federation"),
     revoke: Annotated[str, typer.Option(metavar="CENTRE", help="let this centre in no more")] = "",
-    reissue: Annotated[str, typer.Option(metavar="CENTRE", help="a new key for this centre, or a new certificate for the 'coordinator'")] = "",
+    reissue: Annotated[
+        str, typer.Option(metavar="CENTRE", help="a new key for this centre, or a new certificate for the 'coordinator'")
+    ] = "",
     check: Annotated[bool, typer.Option("--check", help="only say what is there, what expires and what does not fit")] = False,
 ) -> None:
     """Make certificates, keys, secrets and one archive per hospital, offline. What is there is kept."""

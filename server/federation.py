@@ -67,7 +67,9 @@ def load_federation(path: Path) -> Federation:
         raise ConsiliumError(f"{path}: address is '{federation.address}'; it must be host:port, e.g. consilium.example.org:443")
     for name in [federation.name, *federation.centres]:
         if not NAME.fullmatch(name) or name == "coordinator":
-            raise ConsiliumError(f"{path}: '{name}' is no name for a centre: letters, digits, '.', '_' and '-', at most 63; not 'coordinator'")
+            raise ConsiliumError(
+                f"{path}: '{name}' is no name for a centre: letters, digits, '.', '_' and '-', at most 63; not 'coordinator'"
+            )
     if not federation.centres:
         raise ConsiliumError(f"{path}: it names no centre; write centres: {{north: {{}}}}")
     if federation.days < 1:

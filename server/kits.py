@@ -47,7 +47,9 @@ def kit_files(federation: Federation, centre: str, key: bytes | None, authority:
         "data": site.data,
         "state": site.state,
         "compose": "compose.yaml" if site.device == "cpu" else "compose.yaml:compose.gpu.yaml",
-        "key": "was made here and lies beside the public part you sent; copy it to `key` in this folder" if key is None else "is in this archive",
+        "key": "was made here and lies beside the public part you sent; copy it to `key` in this folder"
+        if key is None
+        else "is in this archive",
     }
     files = {name: _render(DEPLOY / "kit" / name, values) for name in ("README.md", "site.yaml", "policy.yaml", "start", "settings.env")}
     files |= {"compose.yaml": (DEPLOY / "compose.centre.yaml").read_bytes(), "compose.gpu.yaml": (DEPLOY / "compose.gpu.yaml").read_bytes()}

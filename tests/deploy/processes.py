@@ -38,7 +38,12 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return (
         {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "CONSILIUM_"))}
         | QUIET
-        | {"FLWR_HOME": str(home / "flwr"), "PYTHONPATH": str(ROOT), "PATH": f"{commands}:{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        | {
+            "FLWR_HOME": str(home / "flwr"),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
         | more
     )
 

@@ -134,4 +134,6 @@ def test_who_is_refused(federation: tuple[p.Started, Path, str, str, Path], tmp_
 
     (tmp_path / "guess").write_text("guess")
     p.start_superexec(processes, folder / "made", tmp_path / "guess", operator, tmp_path, name="thief")
-    p.wait_until("the stranger's SuperExec is refused", 30, lambda: any(w in processes.log("thief") for w in ("401", "403", "enied", "nauth")))
+    p.wait_until(
+        "the stranger's SuperExec is refused", 30, lambda: any(w in processes.log("thief") for w in ("401", "403", "enied", "nauth"))
+    )

@@ -72,7 +72,9 @@ def test_openssl_and_openssh_understand_it(yaml: Path, tmp_path: Path) -> None:
         assert handshake(out, out / "ca.crt", host) is good, host
     list(provision(yaml, tmp_path / "other"))
     assert handshake(out, tmp_path / "other" / "ca.crt", "superlink") is False
-    verified = subprocess.run(["openssl", "verify", "-x509_strict", "-CAfile", out / "ca.crt", out / "coordinator/server.crt"], capture_output=True)
+    verified = subprocess.run(
+        ["openssl", "verify", "-x509_strict", "-CAfile", out / "ca.crt", out / "coordinator/server.crt"], capture_output=True
+    )
     assert verified.returncode == 0, verified
     derived = subprocess.run(["ssh-keygen", "-y", "-f", out / "keys" / "north"], capture_output=True, text=True, check=True).stdout
     assert derived.split()[:2] == (out / "coordinator/centres/north.pub").read_text().split()[:2]
@@ -169,7 +171,9 @@ def test_warned_before_expiry(tmp_path: Path) -> None:
         found = expiry(folder / "server.crt", 45, "renew")
         assert found.level == level
         assert f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=days):%Y-%m-%d}" in found.what
-    assert subprocess.run(["openssl", "x509", "-checkend", "0", "-noout", "-in", folder / "server.crt"], capture_output=True).returncode == 1
+    assert (
+        subprocess.run(["openssl", "x509", "-checkend", "0", "-noout", "-in", folder / "server.crt"], capture_output=True).returncode == 1
+    )
 
 
 @pytest.mark.parametrize(
