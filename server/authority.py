@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from common.errors import ConsiliumError
 from common.findings import Finding
 from common.keys import write_private
+from common.reach import expires
 
 INSIDE = ["superlink", "localhost", "127.0.0.1"]  # what the coordinator's own parts call it
 YEARS = 10
@@ -77,12 +78,7 @@ def expiry(path: Path, warn: int, remedy: str) -> Finding:
         until = read_certificate(path).not_valid_after_utc
     except ConsiliumError as error:
         return Finding("fault", str(error))
-    left = (until - dt.datetime.now(dt.UTC)).days
-    if until <= dt.datetime.now(dt.UTC):
-        return Finding("fault", f"{path.name} expired on {until:%Y-%m-%d}", remedy)
-    if left < warn:
-        return Finding("warning", f"{path.name} expires in {left} days, on {until:%Y-%m-%d}", remedy)
-    return Finding("ok", f"{path.name} is good until {until:%Y-%m-%d}, {left} days")
+    return expires(path.name, until, warn, remedy)
 
 
 def _builder(

@@ -20,7 +20,9 @@ from server.simulate import console
 from server.simulate import simulate as simulate_run
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run."
+    no_args_is_help=True,
+    add_completion=False,
+    help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run, doctor.",
 )
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
@@ -115,6 +117,20 @@ def admit(
 
     changes = list(let_in(centres, superlink, ca))
     typer.echo("\n".join(changes) or "nothing to change")
+
+
+@app.command()
+def doctor(
+    public: Annotated[str, typer.Option(help="the address that hospitals reach, host:port; checks also what they can see there")] = "",
+    centres: Annotated[Path, typer.Option(help="folder of the centres' public keys")] = Path("/etc/centres"),
+    runs: Runs = "",
+    superlink: SuperLink = "localhost:8000",
+    ca: Authority = Path("ca.crt"),
+) -> None:
+    """Check all that a run needs and say what to do: SuperLink, proxy, certificates, centres, ledger, disk. Exit status 1 for a fault."""
+    from server.doctor import examine
+
+    show(examine(superlink, ca, centres, runs_folder(runs), public))
 
 
 @app.command("run")

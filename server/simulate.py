@@ -61,7 +61,7 @@ def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "")
 
 
 def submit(config: Config, settings: Mapping[str, str], runs: Path, home: Path, environment: dict[str, str], more: list[str]) -> Path:
-    """Start a run at the SuperLink that `environment` reaches, follow it to its end and print its table. Returns its folder; raises ConsiliumError."""
+    """Start a run at the SuperLink that `environment` reaches, follow it to its end, print its table; returns its folder. Raises ConsiliumError."""
     run = settings.get("run") or settings["resume"]
     runs.mkdir(parents=True, exist_ok=True)
     run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())

@@ -32,7 +32,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
     commands = home / "bin"
     commands.mkdir(parents=True, exist_ok=True)
-    shebang, _, body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")
+    body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")[2]
     (commands / "flwr-clientapp").write_text(f"#!{sys.executable}\n{body}")
     (commands / "flwr-clientapp").chmod(0o755)
     return (
@@ -48,19 +48,21 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     )
 
 
-def server(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def server(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`consilium-server` to its end."""
-    return command("server.cli", *arguments, **options)
+    return command("server.cli", *arguments, timeout=timeout)
 
 
-def centre(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def centre(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`consilium-centre` to its end."""
-    return command("client.cli", *arguments, **options)
+    return command("client.cli", *arguments, timeout=timeout)
 
 
-def command(module: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {module} import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+def command(module: str, *arguments: str, root: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """A command of ours to its end, from the code at `root`."""
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from {module} import main; main()"
+    started = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=started)
 
 
 class Started:
@@ -100,6 +102,9 @@ def started(folder: Path) -> Iterator[Started]:
     try:
         yield processes
     finally:
+        for process in processes.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         for name in list(processes.processes):
             processes.stop(name)
 
@@ -122,7 +127,8 @@ def start_coordinator(processes: Started, made: Path, runs: Path, port: int) -> 
         scratch = processes.folder / "nginx"
         scratch.mkdir()
         (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
-        processes.start("nginx", "nginx", "-c", str(coordinator / "nginx.here"), "-g", "daemon off;")
+        user = "user root; " if os.getuid() == 0 else ""  # else its workers were nobody, who may not look into this folder
+        processes.start("nginx", "nginx", "-c", str(coordinator / "nginx.here"), "-g", f"{user}daemon off;")
         wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
     return f"localhost:{own}"
 

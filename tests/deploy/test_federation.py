@@ -80,7 +80,7 @@ def test_a_run_through_the_proxy(federation: tuple[p.Started, Path, str, str, Pa
 
 def test_what_the_centre_runs_is_its_own_code(federation: tuple[p.Started, Path, str, str, Path], tmp_path: Path) -> None:
     """A coordinator that sends another client cannot have it run: the hospital's own answers, and says that the code differs."""
-    processes, folder, _, operator, runs = federation
+    _, folder, _, operator, runs = federation
     other = tmp_path / "app"
     for name in ("client", "common", "server", "configs"):
         shutil.copytree(p.ROOT / name, other / name)
@@ -89,12 +89,10 @@ def test_what_the_centre_runs_is_its_own_code(federation: tuple[p.Started, Path,
     spoken = folder / "the-coordinators-code-ran-here"
     with (other / "client" / "answer.py").open("a") as file:
         file.write(f"\nopen({str(spoken)!r}, 'w').close()\n")
-    code = f"import sys; sys.path.insert(0, {str(other)!r}); from server.cli import main; main()"
-    ran = p.subprocess.run(
-        [p.sys.executable, "-c", code, "run", "--superlink", operator, "--ca", str(folder / "made/ca.crt"), "--runs", str(runs)]
-        + ["federation=folder", "federation.centres=[north]", "federation.wait=20", "stage.rounds=1", "preprocess.size=32"],
-        capture_output=True,
-        text=True,
+    ran = p.command(
+        *("server.cli", "run", "--superlink", operator, "--ca", str(folder / "made/ca.crt"), "--runs", str(runs)),
+        *("federation=folder", "federation.centres=[north]", "federation.wait=20", "stage.rounds=1", "preprocess.size=32"),
+        root=other,
         timeout=300,
     )
     assert ran.returncode == 2

@@ -1,4 +1,4 @@
-"""What is shipped as files: Compose and Kubernetes by their schemas, the hardening that deploy/README.md promises, nginx by nginx, the start script."""
+"""What is shipped as files: Compose and Kubernetes by their schemas, the hardening that deploy/README.md promises, nginx by nginx."""
 
 from __future__ import annotations
 
