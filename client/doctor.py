@@ -151,7 +151,10 @@ def _state(site: Site) -> Iterator[Finding]:
         f"state: {folder}, {free / 1e9:.0f} GB free",
         "" if level == "ok" else "make room: a full disk ends this centre's part in a run",
     )
+    if not (folder / egress.NAME).exists():
+        yield Finding("ok", "egress log: none yet; if anything ever left from here, it was removed")
+        return
     try:
         yield Finding("ok", f"egress log: {sum(1 for _ in egress.read(folder))} messages, the chain is whole")
     except ConsiliumError as error:
-        yield Finding("fault", f"egress log: {error}")
+        yield Finding("fault", f"egress log: {error}", "compare it with a back-up")
