@@ -69,7 +69,9 @@ def found(hospital: Path, address: str) -> dict[str, str]:
 def test_a_healthy_centre(coordinator: Healthy, hospital: Path) -> None:
     levels = found(hospital, coordinator[1])
     assert set(levels) == {"versions", "key", "coordinator", "coordinator's", "clock", "device", "policy", "data", "state", "egress"}
-    assert {what for what, level in levels.items() if level == "fault" and what != "state"} == set()  # state: how full this machine's disk is
+    assert {
+        what for what, level in levels.items() if level == "fault" and what != "state"
+    } == set()  # state: how full this machine's disk is
 
 
 def edited(name: str, **values: object) -> Callable[[Path], None]:

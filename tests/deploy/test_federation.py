@@ -53,18 +53,24 @@ def federation(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator
 
 def test_a_run_through_the_proxy(federation: tuple[p.Started, Path, str, str, Path]) -> None:
     """One round of the paper's recipe to its results; every centre's egress log is whole and knows the run; no key in any log or in the ledger."""
-    processes, folder, _, operator, runs = federation
+    processes, folder, address, operator, runs = federation
+    authority, centres = str(folder / "made/ca.crt"), folder / "made/coordinator/centres"
     overrides = [f"federation.centres=[{','.join(CENTRES)}]", "stage.rounds=1", "stage.epochs=1", "stage.batch=4", "preprocess.size=32"]
     ran = p.server(
-        *("run", "--superlink", operator, "--ca", str(folder / "made/ca.crt"), "--runs", str(runs), "federation=folder", *overrides),
-        timeout=500,
+        *("run", "--superlink", operator, "--ca", authority, "--runs", str(runs), "federation=folder", *overrides),
+        timeout=900,
     )
     logs = "\n".join(f"== {name}\n{processes.log(name)[-3000:]}" for name in processes.processes)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:] + logs
-    (run,) = [path.parent for path in runs.glob("*/metrics.json")]
+    run = (runs / "latest").resolve()
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["status"] == "finished"
     assert (run / "model.safetensors").stat().st_size > 100_000
+    doctor = p.server(
+        "doctor", "--superlink", operator, "--ca", authority, "--public", address, "--centres", str(centres), "--runs", str(runs)
+    )
+    assert [line for line in doctor.stdout.splitlines() if line.startswith("fault") and "GB free" not in line] == [], doctor.stdout
+    assert doctor.stdout.count(": online, key ") == 2
     for name in CENTRES:
         state = folder / "hospitals" / name / "state"
         verified = p.centre("egress", str(state), "--verify")
