@@ -19,7 +19,7 @@ from client.cohort import load_cohort
 from client.policy import describe, load_policy
 from client.site import Site, site_from, state_folder
 from common.errors import ConsiliumError
-from common.findings import Finding
+from common.findings import Finding, Level
 from common.fingerprint import fingerprint
 from common.keys import public_part, short
 from common.reach import certificate_until, clock, expires
@@ -126,7 +126,7 @@ def _data(site: Site) -> Iterator[Finding]:
     splits = ", ".join(f"{n} {split}" for split, n in table["split"].value_counts().items())
     yield Finding("ok", f"data: {len(table)} scans of {table['patient'].nunique()} patients ({splits})")
     if gone:
-        level = "fault" if len(gone) == len(table) else "warning"
+        level: Level = "fault" if len(gone) == len(table) else "warning"
         yield Finding(
             level,
             f"data: {len(gone)} of them cannot be read, the first at {base / str(gone[0])}",
@@ -145,7 +145,7 @@ def _state(site: Site) -> Iterator[Finding]:
         yield Finding("fault", f"state: {folder} cannot be written ({error.strerror})", "it must belong to the user of the container")
         return
     free = shutil.disk_usage(folder).free
-    level = "ok" if free > FREE else "warning" if free > FREE / 20 else "fault"
+    level: Level = "ok" if free > FREE else "warning" if free > FREE / 20 else "fault"
     yield Finding(
         level,
         f"state: {folder}, {free / 1e9:.0f} GB free",

@@ -7,11 +7,13 @@ from typing import Literal, NamedTuple
 
 import typer
 
+Level = Literal["ok", "warning", "fault"]
+
 
 class Finding(NamedTuple):
     """One line of a check."""
 
-    level: Literal["ok", "warning", "fault"]
+    level: Level
     what: str
     remedy: str = ""
 

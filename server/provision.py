@@ -4,7 +4,7 @@
     OUT/coordinator/              certificate, secrets, public keys of the centres, compose file, nginx.conf: goes to the coordinator's machine
     OUT/keys/north                a centre's private key; may be deleted once its kit was delivered
     OUT/kits/north.tar.gz         what the hospital gets, by a way that nobody else reads: its key is in it
-    OUT/revoked/north.1a2b3c4d    public keys that are let in no more
+    OUT/revoked/north/1a2b3c4d    public keys that are let in no more
 
 What is there is kept: no key, certificate or secret is replaced unless `reissue` or `revoke` names it. Every function yields what it did, a
 sentence each, which never holds a key.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def provision(path: Path, out: Path, reissue: str = "") -> Iterator[str]:
     federation = load_federation(path)
     coordinator = out / "coordinator"
     if reissue:
-        yield from _make_room(out, federation, reissue)
+        yield from _replace(out, federation, reissue, path.parent)
     (coordinator / "centres").mkdir(parents=True, exist_ok=True)
     if not (out / "ca.crt").exists():
         make_authority(out, federation.name)
@@ -61,7 +62,7 @@ def provision(path: Path, out: Path, reissue: str = "") -> Iterator[str]:
 def _enrol(federation: Federation, centre: str, beside: Path, out: Path, again: bool) -> Iterator[str]:
     """A centre's key, its public part for the coordinator, and its kit. One that was revoked only comes in `again` when that is asked for."""
     key, public, own = out / "keys" / centre, out / "coordinator" / "centres" / f"{centre}.pub", federation.centres[centre].public_key
-    revoked = {p.suffix[1:] for p in (out / "revoked").glob(f"{centre}.*")}
+    revoked = {p.name for p in (out / "revoked" / centre).glob("*")}
     if not public.exists():
         if revoked and not again:
             yield f"{centre}: revoked; --reissue {centre} lets it in again, with a new key"
@@ -87,23 +88,30 @@ def revoke(out: Path, centre: str) -> str:
     if not public.exists():
         known = [p.stem for p in public.parent.glob("*.pub")]
         raise ConsiliumError(f"no centre '{centre}' is enrolled in {out}{nearest(centre, known)}")
-    (out / "revoked").mkdir(exist_ok=True)
+    (out / "revoked" / centre).mkdir(parents=True, exist_ok=True)
     mark = short(public.read_text())
-    public.replace(out / "revoked" / f"{centre}.{mark}")
+    public.replace(out / "revoked" / centre / mark)
     (out / "keys" / centre).unlink(missing_ok=True)
     (out / "kits" / f"{centre}.tar.gz").unlink(missing_ok=True)
     return f"{centre}: key {mark} revoked; `consilium-server admit` tells the SuperLink, from then on it is refused"
 
 
-def _make_room(out: Path, federation: Federation, name: str) -> Iterator[str]:
-    """Revoke a centre's key, or remove the coordinator's certificate, so that a new one is made."""
+def _replace(out: Path, federation: Federation, name: str, beside: Path) -> Iterator[str]:
+    """A new certificate for the coordinator; or a centre's key revoked, so that a new one is enrolled. What cannot be replaced is left as it was."""
+    coordinator = out / "coordinator"
+    public = coordinator / "centres" / f"{name}.pub"
     if name == "coordinator":
-        for file in ("server.crt", "server.key"):
-            (out / "coordinator" / file).unlink(missing_ok=True)
-        yield "coordinator: the old certificate is removed; restart proxy and SuperLink with the new one. No hospital has to do anything"
+        with tempfile.TemporaryDirectory(dir=coordinator) as new:
+            make_certificate(Path(new), out, federation.host, federation.sans, federation.days)
+            for file in ("server.key", "server.crt"):
+                (Path(new) / file).replace(coordinator / file)
+        yield "server.crt, server.key: made anew; restart proxy and SuperLink with them. No hospital has to do anything"
     elif name not in federation.centres:
         raise ConsiliumError(f"no centre '{name}' in the federation{nearest(name, [*federation.centres, 'coordinator'])}")
-    elif (out / "coordinator" / "centres" / f"{name}.pub").exists():
+    elif public.exists():
+        own = federation.centres[name].public_key
+        if own and read_public(beside / own) == read_public(public):
+            raise ConsiliumError(f"{beside / own} is the key that {name} has already; put the new public key there, then --reissue {name}")
         yield revoke(out, name)
 
 

@@ -129,6 +129,11 @@ def test_the_coordinator_anew(yaml: Path, tmp_path: Path) -> None:
     yaml.write_text(YAML.replace("[10.0.0.5]", "[10.0.0.6]"))
     assert any("kept" in s or "differ" in s for s in provision(yaml, out)) is False
     assert [f.what for f in check(yaml, out) if f.level == "fault"] == ["server.crt is not for 10.0.0.6, which federation.yaml names"]
+    (out / "ca.key").rename(tmp_path / "ca.key")  # on its disk in the safe
+    with pytest.raises(ConsiliumError, match="bring it back"):
+        list(provision(yaml, out, reissue="coordinator"))
+    assert handshake(out, out / "ca.crt", "10.0.0.5")  # the old one is still there
+    (tmp_path / "ca.key").rename(out / "ca.key")
     list(provision(yaml, out, reissue="coordinator"))
     assert handshake(out, out / "ca.crt", "10.0.0.6")
     assert contents(out / "kits") == kits
@@ -153,7 +158,11 @@ def test_a_centre_with_its_own_key(tmp_path: Path) -> None:
     (tmp_path / "own.pub").write_text(public_part(tmp_path / "second") + "\n")
     with pytest.raises(ConsiliumError, match="--reissue west"):
         list(provision(yaml, out))
+    assert (out / "coordinator/centres/west.pub").exists()
     (tmp_path / "own.pub").write_text(public_part(own) + "\n")
+    with pytest.raises(ConsiliumError, match="has already"):
+        list(provision(yaml, out, reissue="west"))
+    assert (out / "coordinator/centres/west.pub").exists()
     revoke(out, "west")
     with pytest.raises(ConsiliumError, match="revoked key of west"):
         list(provision(yaml, out, reissue="west"))
