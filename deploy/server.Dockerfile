@@ -12,8 +12,13 @@ RUN --mount=type=secret,id=ca \
     && python3 -m venv /opt/venv \
     && if [ -n "$TORCH_INDEX" ]; then pip install -c constraints.txt --index-url "$TORCH_INDEX" torch torchvision; fi \
     && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > wanted.txt \
-    && pip install -c constraints.txt -r wanted.txt "psycopg[binary]" \
+    && pip install -c constraints.txt -r wanted.txt \
     && python3 -m venv /tmp/sbom && /tmp/sbom/bin/pip install -q cyclonedx-bom==7.5.0 \
+    && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
+# Up to here as the client's, so that the packages are installed once for both.
+RUN --mount=type=secret,id=ca \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
+    && pip install -c constraints.txt "psycopg[binary]" \
     && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
 
 FROM python:3.11-slim
