@@ -48,17 +48,17 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     )
 
 
-def server(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def server(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """`consilium-server` to its end."""
     return command("server.cli", *arguments, timeout=timeout)
 
 
-def centre(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def centre(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """`consilium-centre` to its end."""
     return command("client.cli", *arguments, timeout=timeout)
 
 
-def command(module: str, *arguments: str, root: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def command(module: str, *arguments: str, root: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """A command of ours to its end, from the code at `root`."""
     code = f"import sys; sys.path.insert(0, {str(root)!r}); from {module} import main; main()"
     started = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -163,7 +163,7 @@ def start_centre(processes: Started, folder: Path, address: str, key: Path | Non
     )
 
 
-def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 60) -> None:
+def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and processes.processes[name].poll() is None:
         with contextlib.suppress(httpx.HTTPError):
