@@ -13,7 +13,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 # What the phantom needs of the overrides: where it is, how large, and how its scans are preprocessed.
 PREPARE = -s 'recipe=$(RECIPE)' $(foreach o,$(filter federation.phantom% federation.root% preprocess% backbone%,$(OVERRIDES)),-s '$(o)')
 
-.PHONY: simulate compare test lint resume clean
+.PHONY: simulate compare test deploy-test lint resume clean
 
 simulate: .venv/ready  ## four made-up hospitals, one model, by `flwr run`
 	@case " $(OVERRIDES)" in *" federation="*) ;; *) $(PY)/consilium-centre phantom $(PREPARE) ;; esac
@@ -28,6 +28,9 @@ resume: .venv/ready  ## make resume RUN=<run id>
 
 test: .venv/ready lint  ## lint, types, walls, tests
 	$(PY)/pytest -n 2
+
+deploy-test: .venv/ready  ## a deployed federation: kits, TLS, node authentication, who is refused
+	$(PY)/pytest -m deploy -p no:xdist tests/deploy
 
 lint: .venv/ready
 	$(PY)/ruff format --check .

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from client.gather import Skipped
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="A hospital's side: cohort, preprocess, montage, predict, phantom, policy, egress."
+    no_args_is_help=True,
+    add_completion=False,
+    help="A hospital's side: cohort, preprocess, montage, predict, phantom, policy, egress, key, doctor.",
 )
 console = Console()
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small")]
@@ -179,6 +181,33 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     for rule, value in describe(load_policy(str(path))).items():
         console.print(f"{rule}: {value}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"code installed here: {fingerprint()}", highlight=False)
+
+
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="where the private key goes; its public part: the same name with .pub")]) -> None:
+    """Make this centre's own key: the private part stays here, the coordinator gets the public one."""
+    from common.keys import make_key, public_part, short
+
+    make_key(path)
+    line = public_part(path)
+    public = path.with_name(f"{path.name}.pub")
+    public.write_text(f"{line}\n")
+    typer.echo(line)
+    typer.echo(f"send {public} to the coordinator and read {short(line)} to them by telephone; {path} stays here", err=True)
+
+
+@app.command()
+def doctor(
+    site: Annotated[Path, typer.Option(help="site.yaml")] = Path("/etc/consilium/site.yaml"),
+    coordinator: Annotated[str, typer.Option(envvar="CONSILIUM_COORDINATOR", help="its address, host:port")] = "",
+    ca: Annotated[Path, typer.Option(help="ca.crt of the kit")] = Path("/etc/consilium/ca.crt"),
+    key: Annotated[Path, typer.Option(help="this centre's private key")] = Path("/run/secrets/key"),
+) -> None:
+    """Check all that a run needs here and say what to do: key, coordinator, clock, device, policy, data, disk. Exit status 1 for a fault."""
+    from client.doctor import examine
+    from common.findings import show
+
+    show(examine(site, coordinator, ca, key))
 
 
 def _list(skipped: list[Skipped]) -> None:

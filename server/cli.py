@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,12 +13,17 @@ from rich.table import Table
 
 from common.cli import run
 from common.compose import compose, to_dict
+from common.findings import show
 from server import report as reports
 from server.runs import find, open_ledger, runs_folder
 from server.simulate import console
 from server.simulate import simulate as simulate_run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator: simulate, resume, compare, report, runs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run, doctor.",
+)
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
 
@@ -72,6 +78,74 @@ def list_runs(runs: Runs = "", ledger: str = "") -> None:
 def config(overrides: Annotated[list[str] | None, typer.Argument()] = None, recipe: str = "multisource") -> None:
     """Print the resolved configuration without running anything."""
     typer.echo(yaml.safe_dump(to_dict(compose([f"recipe={recipe}", *_split(overrides)])), sort_keys=False), nl=False)
+
+
+@app.command()
+def provision(
+    federation: Annotated[Path, typer.Argument(help="federation.yaml (server/federation.py has its keys)")],
+    out: Annotated[Path, typer.Option(help="folder for the authority, the coordinator's files and the kits")] = Path("federation"),
+    revoke: Annotated[str, typer.Option(metavar="CENTRE", help="let this centre in no more")] = "",
+    reissue: Annotated[
+        str, typer.Option(metavar="CENTRE", help="a new key for this centre, or a new certificate for the 'coordinator'")
+    ] = "",
+    check: Annotated[bool, typer.Option("--check", help="only say what is there, what expires and what does not fit")] = False,
+) -> None:
+    """Make certificates, keys, secrets and one archive per hospital, offline. What is there is kept."""
+    from server import provision as provisioning
+
+    if check:
+        show(provisioning.check(federation, out))
+    elif revoke:
+        typer.echo(provisioning.revoke(out, revoke))
+    else:
+        for sentence in provisioning.provision(federation, out, reissue):
+            typer.echo(sentence)
+
+
+SuperLink = Annotated[str, typer.Option(envvar="CONSILIUM_SUPERLINK", help="its address, host:port")]
+Authority = Annotated[Path, typer.Option("--ca", envvar="CONSILIUM_CA", help="ca.crt of the federation")]
+
+
+@app.command()
+def admit(
+    centres: Annotated[Path, typer.Argument(help="folder of the centres' public keys")] = Path("/etc/centres"),
+    superlink: SuperLink = "localhost:8000",
+    ca: Authority = Path("ca.crt"),
+) -> None:
+    """Let the SuperLink know exactly the centres whose public keys lie in CENTRES: new ones are let in, revoked ones no more."""
+    from server.deployed import admit as let_in
+
+    changes = list(let_in(centres, superlink, ca))
+    typer.echo("\n".join(changes) or "nothing to change")
+
+
+@app.command()
+def doctor(
+    public: Annotated[str, typer.Option(help="the address that hospitals reach, host:port; checks also what they can see there")] = "",
+    centres: Annotated[Path, typer.Option(help="folder of the centres' public keys")] = Path("/etc/centres"),
+    runs: Runs = "",
+    superlink: SuperLink = "localhost:8000",
+    ca: Authority = Path("ca.crt"),
+) -> None:
+    """Check all that a run needs and say what to do: SuperLink, proxy, certificates, centres, ledger, disk. Exit status 1 for a fault."""
+    from server.doctor import examine
+
+    show(examine(superlink, ca, centres, runs_folder(runs), public))
+
+
+@app.command("run")
+def run_deployed(
+    overrides: Annotated[list[str] | None, typer.Argument(help="e.g. federation=folder federation.centres=[north,south]")] = None,
+    recipe: str = "multisource",
+    runs: Runs = "",
+    resume: Annotated[str, typer.Option(metavar="RUN", help="go on with this run")] = "",
+    superlink: SuperLink = "localhost:8000",
+    ca: Authority = Path("ca.crt"),
+) -> None:
+    """Run a recipe on the federation's hospitals and follow it."""
+    from server.deployed import run as start
+
+    start(recipe, _split(overrides), superlink, ca, runs, resume)
 
 
 def _split(overrides: list[str] | None) -> list[str]:

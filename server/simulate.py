@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -25,6 +25,7 @@ from rich.console import Console
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.model import known
+from common.schema import Config
 from server.crossval import SUMMARY, parts_of
 from server.report import table
 from server.runs import config_of, find, new_id, runs_folder
@@ -42,38 +43,45 @@ console = Console(width=max(Console().width, 110))  # a table per centre needs t
 def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0) -> Path:
     """Run to the end and print the table per centre; returns the run's folder. Raises ConsiliumError when the run did not finish."""
     folder = runs_folder(runs)
-    if resume:
-        kept = find(folder, resume)
-        config, run = config_of(kept), kept.name
-        settings = {"resume": run}
-    else:
-        config = compose([f"recipe={recipe}", *overrides])
-        known(config.backbone)  # refused here, at once, rather than by the server in twenty seconds
-        run = new_id(config)
-        settings = {"recipe": recipe, "overrides": " ".join(overrides), "run": run}
-    settings["runs"] = str(folder)
+    config, settings = settings_of(recipe, overrides, folder, resume)
     nodes = 1 if config.federation.mode == "central" else len(config.federation.centres)
     federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus}"
-    folder.mkdir(parents=True, exist_ok=True)
     with superlink() as (home, environment):
-        run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-        command = ["flwr", "run", str(APP), "local", "-c", run_config, "--federation-config", federation, "--format", "json"]
-        submitted = subprocess.run([_tool(command[0]), *command[1:]], env=environment, cwd=home, capture_output=True, text=True)
-        try:
-            run_id = str(json.loads(submitted.stdout)["run-id"])
-        except (ValueError, KeyError) as error:
-            raise ConsiliumError(f"flwr run refused the app: {(submitted.stdout + submitted.stderr).strip()[-600:]}") from error
-        console.print(f"run [bold]{run}[/]  ({nodes} node{'s' if nodes > 1 else ''}, Flower run {run_id})", highlight=False)
-        last = follow(run_id, home, environment, folder / f"{run}.log")
-        status = _status(run_id, home, environment)
-    metrics = folder / run / (SUMMARY if parts_of(config) else "metrics.json")
+        return submit(config, settings, folder, home, environment, ["--federation-config", federation])
+
+
+def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "") -> tuple[Config, dict[str, str]]:
+    """The configuration of a run to be started or resumed, and the run's settings for `flwr run -c`. Raises ConsiliumError."""
+    if resume:
+        kept = find(runs, resume)
+        return config_of(kept), {"resume": kept.name, "runs": str(runs)}
+    config = compose([f"recipe={recipe}", *overrides])
+    known(config.backbone)  # refused here, at once, rather than by the server in twenty seconds
+    return config, {"recipe": recipe, "overrides": " ".join(overrides), "run": new_id(config), "runs": str(runs)}
+
+
+def submit(config: Config, settings: Mapping[str, str], runs: Path, home: Path, environment: dict[str, str], more: list[str]) -> Path:
+    """Start a run at the SuperLink that `environment` reaches, follow it to its end, print its table; returns its folder. Raises ConsiliumError."""
+    run = settings.get("run") or settings["resume"]
+    runs.mkdir(parents=True, exist_ok=True)
+    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    command = ["flwr", "run", str(APP), "local", "-c", run_config, *more, "--format", "json"]
+    submitted = subprocess.run([_tool(command[0]), *command[1:]], env=environment, cwd=home, capture_output=True, text=True)
+    try:
+        run_id = str(json.loads(submitted.stdout)["run-id"])
+    except (ValueError, KeyError) as error:
+        raise ConsiliumError(f"flwr run refused the app: {(submitted.stdout + submitted.stderr).strip()[-600:]}") from error
+    console.print(f"run [bold]{run}[/]  ({', '.join(config.federation.centres)}; Flower run {run_id})", highlight=False)
+    last = follow(run_id, home, environment, runs / f"{run}.log")
+    status = _status(run_id, home, environment)
+    metrics = runs / run / (SUMMARY if parts_of(config) else "metrics.json")
     if last or not metrics.is_file():  # a finished run's results are not those of a resume that was refused
-        raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {folder / f'{run}.log'}")
-    (folder / f"{run}.log").replace(folder / run / "flower.log")
+        raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {runs / f'{run}.log'}")
+    (runs / f"{run}.log").replace(runs / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
-    what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {folder / run / 'report.html'}"
+    what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {runs / run / 'report.html'}"
     console.print(what, highlight=False, soft_wrap=True)
-    return folder / run
+    return runs / run
 
 
 @contextlib.contextmanager

@@ -1,0 +1,59 @@
+"""The operator's hand on a deployed SuperLink: which centres it knows, and a run on real hospitals. Everything goes over TLS to its Control API."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.control.control_http_client import ControlHttpClient
+
+from common.errors import ConsiliumError
+from common.keys import read_public, wire_form
+from server.runs import runs_folder
+from server.simulate import QUIET, settings_of, submit
+
+
+def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
+    """Make the SuperLink's list of nodes equal to the public keys in the folder `centres`; yields what was changed. Raises ConsiliumError."""
+    wanted = {wire_form(read_public(path)): path.stem for path in sorted(centres.glob("*.pub"))}
+    if not wanted:
+        raise ConsiliumError(f"{centres} holds no public key of a centre; `consilium-server provision` writes them to coordinator/centres")
+    try:
+        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
+        known = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"}
+        for public, centre in wanted.items():
+            if public not in known:
+                node = client.RegisterNode(RegisterNodeRequest(public_key=public, name=centre)).node_id
+                yield f"{centre}: let in, as node {node}"
+        for public, node in known.items():
+            if public not in wanted:
+                client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+                yield f"{node.name or node.node_id}: let in no more"
+        client.close()
+    except httpx.HTTPStatusError as error:
+        raise ConsiliumError(f"the SuperLink at {address} refused ({error.response.status_code} {error.response.text[:200]})") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
+
+
+def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "") -> Path:
+    """Start or resume a run on the centres and follow it to its end; an interrupted command leaves the run going. Raises ConsiliumError."""
+    folder = runs_folder(runs)
+    config, settings = settings_of(recipe, overrides, folder, resume)
+    with reached(address, authority) as (home, environment):
+        return submit(config, settings, folder, home, environment, [])
+
+
+@contextlib.contextmanager
+def reached(address: str, authority: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A home for Flower's command that reaches the SuperLink; yields the folder and the environment."""
+    with tempfile.TemporaryDirectory(prefix="consilium-") as home:
+        connection = f'address = "{address}"\nroot-certificates = "{authority.resolve()}"\n'
+        (Path(home) / "config.toml").write_text(f'[superlink]\ndefault = "local"\n\n[superlink.local]\n{connection}')
+        yield Path(home), os.environ | QUIET | {"FLWR_HOME": home, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,0 +1,182 @@
+"""A deployed federation as processes of this machine: SuperLink, SuperExec, nginx and SuperNodes with what `provision` made, over TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
+    commands = home / "bin"
+    commands.mkdir(parents=True, exist_ok=True)
+    body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")[2]
+    (commands / "flwr-clientapp").write_text(f"#!{sys.executable}\n{body}")
+    (commands / "flwr-clientapp").chmod(0o755)
+    return (
+        {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "CONSILIUM_"))}
+        | QUIET
+        | {
+            "FLWR_HOME": str(home / "flwr"),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        | more
+    )
+
+
+def server(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`consilium-server` to its end."""
+    return command("server.cli", *arguments, timeout=timeout)
+
+
+def centre(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`consilium-centre` to its end."""
+    return command("client.cli", *arguments, timeout=timeout)
+
+
+def command(module: str, *arguments: str, root: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """A command of ours to its end, from the code at `root`."""
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from {module} import main; main()"
+    started = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=started)
+
+
+class Started:
+    """Processes in sessions of their own, each with a log; all end with the block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
+        home = self.folder / f"home-{name}"
+        home.mkdir(exist_ok=True)
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                list(arguments), cwd=home, env=environment(home, **more), stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+        process = self.processes.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Started]:
+    processes = Started(folder)
+    try:
+        yield processes
+    finally:
+        for process in processes.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for name in list(processes.processes):
+            processes.stop(name)
+
+
+def start_coordinator(processes: Started, made: Path, runs: Path, port: int) -> str:
+    """SuperLink, SuperExec and, where there is one, nginx on `port`. Returns the SuperLink's own address, for the operator alone."""
+    coordinator = made / "coordinator"
+    own = free_port() if shutil.which("nginx") else port
+    processes.start(
+        "superlink",
+        *("flower-superlink", "--ssl-certfile", str(coordinator / "server.crt"), "--ssl-keyfile", str(coordinator / "server.key")),
+        *("--ssl-ca-certfile", str(coordinator / "ca.crt"), "--enable-supernode-auth", "--database", str(processes.folder / "state.db")),
+        *("--host", "127.0.0.1", "--port", str(own), "--disable-runtime-dependency-installation"),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(coordinator / "superexec.secret")),
+    )
+    wait_for(f"https://localhost:{own}/health", made, processes, "superlink")
+    start_superexec(processes, made, coordinator / "superexec.secret", f"localhost:{own}", runs)
+    if own != port:
+        conf = (coordinator / "nginx.conf").read_text().replace("superlink:8000", f"127.0.0.1:{own}").replace("8443", f"127.0.0.1:{port}")
+        scratch = processes.folder / "nginx"
+        scratch.mkdir()
+        (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
+        user = "user root; " if os.getuid() == 0 else ""  # else its workers were nobody, who may not look into this folder
+        processes.start("nginx", "nginx", "-c", str(coordinator / "nginx.here"), "-g", f"{user}daemon off;")
+        wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
+    return f"localhost:{own}"
+
+
+def start_superexec(processes: Started, made: Path, secret: Path, address: str, runs: Path, name: str = "superexec") -> None:
+    processes.start(
+        name,
+        *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(made / "ca.crt")),
+        *("--superexec-auth-secret-file", str(secret)),
+        CONSILIUM_RUNS=str(runs),
+    )
+
+
+def unpack(kit: Path, into: Path, data: Path) -> Path:
+    """A hospital's folder: the kit unpacked, and its paths set to where this hospital has its data."""
+    with tarfile.open(kit) as bundle:
+        bundle.extractall(into, filter="data")
+    folder = into / kit.name.removesuffix(".tar.gz")
+    site = yaml.safe_load((folder / "site.yaml").read_text())
+    own = {"data": str(data), "state": str(folder / "state"), "device": "cpu", "policy": str(folder / "policy.yaml"), "threads": 1}
+    (folder / "site.yaml").write_text(yaml.safe_dump(site | own))
+    return folder
+
+
+def start_centre(processes: Started, folder: Path, address: str, key: Path | None = None, name: str = "") -> subprocess.Popen[bytes]:
+    """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it."""
+    return processes.start(
+        name or folder.name,
+        *("flower-supernode", "--superlink", address, "--root-certificates", str(folder / "ca.crt")),
+        *("--auth-supernode-private-key", str(key or folder / "key"), "--node-config", f'site="{folder / "site.yaml"}"'),
+        *("--port", str(free_port())),
+    )
+
+
+def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and processes.processes[name].poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, verify=str(made / "ca.crt"), timeout=2, trust_env=False).is_success:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{name} did not start: {processes.log(name)[-1500:]}")
+
+
+def wait_until(what: str, seconds: float, true: object) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if true():  # type: ignore[operator]
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
