@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from client.gather import Skipped
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress."
+    no_args_is_help=True,
+    add_completion=False,
+    help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress.",
 )
 app.command()(ingest)
 console = Console()

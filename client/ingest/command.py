@@ -19,7 +19,10 @@ console = Console()
 
 def ingest(
     source: Annotated[
-        str, typer.Argument(help="https://pacs/dicom-web | dicom://AET@host:port[?aet=OURS&listen=host:port] | a folder; default: `pacs` of --site")
+        str,
+        typer.Argument(
+            help="https://pacs/dicom-web | dicom://AET@host:port[?aet=OURS&listen=host:port] | a folder; default: `pacs` of --site"
+        ),
     ] = "",
     data: Annotated[Path | None, typer.Option(help="the cohort's folder, or its .csv; default: `data` of --site")] = None,
     site: Annotated[Path | None, typer.Option(help="site.yaml")] = None,
@@ -47,7 +50,9 @@ def ingest(
     given = {"centre": centre, "data": str(data or ""), "state": state, "pacs": source}
     here = site_from({**({"site": str(site)} if site else {}), **{k: v for k, v in given.items() if v}})
     if not here.pacs or not here.data:
-        raise ConsiliumError("say where studies come from and go to: consilium-centre ingest SOURCE --data FOLDER, or --site with `pacs` and `data`")
+        raise ConsiliumError(
+            "say where studies come from and go to: consilium-centre ingest SOURCE --data FOLDER, or --site with `pacs` and `data`"
+        )
     wanted = Wanted(day(since), day(until), tuple(modality or ("CT", *RADIOGRAPH)), body_part, read_list(studies) if studies else ())
     if "://" in here.pacs and not (wanted.dates or wanted.listed):
         raise ConsiliumError("this would take all that the archive holds; say which studies: --since and --until, or --list")

@@ -1,12 +1,12 @@
-"""De-identification: the standard's basic profile (PS3.15 Annex E, Table E.1-1), and then nothing stays but what reading the image needs.
+"""De-identification: only what reading the image needs stays, and that by the standard's basic profile (PS3.15 Annex E, Table E.1-1).
 
 The profile's table and its actions are those of dicom-anonymizer (KitwareMedical), edition 2026c. Of the libraries looked at it is the one that has
 the table: dicognito has a list of its own (comments, descriptions and private elements stay) and hashes by MD5; deid wants a recipe written by
 hand. What it leaves undone is done here: it does not look into sequences that the table does not name, makes new UIDs by chance at each start, and
 fills a sequence's items where it may remove the sequence.
 
-The profile alone still trusts that scanners write no name where the table expects none (Manufacturer, ImageType, a damaged number). So a second pass
-keeps only elements on the lists below: numbers, words of DICOM's own vocabulary, new UIDs and the pixels. No free text survives.
+The profile alone trusts that scanners write no name where the table expects none (Manufacturer, ImageType, a damaged number). So only elements on
+the lists below come to it: numbers, words of DICOM's own vocabulary, UIDs and the pixels. No free text survives, private elements neither.
 """
 
 from __future__ import annotations
@@ -42,35 +42,43 @@ IMAGES = (
     DigitalXRayImageStorageForPresentation,
     DigitalXRayImageStorageForProcessing,
 )
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 UIDS = {"StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"}
-NUMBERS = set(
-    """SeriesNumber AcquisitionNumber InstanceNumber NumberOfFrames SamplesPerPixel PlanarConfiguration Rows Columns BitsAllocated BitsStored HighBit
+NUMBERS = _words("""
+    SeriesNumber AcquisitionNumber InstanceNumber NumberOfFrames SamplesPerPixel PlanarConfiguration Rows Columns BitsAllocated BitsStored HighBit
     PixelRepresentation SmallestImagePixelValue LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit PixelSpacing ImagerPixelSpacing
     NominalScannedPixelSpacing PixelAspectRatio SliceThickness SpacingBetweenSlices SliceLocation ImagePositionPatient ImageOrientationPatient
     GantryDetectorTilt TableHeight RescaleSlope RescaleIntercept WindowCenter WindowWidth KVP XRayTubeCurrent ExposureTime Exposure
     DistanceSourceToDetector DistanceSourceToPatient ReconstructionDiameter DataCollectionDiameter SpiralPitchFactor SingleCollimationWidth
     TotalCollimationWidth PixelIntensityRelationshipSign LossyImageCompressionRatio InStackPositionNumber DimensionIndexValues
-    LUTDescriptor LUTData""".split()
-)
-WORDS = set(
-    """ImageType FrameType Modality BodyPartExamined PatientPosition ViewPosition PatientOrientation Laterality ImageLaterality
+    LUTDescriptor LUTData
+""")
+WORDS = _words("""
+    ImageType FrameType Modality BodyPartExamined PatientPosition ViewPosition PatientOrientation Laterality ImageLaterality
     PhotometricInterpretation RescaleType ModalityLUTType PixelIntensityRelationship PresentationLUTShape VOILUTFunction LossyImageCompression
-    LossyImageCompressionMethod BurnedInAnnotation PresentationIntentType PixelPresentation VolumetricProperties VolumeBasedCalculationTechnique""".split()
-)
-VOCABULARY = set(
-    """ORIGINAL DERIVED MIXED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME OTHER NONE CT CR DX DR RG CHEST THORAX LUNG HFS HFP HFDR HFDL FFS FFP FFDR FFDL
+    LossyImageCompressionMethod BurnedInAnnotation PresentationIntentType PixelPresentation VolumetricProperties
+    VolumeBasedCalculationTechnique
+""")
+VOCABULARY = _words("""
+    ORIGINAL DERIVED MIXED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME OTHER NONE CT CR DX DR RG CHEST THORAX LUNG HFS HFP HFDR HFDL FFS FFP FFDR FFDL
     PA AP LL RL LAT LATERAL LLD LLO RLD RLO A P L R H F B U AF AH AL AR PF PH PL PR LF LH LA LP RF RH RA RP FR FL FA FP HR HL HA HP
     MONOCHROME1 MONOCHROME2 HU US OD LIN LOG DISP IDENTITY INVERSE LINEAR LINEAR_EXACT SIGMOID NO YES 00 01 MONOCHROME DISTORTED SAMPLED
-    ISO_10918_1 ISO_14495_1 ISO_15444_1 ISO_15444_15 FOR""".split()
-) | {"FOR PRESENTATION", "FOR PROCESSING"}
-SEQUENCES = set(
-    """SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelMeasuresSequence PlanePositionSequence PlaneOrientationSequence
-    PixelValueTransformationSequence FrameVOILUTSequence CTImageFrameTypeSequence FrameContentSequence ModalityLUTSequence VOILUTSequence""".split()
-)
+    ISO_10918_1 ISO_14495_1 ISO_15444_1 ISO_15444_15 FOR
+""") | {"FOR PRESENTATION", "FOR PROCESSING"}
+SEQUENCES = _words("""
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelMeasuresSequence PlanePositionSequence PlaneOrientationSequence
+    PixelValueTransformationSequence FrameVOILUTSequence CTImageFrameTypeSequence FrameContentSequence ModalityLUTSequence VOILUTSequence
+""")
 # Must be there, may be empty (type 2).
-EMPTY = set(
-    """StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex Manufacturer PositionReferenceIndicator""".split()
-)
+EMPTY = _words("""
+    StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex Manufacturer
+    PositionReferenceIndicator
+""")
 
 
 def unfit(dataset: Dataset, wanted: Wanted) -> str:
@@ -158,8 +166,8 @@ def deidentify(dataset: Dataset, key: bytes) -> Dataset:
     """
     patient = patient_name(key, str(dataset.get("PatientID") or ""), str(dataset.StudyInstanceUID))
     syntax = dataset.file_meta.TransferSyntaxUID
-    _profile(dataset, key)
     _keep_only_listed(dataset)
+    _profile(dataset, key)
     dataset.PatientName = dataset.PatientID = patient
     dataset.PatientIdentityRemoved = "YES"
     dataset.DeidentificationMethod = f"PS3.15 {EDITION} basic profile; only listed elements kept"

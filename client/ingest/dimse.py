@@ -66,7 +66,9 @@ def peer_of(url: str) -> Peer:
     except ValueError:
         good = False
     if not good:
-        raise ConsiliumError(f"'{url}' is no DICOM address; write it as dicom://AET@host:port, with ?aet=OURS and &listen=0.0.0.0:11112 if need be")
+        raise ConsiliumError(
+            f"'{url}' is no DICOM address; write it as dicom://AET@host:port, with ?aet=OURS and &listen=0.0.0.0:11112 if need be"
+        )
     return peer
 
 
@@ -159,11 +161,10 @@ def _storing(study: str, taker: Taker, came: list[str], trouble: list[Exception]
 
 def _retrieve(answers: Iterator[tuple[Dataset, Dataset | None]], service: str, trouble: list[Exception]) -> None:
     status = None
-    for status, _ in answers:
+    for answer in answers:
+        status = answer[0]
         if trouble:
-            break
-    if trouble:
-        raise trouble[0]
+            raise trouble[0]
     _ended(status, service)
 
 
@@ -177,7 +178,9 @@ def _get(peer: Peer, asked: Dataset, study: str, taker: Taker) -> int:
     roles = [build_role(kind, scp_role=True) for kind in STORED]
     with _associated(peer, contexts, ext_neg=roles, evt_handlers=handlers) as link:
         if not any(context.abstract_syntax == StudyRootQueryRetrieveInformationModelGet for context in link.accepted_contexts):
-            raise ConsiliumError("the archive offers no C-GET; let it send by C-MOVE: add listen=host:port to its address, and make us known to it")
+            raise ConsiliumError(
+                "the archive offers no C-GET; let it send by C-MOVE: add listen=host:port to its address, and make us known to it"
+            )
         _retrieve(link.send_c_get(asked, StudyRootQueryRetrieveInformationModelGet), "C-GET", trouble)
     return len(set(came))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pydicom
 
-from client.ingest.wanted import Source, Study, Taker, Wanted, unwanted
+from client.ingest.wanted import Source, Study, Taker, Wanted
 from client.readers.headers import is_dicom
 from common.errors import ConsiliumError
 
@@ -94,5 +94,5 @@ def _head(path: Path) -> dict[str, str] | None:
 
 def _asked_for(said: dict[str, str], wanted: Wanted) -> bool:
     """What an archive would search by; modality and body part are judged image by image."""
-    in_time = not wanted.dates or bool(said["StudyDate"]) and (wanted.since or "0") <= said["StudyDate"] <= (wanted.until or "9")
-    return in_time and (not wanted.listed or any(said[key] == value for key, value in wanted.listed))
+    late, early = said["StudyDate"] > (wanted.until or "9"), said["StudyDate"] < wanted.since  # no date is early
+    return not late and not early and (not wanted.listed or any(said[key] == value for key, value in wanted.listed))

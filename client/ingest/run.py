@@ -37,7 +37,8 @@ from client.ingest.wanted import Source, Study, Wanted
 from client.readers.headers import choose_series, scan_headers
 from common.errors import ConsiliumError
 
-TALKATIVE = ("pynetdicom", "dicomweb_client", "urllib3", "requests", "pydicom", "retrying", "dicomanonymizer")  # they log addresses and values
+# They log addresses with UIDs in them, and values.
+TALKATIVE = ("pynetdicom", "dicomweb_client", "urllib3", "requests", "pydicom", "retrying", "dicomanonymizer")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _silence() -> Iterator[None]:
             logger.propagate, logger.handlers = propagate, handlers
 
 
-def ingest(source: Source, wanted: Wanted, place: Place, console: Console, every: float = 0, report: Callable[[Done], None] | None = None) -> Done:
+def ingest(
+    source: Source, wanted: Wanted, place: Place, console: Console, every: float = 0, report: Callable[[Done], None] | None = None
+) -> Done:
     """Bring in what is wanted and not yet here; with `every` seconds again and again, `report`ing each time that something happened.
 
     Raises ConsiliumError when the source cannot be asked, a table is wrong or the disk is full; a study that fails is told of and tried next time.
@@ -178,7 +181,9 @@ def _once(source: Source, wanted: Wanted, place: Place, key: bytes, labels: pd.D
         _write_mapping(folder / "mapping.csv", studies, key)
     todo = [scan for scan, study in studies.items() if not _is_done(journal.get(scan), study)]
     done.before = len(studies) - len(todo)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
     with bar:
         progress = bar.add_task("studies", total=len(todo))
         for scan in todo:

@@ -19,7 +19,9 @@ from client.ingest.wanted import KEYS, read_keys
 from common.errors import ConsiliumError
 
 # Columns of a hospital's table that are no labels; what a coordinator's task reads is never called so.
-IDENTIFYING = re.compile(r"(^|[^a-z])(name|id|ids|uid|mrn|birth|born|dob|date|day|address|phone|email|insurance|physician|ssn|nhs)([^a-z]|$)")
+IDENTIFYING = re.compile(
+    r"(^|[^a-z])(name|id|ids|uid|mrn|birth|born|dob|date|day|address|phone|email|insurance|physician|ssn|nhs)([^a-z]|$)"
+)
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Objects that name a patient wherever DICOM lets them: text in every element of the standard's dictionary, in sequences, private elements, headers."""
+"""Objects that name a patient wherever they can: in every element of the standard's dictionary, sequences, private elements, headers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plant(dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTE
         if not word or word in STAYS or (word in WORDS | SEQUENCES and word in dataset) or tag >> 16 in (0, 2, 4) or tag & 0xFFFF == 0:
             continue
         if vr == "SQ":
-            dataset.add_new(tag, vr, [_item(2)])
+            dataset.add_new(tag, vr, [_item(1)])
         elif vr == "UI":
             dataset.add_new(tag, vr, f"{ROOT}.{tag}")
         elif vr in BY_VR:

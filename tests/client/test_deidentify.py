@@ -17,8 +17,8 @@ from client.ingest.deidentify import IMAGES, NUMBERS, VOCABULARY, WORDS, deident
 from client.ingest.seal import name, new_uid, patient_name, site_key
 from client.ingest.wanted import Wanted
 from client.phantom import HOSPITALS, Scanner, write_series
-from client.readers import read_scan
 from client.radiograph import write_film
+from client.readers import read_scan
 from common.errors import ConsiliumError
 from tests.client.planted import plant, signs_in, uids_of
 
