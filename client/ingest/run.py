@@ -33,7 +33,7 @@ from client.ingest.deidentify import deidentify, unfit
 from client.ingest.journal import read_journal, write_journal
 from client.ingest.seal import name, patient_name, site_key
 from client.ingest.table import join, put, read_labels, read_table, write_table
-from client.ingest.wanted import Source, Study, Wanted
+from client.ingest.wanted import Source, Study, Wanted, is_listed
 from client.readers.headers import choose_series, scan_headers
 from common.errors import ConsiliumError
 
@@ -176,7 +176,7 @@ def _once(source: Source, wanted: Wanted, place: Place, key: bytes, labels: pd.D
     dicom = place.table.parent / "dicom"
     shutil.rmtree(dicom / ".incoming", ignore_errors=True)  # a killed one's
     journal = read_journal(folder)
-    studies = {name(key, "study", study.uid): study for study in source.find(wanted)}
+    studies = {name(key, "study", study.uid): study for study in source.find(wanted) if is_listed(study, wanted)}
     if place.keep_mapping:
         _write_mapping(folder / "mapping.csv", studies, key)
     todo = [scan for scan, study in studies.items() if not _is_done(journal.get(scan), study)]

@@ -45,6 +45,12 @@ class Study:
     version: str = field(repr=False)  # another one when images were added
 
 
+def is_listed(study: Study, wanted: Wanted) -> bool:
+    """Whether the list names just this study (archives take `*` and `?` in a value for any text), or there is no list."""
+    own = {"StudyInstanceUID": study.uid, "AccessionNumber": study.accession, "PatientID": study.patient}
+    return not wanted.listed or any(own[key].strip() == value for key, value in wanted.listed)
+
+
 class Taker(Protocol):
     """What a source gives images to; both may be called from another thread."""
 

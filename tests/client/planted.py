@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pydicom
 from pydicom.datadict import DicomDictionary
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from client.ingest.deidentify import EMPTY, NUMBERS, SEQUENCES, UIDS, WORDS
@@ -28,17 +30,23 @@ SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", ROOT.
 STAYS = UIDS | NUMBERS | {"SOPClassUID", "PixelData", "SpecificCharacterSet", "Modality", "PhotometricInterpretation", "BurnedInAnnotation"}
 
 
-def plant(dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTED-2") -> Dataset:
-    """The dataset with a sign in every element of the dictionary that may hold one and that its pixels do not need."""
+@cache
+def _signs() -> list[DataElement]:
+    """An element for each of the dictionary that may hold a sign; made once, as it takes a second."""
+    elements = []
     for tag, (vr, _, _, _, word) in DicomDictionary.items():
-        if not word or word in STAYS or (word in WORDS | SEQUENCES and word in dataset) or tag >> 16 in (0, 2, 4) or tag & 0xFFFF == 0:
-            continue
-        if vr == "SQ":
-            dataset.add_new(tag, vr, [_item(1)])
-        elif vr == "UI":
-            dataset.add_new(tag, vr, f"{ROOT}.{tag}")
-        elif vr in BY_VR:
-            dataset.add_new(tag, vr, BY_VR[vr])
+        if word and word not in STAYS and tag >> 16 not in (0, 2, 4) and tag & 0xFFFF:
+            value = [_item(1)] if vr == "SQ" else f"{ROOT}.{tag}" if vr == "UI" else BY_VR.get(vr)
+            elements += [] if value is None else [DataElement(tag, vr, value)]
+    return elements
+
+
+def plant(dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTED-2", everywhere: bool = True) -> Dataset:
+    """The dataset with signs: `everywhere` in each element of the dictionary that its pixels do not need, else in the usual ones. To be written."""
+    for element in _signs() if everywhere else []:
+        if not (element.keyword in WORDS | SEQUENCES and element.keyword in dataset):
+            dataset.add(element)
+    dataset.PatientName, dataset.InstitutionName, dataset.PatientBirthDate = "PLANTED^Anna", "PLANTED", "19470311"
     dataset.PatientID, dataset.AccessionNumber, dataset.StudyDate = patient, accession, "19470311"
     dataset.ImageType = [*dataset.ImageType[:2], "AXIAL", "PLANTED"]
     dataset.add_new(0x60003000, "OW", b"PLANTED ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def scan(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         write_film(folder / "film.dcm", rng.integers(0, 255, (32, 32), np.uint8), 1.0, ("a",), "P1", "Maker")
     else:
         scanner: Scanner = HOSPITALS[request.param].scanner
-        write_series(folder, rng.integers(-1024, 1500, (4, 16, 16)).astype(np.int16), scanner, ("a", request.param), "P1", rng)
+        write_series(folder, rng.integers(-1024, 1500, (2, 16, 16)).astype(np.int16), scanner, ("a", request.param), "P1", rng)
     for path in folder.iterdir():
         plant(pydicom.dcmread(path)).save_as(path)
     return folder
@@ -56,7 +57,7 @@ def test_nothing_planted_survives_and_every_pixel_does(scan: Path, tmp_path: Pat
         assert written.PatientIdentityRemoved == "YES"
         assert written.PatientID == patient_name(KEY, "PLANTED-1", "")
         old |= uids_of(path)
-    assert len(old) > 3
+    assert len(old) >= 3
     assert signs_in(clean, *old) == []
     a, b = read_scan(scan), read_scan(clean)
     assert np.array_equal(a.voxels, b.voxels)
@@ -71,7 +72,7 @@ def test_a_multi_frame_image_keeps_its_geometry() -> None:
     dataset.PixelMeasuresSequence[0].PixelSpacing = [0.7, 0.7]
     dataset.PixelMeasuresSequence[0].PatientName = "PLANTED"
     dataset.PlanePositionSequence[0].ImagePositionPatient = [1, 2, 3.5]
-    whole = plant(_image())
+    whole = deepcopy(plant(_image()))
     whole.SOPClassUID = EnhancedCTImageStorage
     whole.PerFrameFunctionalGroupsSequence = [dataset]
     out = deidentify(whole, KEY)

@@ -33,7 +33,7 @@ from tests.client.orthanc import OURS, PASSWORD, PLUGIN, PROGRAM, USER, Orthanc,
 from tests.client.planted import plant, signs_in, uids_of
 
 NAMES = ("PLANTED-A", "PLANTED-B")  # two patients, the first with three studies
-IMAGES = 5  # of a CT
+IMAGES = 3  # of a CT
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rng = np.random.default_rng(len(study + maker))
         voxels = rng.integers(-1024, 1500, (IMAGES, 16, 16)).astype(np.int16)
         write_series(folder, voxels, HOSPITALS[maker].scanner, (study,), "P", rng)
-        for path in sorted(folder.iterdir()):
-            dataset = plant(pydicom.dcmread(path), NAMES[patient], f"PLANTED-{study}")
+        for k, path in enumerate(sorted(folder.iterdir())):
+            dataset = plant(pydicom.dcmread(path), NAMES[patient], f"PLANTED-{study}", everywhere=k == 0)
             dataset.StudyDate = "20200401"
             dataset.save_as(path)
     first = pydicom.dcmread(root / "PLANTED^ct1" / "000.dcm")
-    burned, captured, report = (pydicom.dcmread(root / "PLANTED^ct1" / "000.dcm") for _ in range(3))
+    burned, captured, report = (pydicom.dcmread(root / "PLANTED^ct1" / "001.dcm") for _ in range(3))
     burned.BurnedInAnnotation = "YES"
     captured.SOPClassUID = captured.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
