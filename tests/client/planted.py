@@ -28,6 +28,8 @@ BY_VR = {
 }
 SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", ROOT.encode())
 STAYS = UIDS | NUMBERS | {"SOPClassUID", "PixelData", "SpecificCharacterSet", "Modality", "PhotometricInterpretation", "BurnedInAnnotation"}
+STAYS |= {"ModalityLUTSequence", "VOILUTSequence"}  # they change what the pixels mean
+STAYS |= {"NumberOfStudyRelatedInstances", "NumberOfSeriesRelatedInstances"}  # an archive's answer, not an image's
 
 
 @cache
@@ -36,7 +38,7 @@ def _signs() -> list[DataElement]:
     elements = []
     for tag, (vr, _, _, _, word) in DicomDictionary.items():
         if word and word not in STAYS and tag >> 16 not in (0, 2, 4) and tag & 0xFFFF:
-            value = [_item(1)] if vr == "SQ" else f"{ROOT}.{tag}" if vr == "UI" else BY_VR.get(vr)
+            value = [_item(1 if word in SEQUENCES else 0)] if vr == "SQ" else f"{ROOT}.{tag}" if vr == "UI" else BY_VR.get(vr)
             elements += [] if value is None else [DataElement(tag, vr, value)]
     return elements
 
