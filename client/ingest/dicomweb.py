@@ -36,7 +36,8 @@ def _asked(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except requests.HTTPError as error:
-        raise ConsiliumError(f"the archive answers {error.response.status_code} {error.response.reason}") from None
+        said = f"{error.response.status_code} {error.response.reason}" if error.response is not None else "with an error"
+        raise ConsiliumError(f"the archive answers {said}") from None
     except requests.RequestException as error:
         raise ConsiliumError(f"the archive cannot be reached ({type(error).__name__}); check address, network and certificate") from None
     except ValueError:
@@ -47,7 +48,7 @@ def _pages(search: Callable[..., list[dict[str, Any]]], key: str) -> Iterator[Da
     """All answers of a search, page by page, each once: archives limit an answer, and some know no offset."""
     seen: set[str] = set()
     for offset in range(0, 1_000_000, PAGE):
-        page = [Dataset.from_json(answer) for answer in _asked(lambda at=offset: search(limit=PAGE, offset=at))]
+        page = [Dataset.from_json(answer) for answer in _asked(partial(search, limit=PAGE, offset=offset))]
         fresh = [answer for answer in page if str(answer.get(key, "")) not in seen]
         seen |= {str(answer.get(key, "")) for answer in fresh}
         yield from fresh
@@ -69,9 +70,9 @@ def _fetch(client: DICOMwebClient, study: Study, wanted: Wanted, taker: Taker) -
         if reason:
             taker.skip(reason, int(count) if count.isdigit() else 1)
             continue
-        images = _asked(lambda uid=uid: client.iter_series(study.uid, uid, media_types=(("application/dicom", "*"),)))
+        images = _asked(partial(client.iter_series, study.uid, uid, media_types=(("application/dicom", "*"),)))
         came = 0
-        while (image := _asked(lambda images=images: next(images, None))) is not None:
+        while (image := _asked(partial(next, images, None))) is not None:
             taker.take(image)
             came += 1
         whole(came, count)

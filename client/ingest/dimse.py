@@ -26,18 +26,15 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import (
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
-    StudyRootQueryRetrieveInformationModelMove,
-)
 
 from client.ingest.deidentify import IMAGES
 from client.ingest.wanted import Source, Study, Taker, Wanted, queries, unwanted, whole
 from common.errors import ConsiliumError
 
-PLAIN = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
-COMPRESSED = [RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes]
+# The study root information model (PS3.4 C.4).
+FIND, MOVE, GET = (f"1.2.840.10008.5.1.4.1.2.2.{k}" for k in (1, 2, 3))
+PLAIN: list[Any] = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
+COMPRESSED: list[Any] = [RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes]
 STORED = (*IMAGES, SecondaryCaptureImageStorage)  # a screenshot within a series is to arrive, so that it is listed
 PENDING = (0xFF00, 0xFF01)
 STUDY = ("StudyInstanceUID", "PatientID", "AccessionNumber", "NumberOfStudyRelatedInstances")
@@ -103,7 +100,7 @@ def _answers(link: Association, level: str, keys: tuple[str, ...], filters: dict
         setattr(asked, word, value)
     found: list[Dataset] = []
     status = None
-    for status, answer in link.send_c_find(asked, StudyRootQueryRetrieveInformationModelFind):
+    for status, answer in link.send_c_find(asked, FIND):
         if status and status.Status in PENDING and answer is not None:
             found.append(answer)
     _ended(status, "C-FIND")
@@ -119,7 +116,7 @@ def _ended(status: Dataset | None, service: str) -> None:
 
 
 def _find(peer: Peer, wanted: Wanted) -> Iterator[Study]:
-    with _associated(peer, [build_context(StudyRootQueryRetrieveInformationModelFind)]) as link:
+    with _associated(peer, [build_context(FIND)]) as link:
         for filters in queries(wanted):
             for answer in _answers(link, "STUDY", STUDY, filters):
                 said = [str(answer.get(word) or "") for word in STUDY]
@@ -127,7 +124,7 @@ def _find(peer: Peer, wanted: Wanted) -> Iterator[Study]:
 
 
 def _fetch(peer: Peer, study: Study, wanted: Wanted, taker: Taker) -> None:
-    with _associated(peer, [build_context(StudyRootQueryRetrieveInformationModelFind)]) as link:
+    with _associated(peer, [build_context(FIND)]) as link:
         answers = _answers(link, "SERIES", SERIES, {"StudyInstanceUID": study.uid})
     for answer in answers:
         uid, modality, body_part, count = (str(answer.get(word) or "") for word in SERIES)
@@ -170,18 +167,18 @@ def _retrieve(answers: Iterator[tuple[Dataset, Dataset | None]], service: str, t
 
 def _get(peer: Peer, asked: Dataset, study: str, taker: Taker) -> int:
     """C-GET of a series; how many images came. Each compression is offered by itself, so that the archive need not decompress."""
-    contexts = [build_context(StudyRootQueryRetrieveInformationModelGet)]
+    contexts = [build_context(GET)]
     contexts += [build_context(kind, syntax) for kind in STORED for syntax in (PLAIN, *COMPRESSED)]
     came: list[str] = []
     trouble: list[Exception] = []
     handlers = [(evt.EVT_C_STORE, _storing(study, taker, came, trouble))]
     roles = [build_role(kind, scp_role=True) for kind in STORED]
     with _associated(peer, contexts, ext_neg=roles, evt_handlers=handlers) as link:
-        if not any(context.abstract_syntax == StudyRootQueryRetrieveInformationModelGet for context in link.accepted_contexts):
+        if not any(context.abstract_syntax == GET for context in link.accepted_contexts):
             raise ConsiliumError(
                 "the archive offers no C-GET; let it send by C-MOVE: add listen=host:port to its address, and make us known to it"
             )
-        _retrieve(link.send_c_get(asked, StudyRootQueryRetrieveInformationModelGet), "C-GET", trouble)
+        _retrieve(link.send_c_get(asked, GET), "C-GET", trouble)
     return len(set(came))
 
 
@@ -191,15 +188,16 @@ def _move(peer: Peer, asked: Dataset, study: str, taker: Taker) -> int:
     trouble: list[Exception] = []
     ae = AE(ae_title=peer.ours)
     ae.require_called_aet = True
-    ae.supported_contexts = [build_context(kind, [*PLAIN, *COMPRESSED]) for kind in STORED]
+    for kind in STORED:
+        ae.add_supported_context(kind, [*PLAIN, *COMPRESSED])
     assert peer.listen is not None
     try:
-        server = ae.start_server(peer.listen, block=False, evt_handlers=[(evt.EVT_C_STORE, _storing(study, taker, came, trouble))])
+        ae.start_server(peer.listen, block=False, evt_handlers=[(evt.EVT_C_STORE, _storing(study, taker, came, trouble))])
     except OSError as error:
         raise ConsiliumError(f"nothing can listen at {peer.listen[0]}:{peer.listen[1]} ({error.strerror}); give another port") from None
     try:
-        with _associated(peer, [build_context(StudyRootQueryRetrieveInformationModelMove)]) as link:
-            _retrieve(link.send_c_move(asked, peer.ours, StudyRootQueryRetrieveInformationModelMove), "C-MOVE", trouble)
+        with _associated(peer, [build_context(MOVE)]) as link:
+            _retrieve(link.send_c_move(asked, peer.ours, MOVE), "C-MOVE", trouble)
     finally:
-        server.shutdown()
+        ae.shutdown()
     return len(set(came))

@@ -94,7 +94,9 @@ def read_keys(path: Path) -> pd.DataFrame:
         raise ConsiliumError(f"{path} has no column study, accession or patient; name one so")
     if table.columns.duplicated().any():
         raise ConsiliumError(f"{path} has two columns for '{table.columns[table.columns.duplicated()][0]}'; remove one")
-    return table.apply(lambda column: column.str.strip())
+    for column in table.columns:
+        table[column] = table[column].str.strip()
+    return table
 
 
 def read_list(path: Path) -> tuple[tuple[str, str], ...]:

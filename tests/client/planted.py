@@ -28,7 +28,7 @@ BY_VR = {
 }
 SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", ROOT.encode())
 STAYS = UIDS | NUMBERS | {"SOPClassUID", "PixelData", "SpecificCharacterSet", "Modality", "PhotometricInterpretation", "BurnedInAnnotation"}
-STAYS |= {"ModalityLUTSequence", "VOILUTSequence"}  # they change what the pixels mean
+STAYS |= {"ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"}  # they change what the pixels mean
 STAYS |= {"NumberOfStudyRelatedInstances", "NumberOfSeriesRelatedInstances"}  # an archive's answer, not an image's
 
 

@@ -55,7 +55,7 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
     burned.BurnedInAnnotation = "YES"
     captured.SOPClassUID = captured.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
-    report.Modality, report.SeriesInstanceUID = "SR", f"{first.SeriesInstanceUID}.1"
+    report.Modality, report.SeriesInstanceUID = "SR", f"{first.SeriesInstanceUID[:50]}.1"
     for k, dataset in enumerate((burned, captured, report)):
         dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"{first.SOPInstanceUID[:50]}.{k}"
         dataset.save_as(root / "PLANTED^ct1" / f"other{k}.dcm")
