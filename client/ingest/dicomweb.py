@@ -28,6 +28,7 @@ def dicomweb(url: str, timeout: float = 300) -> Source:
         client = DICOMwebClient(url, timeout=(20, timeout))
     except ValueError:
         raise ConsiliumError(f"'{url}' is no DICOMweb address; write it as https://pacs/dicom-web") from None
+    client.set_http_retry_params(max_attempts=3)  # with pauses of 2 s and 4 s, of a refused connection too
     return Source(partial(_find, client), partial(_fetch, client), Counter())
 
 

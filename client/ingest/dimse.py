@@ -109,7 +109,7 @@ def _answers(link: Association, level: str, keys: tuple[str, ...], filters: dict
 
 def _ended(status: Dataset | None, service: str) -> None:
     if not status:
-        raise ConsiliumError(f"the archive did not answer a {service} in time, or closed the connection")
+        raise ConsiliumError(f"the archive did not answer a {service} in time, or closed the connection: does it know our AE title?")
     if status.Status:
         lost = f", {status.NumberOfFailedSuboperations} images failed" if status.get("NumberOfFailedSuboperations") else ""
         raise ConsiliumError(f"the archive ended a {service} with status {status.Status:#06x}{lost}")

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,11 +21,13 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from rich.console import Console
 
 from client.cohort import load_cohort
+from client.ingest.command import ingest as ingest_command
 from client.ingest.dicomweb import dicomweb
 from client.ingest.dimse import dimse
 from client.ingest.folder import watched
 from client.ingest.run import Place, ingest
-from client.ingest.wanted import Source, Study, Taker, Wanted, read_list
+from client.ingest.table import read_labels
+from client.ingest.wanted import Source, Study, Taker, Wanted, day, read_list
 from client.phantom import HOSPITALS, write_series
 from client.radiograph import write_film
 from client.readers import read_scan
@@ -203,8 +206,14 @@ def test_an_archive_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 def test_an_archive_that_does_not_know_us_is_one_sentence(archive: Orthanc, tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match="AE titles"):
         ingest(dimse(archive.get.replace("ARCHIVE", "WRONG")), ALL, place_of(tmp_path), SILENT)
-    done = ingest(dimse(archive.move.replace(OURS, "STRANGER")), ALL, place_of(tmp_path), SILENT)
-    assert done.failed == 4 or done.came == 0
+    with pytest.raises(ConsiliumError, match="does it know our AE title"):
+        ingest(dimse(archive.get.replace(OURS, "STRANGER")), ALL, place_of(tmp_path), SILENT)
+    with socket.socket() as taken:  # where the archive is to send to
+        taken.bind(("127.0.0.1", archive.ours))
+        taken.listen()
+        done = ingest(dimse(archive.move), ALL, place_of(tmp_path), SILENT)
+    assert (done.came, done.failed) == (0, 4)
+    assert [one for one in done.skipped if "nothing can listen at 127.0.0.1" in one.reason]
 
 
 def test_files_are_taken_once_they_are_complete(hospital: Path, tmp_path: Path) -> None:
@@ -236,24 +245,26 @@ def command(*words: object) -> list[str]:
 
 @pytest.mark.parametrize("way", ["web", "folder"])
 def test_a_kill_at_any_moment_costs_nothing_but_time(way: str, request: pytest.FixtureRequest, hospital: Path, tmp_path: Path) -> None:
-    """Killed when the first study's row stands, and again while the second's images come; then it ends as if it had not been."""
+    """Killed while a study's images come, and again when one is done; then it ends as if it had not been, with that one not fetched again."""
     where = hospital if way == "folder" else request.getfixturevalue("archive").web
     (tmp_path / "data").mkdir()
     (tmp_path / "site.yaml").write_text(f"centre: north\ndata: {tmp_path / 'data'}\nstate: {tmp_path / 'state'}\npacs: {where}\n")
     words = command("--site", tmp_path / "site.yaml", "--since", "2020-01-01", "--quiet", 0)
     kept, dicom = tmp_path / "data" / "cohort.csv", tmp_path / "data" / "dicom"
-    for moment in (lambda: any((dicom / ".incoming").glob("*/*/*.dcm")), kept.exists):
+    journal = tmp_path / "state" / "ingest" / "journal.jsonl"
+    for moment in (lambda: any((dicom / ".incoming").glob("*/*/*.dcm")), journal.exists):
         running = subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
         try:
             while running.poll() is None and not moment():
                 time.sleep(0.001)
         finally:
-            running.send_signal(signal.SIGKILL)
-            running.wait()
+            running.kill()
+        assert running.wait() == -signal.SIGKILL
     ended = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     table = load_cohort(kept, "north")
     assert (len(table), table["scan"].nunique(), "0 could not be brought in" in ended.stdout) == (4, 4, True)
+    assert " 0 were here" not in ended.stdout
     assert len(list(dicom.rglob("*.dcm"))) == 3 * IMAGES + 1
     assert not list((dicom / ".incoming").iterdir())
     assert "PLANTED" not in ended.stdout + ended.stderr
@@ -281,9 +292,6 @@ def test_watching_goes_on_until_it_is_stopped(hospital: Path, tmp_path: Path) ->
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    from client.ingest.table import read_labels
-    from client.ingest.wanted import day
-
     (tmp_path / "t.csv").write_text("name,covid\na,1\n")
     (tmp_path / "twice.csv").write_text("patient,covid\na,1\na,0\n")
     (tmp_path / "none.csv").write_text("patient,PatientName\na,b\n")
@@ -297,3 +305,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
             read_labels(tmp_path / path, bytes(32))
     with pytest.raises(ConsiliumError, match="write it as 2020-04-01"):
         day("1.4.2020")
+    with pytest.raises(ConsiliumError, match="would take all that the archive holds"):
+        ingest_command("https://pacs/dicom-web", data=tmp_path)
+    with pytest.raises(ConsiliumError, match="say where studies come from"):
+        ingest_command()
+    with pytest.raises(ConsiliumError, match="is no folder"):
+        ingest_command(str(tmp_path / "gone"), data=tmp_path)
