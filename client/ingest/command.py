@@ -21,7 +21,7 @@ def ingest(
     source: Annotated[
         str,
         typer.Argument(
-            help="https://pacs/dicom-web | dicom://AET@host:port[?aet=OURS&listen=host:port] | a folder; default: `pacs` of --site"
+            help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site"
         ),
     ] = "",
     data: Annotated[Path | None, typer.Option(help="the cohort's folder, or its .csv; default: `data` of --site")] = None,
