@@ -81,8 +81,9 @@ def _associated(peer: Peer, contexts: list[Any], **more: Any) -> Iterator[Associ
     ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = 30, 300, 300  # s; archives fetch from tape
     link = ae.associate(peer.host, peer.port, contexts=contexts, ae_title=peer.aet, **more)
     if not link.is_established:
-        why = "refuses the association: are the AE titles known to it?" if link.is_rejected else "cannot be reached: check host and port"
-        raise ConsiliumError(f"the archive {peer.aet} at {peer.host}:{peer.port} {why}")
+        raise ConsiliumError(
+            f"the archive {peer.aet} at {peer.host}:{peer.port} cannot be reached or refuses us; check host, port and AE titles"
+        )
     try:
         yield link
     finally:

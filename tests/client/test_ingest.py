@@ -204,7 +204,7 @@ def test_an_archive_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_does_not_know_us_is_one_sentence(archive: Orthanc, tmp_path: Path) -> None:
-    with pytest.raises(ConsiliumError, match="AE titles"):
+    with pytest.raises(ConsiliumError, match="refuses us; check host, port and AE titles"):
         ingest(dimse(archive.get.replace("ARCHIVE", "WRONG")), ALL, place_of(tmp_path), SILENT)
     with pytest.raises(ConsiliumError, match="does it know our AE title"):
         ingest(dimse(archive.get.replace(OURS, "STRANGER")), ALL, place_of(tmp_path), SILENT)
