@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from client.ingest.command import ingest
 from common.cli import run
 from common.errors import ConsiliumError
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="A hospital's side: cohort, preprocess, montage, predict, phantom, policy, egress, key, doctor.",
+    help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress, key, doctor.",
 )
+app.command()(ingest)
 console = Console()
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small")]
 Workers = Annotated[int, typer.Option(help="processes that read scans")]

@@ -29,6 +29,7 @@ class Site:
     workers: int = 1  # processes that read scans
     threads: int = 0  # of PyTorch; 0: its own choice
     smallest_cell: int = 1  # counts below this are reported as this; the policy's own comes on top
+    pacs: str = ""  # where `consilium-centre ingest` takes studies from: https://..., dicom://AET@host:port or a folder
     policy: str = ""  # policy.yaml: what may leave (client/policy.py); empty: no limits of its own
     index: int = 0
 

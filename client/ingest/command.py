@@ -1,0 +1,93 @@
+"""`consilium-centre ingest`. What it needs is imported when it runs: `--help` need not wait for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import ConsiliumError
+
+if TYPE_CHECKING:
+    from client.ingest.run import Done
+    from client.ingest.wanted import Source
+
+console = Console()
+
+
+def ingest(
+    source: Annotated[
+        str,
+        typer.Argument(help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site"),
+    ] = "",
+    data: Annotated[Path | None, typer.Option(help="the cohort's folder, or its .csv; default: `data` of --site")] = None,
+    site: Annotated[Path | None, typer.Option(help="site.yaml")] = None,
+    since: Annotated[str, typer.Option(help="first day of study, 2020-04-01")] = "",
+    until: Annotated[str, typer.Option(help="last day of study")] = "",
+    modality: Annotated[list[str] | None, typer.Option(help="CT, CR, DX ...; default: CT and all radiographs")] = None,
+    body_part: Annotated[str, typer.Option(help="e.g. CHEST; what says another is passed over")] = "",
+    studies: Annotated[Path | None, typer.Option("--list", help="CSV with a column study, accession or patient: take only these")] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with a column study, accession or patient, and the labels")] = None,
+    watch: Annotated[bool, typer.Option(help="go on: look again every --every seconds until stopped")] = False,
+    every: Annotated[float, typer.Option(help="seconds", min=0.1)] = 60,
+    quiet: Annotated[float, typer.Option(help="seconds without change after which a folder's study is complete", min=0)] = 60,
+    keep_mapping: Annotated[bool, typer.Option(help="write STATE/ingest/mapping.csv: which patient and study became which")] = False,
+    centre: Annotated[str, typer.Option(help="this centre's name; default: `centre` of --site")] = "",
+    state: Annotated[str, typer.Option(help="the centre's state folder; default: `state` of --site, else .consilium beside the data")] = "",
+    seed: Annotated[int, typer.Option(help="of the splits, as `cohort` has it")] = 0,
+) -> None:
+    """Take studies from an archive (DICOMweb, C-FIND with C-GET or C-MOVE) or a folder, de-identified, into the cohort."""
+    from client.ingest.run import Place
+    from client.ingest.run import ingest as bring_in
+    from client.ingest.wanted import Wanted, day, read_list
+    from client.readers.headers import RADIOGRAPH
+    from client.site import site_from, state_folder
+
+    given = {"centre": centre, "data": str(data or ""), "state": state, "pacs": source}
+    here = site_from({**({"site": str(site)} if site else {}), **{k: v for k, v in given.items() if v}})
+    if not here.pacs or not here.data:
+        raise ConsiliumError(
+            "say where studies come from and go to: consilium-centre ingest SOURCE --data FOLDER, or --site with `pacs` and `data`"
+        )
+    wanted = Wanted(day(since), day(until), tuple(modality or ("CT", *RADIOGRAPH)), body_part, read_list(studies) if studies else ())
+    if "://" in here.pacs and not (wanted.dates or wanted.listed):
+        raise ConsiliumError("this would take all that the archive holds; say which studies: --since and --until, or --list")
+    table = Path(here.data) if here.data.endswith(".csv") else Path(here.data) / "cohort.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    place = Place(table.resolve(), state_folder(here, table.parent), here.centre or "centre", seed, labels, keep_mapping)
+    try:
+        done = bring_in(_source(here.pacs, quiet), wanted, place, console, every if watch else 0, _report)
+    except KeyboardInterrupt:
+        console.print("stopped; what came is kept, and the next ingest goes on from here")
+        return
+    _report(done)
+    console.print(f"the cohort is {place.table}", highlight=False, markup=False, soft_wrap=True)
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def _source(address: str, quiet: float) -> Source:
+    """The source behind an address."""
+    if address.startswith(("http://", "https://")):
+        from client.ingest.dicomweb import dicomweb
+
+        return dicomweb(address)
+    if address.startswith("dicom://"):
+        from client.ingest.dimse import dimse
+
+        return dimse(address)
+    from client.ingest.folder import watched
+
+    return watched(Path(address), quiet)
+
+
+def _report(done: Done) -> None:
+    """Studies by their new names only: what is printed may end in a log."""
+    for one in done.skipped:
+        console.print(f"study {one.path}: {one.reason}", highlight=False, markup=False, soft_wrap=True)
+    for note in done.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    counts = f"{done.came} studies came, {done.before} were here, {done.empty} held nothing to take, {done.failed} could not be brought in"
+    console.print(counts, highlight=False, markup=False, soft_wrap=True)
