@@ -32,6 +32,7 @@ from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
 from common.imbalance import logit_adjustment
+from common.logs import about
 from common.messages import Answer, Contribution, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
 from common.model import Model, make_model, refuse_batch_norm
 from common.schema import Config, Stage
@@ -44,6 +45,12 @@ log = logging.getLogger("consilium.centre")
 
 def answer(site: Site, request: Request) -> Reply:
     """Do what the request asks and the policy allows, or say why not. What leaves is recorded first (client/egress.py)."""
+    of_round: dict[str, str | int] = {"stage": request.stage, "round": request.round} if isinstance(request, Train) else {}
+    with about(run=request.run, kind=type(request).__name__, centre=site.centre, **of_round):
+        return _recorded(site, request)
+
+
+def _recorded(site: Site, request: Request) -> Reply:
     reply = _answer(site, request)
     try:
         if folder := _records(site, request):

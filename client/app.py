@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -10,12 +11,14 @@ from flwr.clientapp import ClientApp
 from client.answer import answer
 from client.site import site_from
 from common.errors import ConsiliumError
+from common.logs import set_up
 from common.messages import Hello, Query, Refusal, Reply, Train
 from common.records import from_records, to_records
 
 log = logging.getLogger("consilium.centre")
-logging.getLogger("consilium").setLevel(logging.INFO)
 app = ClientApp()
+if os.environ.get("CONSILIUM_LOG"):  # in a simulation only what is wrong is said
+    set_up()
 
 
 def _reply(message: Message, context: Context) -> Message:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.compose import compose
 from common.errors import ConsiliumError
+from common.logs import set_up
 from common.messages import Hello, Presence, Refusal, Reply, Request, Train, pack
 from common.records import from_records, to_records
 from server.crossval import carry_out, take_up
@@ -115,11 +116,7 @@ def _reply(message: Message) -> Reply:
 def main(grid: Grid, context: Context) -> None:
     """One run, new or resumed."""
     settings = {key: str(value) for key, value in context.run_config.items()}
-    logging.getLogger("consilium").setLevel(logging.INFO)
-    if not logging.getLogger("consilium").handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("consilium  %(message)s"))
-        logging.getLogger("consilium").addHandler(handler)
+    set_up("consilium  ")
     try:
         runs = runs_folder(settings["runs"])
         ledger = open_ledger(runs, settings["ledger"])

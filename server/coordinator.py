@@ -20,6 +20,7 @@ from typing import Any
 from common.codec import codec_of
 from common.compose import active, to_dict
 from common.imbalance import effective_number
+from common.logs import about
 from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
@@ -46,10 +47,11 @@ def conduct(run: Run) -> dict[str, Any]:
     take_up(run)
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
-        if done is None:
-            done = enter(run, name, stage)
-        if not done["finished"]:
-            play(run, name, stage, done)
+        with about(stage=name):
+            if done is None:
+                done = enter(run, name, stage)
+            if not done["finished"]:
+                play(run, name, stage, done)
     test(run)
     run.result["seconds"] += time.perf_counter() - began
     run.result["status"] = "finished"
@@ -119,21 +121,22 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         if patience and all(n >= patience for n in waited):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
-        started, began = datetime.now(UTC), time.perf_counter()
-        readmit(run)
-        run.traffic = {}
-        entry, because = train_round(run, name, stage, place, round)
-        fit_heads(run, name, stage)
-        entry["val"] = evaluate(run, name, stage, place, "val", round)
-        entry["seconds"] = time.perf_counter() - began
-        entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
-        for centre, said in entry["centres"].items():
-            said["bytes_up"], said["bytes_down"] = run.traffic[centre]
-        close(run, place, stage, entry, started, because)
-        text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
-        spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
-        text += f"  epsilon {min(spent):.2f} to {max(spent):.2f}" if spent else ""
-        log.info("%s round %d/%d  %5.1f s  %s", name, round, stage.rounds, entry["seconds"], text)
+        with about(round=round):
+            started, began = datetime.now(UTC), time.perf_counter()
+            readmit(run)
+            run.traffic = {}
+            entry, because = train_round(run, name, stage, place, round)
+            fit_heads(run, name, stage)
+            entry["val"] = evaluate(run, name, stage, place, "val", round)
+            entry["seconds"] = time.perf_counter() - began
+            entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
+            for centre, said in entry["centres"].items():
+                said["bytes_up"], said["bytes_down"] = run.traffic[centre]
+            close(run, place, stage, entry, started, because)
+            text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
+            spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
+            text += f"  epsilon {min(spent):.2f} to {max(spent):.2f}" if spent else ""
+            log.info("%s round %d/%d  %5.1f s  %s", name, round, stage.rounds, entry["seconds"], text)
     place["finished"] = True
     save(run, name, len(place["rounds"]) - 1)
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from common.compose import config_from, to_dict
 from common.errors import ConsiliumError, nearest
 from common.fingerprint import fingerprint
+from common.logs import about
 from common.schema import Config
 from server.coordinator import conduct
 from server.ledger import Ledger
@@ -82,7 +83,8 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
 
 def _carry_out(run: Run) -> dict[str, Any]:
     try:
-        result = conduct(run)
+        with about(run=run.id):
+            result = conduct(run)
         _write_results(run, result)
     except Paused as pause:
         run.ledger.event(run.id, "paused", str(pause))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import ConsiliumError
+from common.logs import about
 from common.messages import Presence, Refusal, Sums
 from common.schema import Config
 from common.weights import NONE, Array, Layout, Weights
@@ -59,7 +60,8 @@ class Run:
 
 def leave_out(run: Run, stage: str, round: int, centre: str, reason: str) -> None:
     """Note who was left out, and why."""
-    log.warning("%s left out: %s", centre, reason)
+    with about(centre=centre):
+        log.warning("%s left out: %s", centre, reason)
     run.ledger.event(run.id, "left_out", reason, centre)
     if run.result:
         run.result["left_out"].append({"stage": stage, "round": round, "centre": centre, "reason": reason})

@@ -1,0 +1,45 @@
+"""A line says what it belongs to, on both sides by the same words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.logs import about, add_facts
+
+ROOT = Path(__file__).resolve().parents[2]
+SAY = """
+import logging
+from common.logs import about, set_up
+set_up("consilium  ")
+set_up("twice  ")
+with about(run="r1", stage="main"), about(round=3):
+    logging.getLogger("consilium.server").info("%s is late", "north")
+logging.getLogger("consilium.server").info("done")
+logging.getLogger("consilium.server").debug("never")
+"""
+
+
+@pytest.mark.parametrize("how", ["json", "text"])
+def test_lines_for_machines_and_for_people(how: str) -> None:
+    said = subprocess.run([sys.executable, "-c", SAY], cwd=ROOT, env={"CONSILIUM_LOG": how}, capture_output=True, text=True, check=True)
+    if how == "text":
+        assert said.stdout == "consilium  north is late\nconsilium  done\n"
+        return
+    first, second = map(json.loads, said.stdout.splitlines())
+    assert first.pop("time")
+    assert first == {"level": "INFO", "logger": "consilium.server", "message": "north is late", "run": "r1", "stage": "main", "round": 3}
+    assert second.keys() == {"time", "level", "logger", "message"}
+
+
+def test_what_a_line_belongs_to_ends_with_its_block() -> None:
+    with pytest.raises(ValueError, match="x"), about(run="r"):
+        raise ValueError("x")
+    record = logging.makeLogRecord({})
+    assert add_facts(record)
+    assert not hasattr(record, "run")
