@@ -208,10 +208,10 @@ def test_an_archive_that_does_not_know_us_is_one_sentence(archive: Orthanc, tmp_
         ingest(dimse(archive.get.replace("ARCHIVE", "WRONG")), ALL, place_of(tmp_path), SILENT)
     with pytest.raises(ConsiliumError, match="does it know our AE title"):
         ingest(dimse(archive.get.replace(OURS, "STRANGER")), ALL, place_of(tmp_path), SILENT)
-    with socket.socket() as taken:  # where the archive is to send to
-        taken.bind(("127.0.0.1", archive.ours))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = ingest(dimse(archive.move), ALL, place_of(tmp_path), SILENT)
+        done = ingest(dimse(f"{archive.get}&listen=127.0.0.1:{taken.getsockname()[1]}"), ALL, place_of(tmp_path), SILENT)
     assert (done.came, done.failed) == (0, 4)
     assert [one for one in done.skipped if "nothing can listen at 127.0.0.1" in one.reason]
 
