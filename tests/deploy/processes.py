@@ -173,7 +173,10 @@ def start_centre(
     processes: Started, folder: Path, address: str, key: Path | None = None, name: str = "", restart: bool = False, **more: str
 ) -> subprocess.Popen[bytes]:
     """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it; with its restart policy (Docker's), when asked for."""
-    again = ("sh", "-c", 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done', "restart")
+    warm = (
+        f"test -e bin/image.py && rm -f warm.sock && python {Path(__file__).with_name('warm.py')} & "  # forked from, where that is wanted
+    )
+    again = ("sh", "-c", warm + 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done', "restart")
     return processes.start(
         name or folder.name,
         *(again if restart else ()),

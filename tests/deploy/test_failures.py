@@ -176,6 +176,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         for name in CENTRES:
             p.unpack(folder / "made" / "kits" / f"{name}.tar.gz", folder / "hospitals", data / name)
             there.centre(name)
+        p.wait_until("every centre is warm", 240 * BUSY, lambda: all((folder / f"home-{c}" / "warm.sock").exists() for c in CENTRES))
         yield there
         if (folder / "table.txt").exists():
             print("\n" + (folder / "table.txt").read_text())

@@ -1,36 +1,30 @@
 """The image's `flwr-clientapp` for a machine with few cores: each message's process is forked from one that has PyTorch loaded already.
 
 What is forked runs the image's file as it stands, in a process of its own, which may be stopped and killed like any other; only the ten seconds of
-loading are saved, four times a message. `warm.py FILE [arguments]` as SuperNode starts it; the loaded process listens on a socket in its folder.
+loading are saved, four times a message. Run by itself it is the loaded one that listens on a socket in its working directory.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import subprocess
 import sys
+import time
 
 HERE = "warm.sock"
 
 
 def ask(arguments: list[str]) -> int:
     """Have a process forked with these arguments and our output; returns its exit status. Nothing that takes time is imported for this."""
-    with open("warm.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        near = socket.socket(socket.AF_UNIX)
-        try:
-            near.connect(HERE)
-        except OSError:
-            with open(os.devnull, "w+b") as none:
-                loaded = subprocess.Popen([sys.executable, __file__, "serve"], stdin=none, stdout=subprocess.PIPE, stderr=2)
-            assert loaded.stdout
-            loaded.stdout.readline()
-            near = socket.socket(socket.AF_UNIX)
-            near.connect(HERE)
-    socket.send_fds(near, ["\0".join(arguments).encode()], [1, 2])
-    return int(near.recv(16) or b"1")
+    with socket.socket(socket.AF_UNIX) as near:
+        while True:
+            try:
+                near.connect(HERE)
+                break
+            except OSError:
+                time.sleep(0.2)
+        socket.send_fds(near, ["\0".join(arguments).encode()], [1, 2])
+        return int(near.recv(16) or b"1")
 
 
 def serve() -> None:
@@ -43,11 +37,12 @@ def serve() -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(HERE)
         server.listen(8)
-        os.write(1, b"ready\n")
+        children: list[int] = []
         while True:
             far, _ = server.accept()
-            if os.fork():
+            if child := os.fork():
                 far.close()
+                children = [c for c in [*children, child] if os.waitpid(c, os.WNOHANG)[0] == 0]
                 continue
             if os.fork() == 0:  # this one does the work, its parent tells how it ended
                 server.close()
@@ -77,6 +72,4 @@ def work(arguments: list[str], output: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        serve()
-    sys.exit(ask(sys.argv[1:]))
+    serve()
