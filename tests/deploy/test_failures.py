@@ -66,7 +66,7 @@ class Federation:
             *(["--resume", resume] if resume else []),
         )
         if resume:
-            self.until(resume, "the run is taken up", wait, lambda: len(self.events(resume)) > len(before))
+            self.until("", "the run is taken up", wait, lambda: len(self.events(resume)) > len(before))
             return resume
         ids = lambda: [row["id"] for row in self.book().runs() if row["id"] not in self.runs]  # noqa: E731
         self.until("", "the run begins", wait, lambda: bool(ids()))
@@ -104,7 +104,7 @@ class Federation:
             if run and self.book().status(run) in ("paused", "failed", "finished") and not true():
                 break
             time.sleep(0.1)
-        logs = "\n".join(f"== {name}\n{self.processes.log(name)[-2500:]}" for name in self.processes.processes)
+        logs = "\n".join(f"== {name}\n{self.processes.log(name)[-800:]}" for name in self.processes.processes)
         raise AssertionError(f"not within {seconds * BUSY:.0f} s: {what}; {[(e['kind'], e['detail']) for e in self.events(run)]}\n{logs}")
 
     def training(self, run: str, centre: str) -> int:
