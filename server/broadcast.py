@@ -38,6 +38,7 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
     """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again; who was never
     met, or runs other code, is not asked at all."""
     for centre in requests.keys() - run.presence.keys():
+        run.traffic.setdefault(centre, (0, 0))
         yield Received(centre, Refusal(centre, run.refused.get(centre, "not connected")))
     requests = {c: r for c, r in requests.items() if c in run.presence}
     federated = codec_of(run.config) != "fp32" and any(_weights(r) is run.weights for r in requests.values())
