@@ -139,7 +139,7 @@ def stream(run_id: str, home: Path, environment: dict[str, str], log: Path, seen
         for text in process.stdout or []:
             ours = text.startswith("consilium  ")
             number += ours
-            if ours and number <= seen:
+            if (ours and number <= seen) or text.startswith("Using SuperLink"):
                 continue
             kept.write(text)
             kept.flush()

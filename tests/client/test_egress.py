@@ -60,7 +60,7 @@ def test_what_cannot_be_recorded_does_not_leave(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="what is not recorded does not leave"):
         send(tmp_path / "file", 1.0)
-    (tmp_path / egress.NAME).write_text("torn {")
+    (tmp_path / egress.NAME).write_text("torn {\n")
     with pytest.raises(Refused, match="what is not recorded does not leave"):
         send(tmp_path, 1.0)
     with pytest.raises(ConsiliumError, match="is not there"):
