@@ -53,6 +53,7 @@ class FlowerTransport:
             self.run, self.nodes, self.silent = request.run, {}, set()
         until = time.monotonic() + wait
         pending: dict[str, int] = {}
+        told = False
         while True:
             known = {*self.nodes.values(), *pending.values(), *self.silent}
             for node in self._online():
@@ -73,6 +74,9 @@ class FlowerTransport:
             # A node that is preparing its scans is not absent: wait for it beyond `wait`, which is for nodes to appear.
             if ready or (not pending and (time.monotonic() > until or self._all_heard(expected))):
                 return
+            if pending and not told and time.monotonic() > until:
+                told = True
+                log.info("%d nodes are preparing their scans; one that did so before and never answers needs a restart", len(pending))
             time.sleep(0.3)
 
     def _all_heard(self, expected: list[str]) -> bool:

@@ -204,6 +204,7 @@ def test_the_coordinators_app_is_killed_and_the_superlink_away_for_long(federati
     federation.note("kill -9 of the coordinator's app", "resumed by hand, same weights", time.monotonic() - killed)
 
     federation.training(run, "south")
+    time.sleep(2)  # every centre has confirmed its message: before that, see deploy/README.md
     federation.processes.stop("superlink", signal.SIGKILL)
     time.sleep(100)
     back = time.monotonic()
@@ -258,6 +259,7 @@ def test_the_ledgers_database_is_killed(federation: Federation, long: str) -> No
 
 def test_the_superlink_is_killed_and_back_at_once(federation: Federation, long: str) -> None:
     round = federation.training(long, "south")
+    time.sleep(2)  # as above
     federation.processes.stop("superlink", signal.SIGKILL)
     killed = time.monotonic()
     p.start_superlink(federation.processes, federation.folder / "made", int(federation.operator.rpartition(":")[2]))
