@@ -61,14 +61,19 @@ def digest_of(message: Request | Reply) -> str:
 
 
 def _last_hash(log: Any) -> str:
-    """The hash of the file's last line; of an empty file the start of the chain."""
+    """The hash of the file's last line; of an empty file the start of the chain. A line that a full disk or a power cut has cut short is taken
+    away: its message never left."""
     end = log.seek(0, os.SEEK_END)
     size = 4096
     while end:
         log.seek(max(0, end - size))
-        lines = log.read().rstrip(b"\n").split(b"\n")
+        tail = log.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        lines = whole.splitlines()
         if len(lines) > 1 or size >= end:
-            return str(json.loads(lines[-1])["hash"])
+            if len(whole) < len(tail):
+                log.truncate(end - len(tail) + len(whole))
+            return str(json.loads(lines[-1])["hash"]) if lines else START
         size *= 4
     return START
 

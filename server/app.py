@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
+import httpx
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import RunNotRunningException
 
 from common.compose import compose
 from common.errors import ConsiliumError
@@ -18,9 +23,11 @@ from common.messages import Hello, Presence, Refusal, Reply, Request, Train, pac
 from common.records import from_records, to_records
 from server.crossval import carry_out, take_up
 from server.runs import new_id, open_ledger, runs_folder
+from server.state import Paused
 from server.transport import Received
 
 app = ServerApp()
+AWAY = 900.0  # seconds that a SuperLink may be away; Flower itself would try for ever
 log = logging.getLogger("consilium.server")
 
 REASONS = {  # of Flower's error codes, in words an operator can act on
@@ -35,6 +42,8 @@ class FlowerTransport:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        if hasattr(grid, "_retry_invoker"):  # of a deployed run; the simulation's SuperLink is not left alone
+            grid._retry_invoker.max_time = AWAY
         self.run = ""  # whose nodes these are: every run of a cross-validation meets them anew
         self.nodes: dict[str, int] = {}
         self.silent: set[int] = set()  # nodes that have no part in this run
@@ -44,13 +53,14 @@ class FlowerTransport:
             self.run, self.nodes, self.silent = request.run, {}, set()
         until = time.monotonic() + wait
         pending: dict[str, int] = {}
+        told = False
         while True:
             known = {*self.nodes.values(), *pending.values(), *self.silent}
-            for node in self.grid.get_node_ids():
+            for node in self._online():
                 if node not in known:
                     pending[self._push(request, node, 3600.0)] = node
             for message_id in list(pending):
-                for message in self.grid.pull_messages([message_id]):
+                for message in self._pull(message_id):
                     node = pending.pop(message_id)
                     reply = _reply(message)
                     if isinstance(reply, Presence) and reply.centre:
@@ -64,6 +74,9 @@ class FlowerTransport:
             # A node that is preparing its scans is not absent: wait for it beyond `wait`, which is for nodes to appear.
             if ready or (not pending and (time.monotonic() > until or self._all_heard(expected))):
                 return
+            if pending and not told and time.monotonic() > until:
+                told = True
+                log.info("%d nodes are preparing their scans; one that did so before and never answers needs a restart", len(pending))
             time.sleep(0.3)
 
     def _all_heard(self, expected: list[str]) -> bool:
@@ -72,7 +85,7 @@ class FlowerTransport:
 
     def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
         until = time.monotonic() + deadline
-        online = set(self.grid.get_node_ids())
+        online = self._online()
         pending: dict[str, str] = {}
         down: dict[str, int] = {}
         for centre, request in requests.items():
@@ -85,7 +98,7 @@ class FlowerTransport:
         while pending and (looked := time.monotonic()) < until:
             came = False
             for message_id, centre in list(pending.items()):
-                for message in self.grid.pull_messages([message_id]):
+                for message in self._pull(message_id):
                     del pending[message_id]
                     reply = _reply(message)
                     came = True
@@ -98,7 +111,48 @@ class FlowerTransport:
     def _push(self, request: Request, node: int, ttl: float) -> str:
         kind = MessageType.TRAIN if isinstance(request, Train) else MessageType.QUERY
         message = Message(content=to_records(request), message_type=kind, dst_node_id=node, ttl=ttl)
-        return next(iter(self.grid.push_messages([message])))
+        with reached():
+            return next(iter(self.grid.push_messages([message])))
+
+    def _pull(self, message_id: str) -> list[Message]:
+        with reached():
+            return list(self.grid.pull_messages([message_id]))
+
+    def _online(self) -> set[int]:
+        with reached():
+            return set(self.grid.get_node_ids())
+
+
+@contextlib.contextmanager
+def reached() -> Iterator[None]:
+    """A SuperLink that is away is waited for, up to `AWAY`; one that stays away, or fails, pauses the run."""
+    try:
+        yield
+    except RunNotRunningException:
+        raise Paused("the SuperLink has ended this run's process: it was stopped, or not heard of for a minute") from None
+    except httpx.HTTPStatusError as error:
+        raise Paused(f"the SuperLink answers {error.response.status_code}; see its log") from None
+    except httpx.HTTPError as error:
+        raise Paused(f"the SuperLink has been away for {AWAY / 60:.0f} minutes ({type(error).__name__}); start it again") from None
+
+
+@contextlib.contextmanager
+def paused_by_signals() -> Iterator[None]:
+    """What would end this process pauses the run, so that the ledger says so: `flwr stop`, a container's stop, and a SuperLink that comes back
+    after it has given the run up (Flower then sends this process SIGINT)."""
+
+    def pause(number: int, _: object) -> None:
+        raise Paused(f"its process was told to end ({signal.Signals(number).name}): by a person, or by a SuperLink back from a long outage")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, pause) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reply(message: Message) -> Reply:
@@ -121,11 +175,12 @@ def main(grid: Grid, context: Context) -> None:
         runs = runs_folder(settings["runs"])
         ledger = open_ledger(runs, settings["ledger"])
         transport = FlowerTransport(grid)
-        if settings["resume"]:
-            take_up(settings["resume"], transport, runs, ledger)
-        else:
-            config = compose([f"recipe={settings['recipe']}", *shlex.split(settings["overrides"])])
-            carry_out(config, transport, runs, ledger, settings["run"] or new_id(config))
+        with paused_by_signals():
+            if settings["resume"]:
+                take_up(settings["resume"], transport, runs, ledger)
+            else:
+                config = compose([f"recipe={settings['recipe']}", *shlex.split(settings["overrides"])])
+                carry_out(config, transport, runs, ledger, settings["run"] or new_id(config))
     except ConsiliumError as error:
         log.error("error: %s", error)
         sys.tracebacklimit = 0  # Flower logs what ends a run with its stack; the sentence is all a person needs

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.codec import changed, codec_of, encode
-from common.messages import Answer, Contribution, Lacking, Query, Request, Sums, Train, add
+from common.messages import Answer, Contribution, Lacking, Query, Refusal, Request, Sums, Train, add
 from common.weights import NONE, Weights
 from server.state import Paused, Run, leave_out, reason_of
 from server.transport import Received
@@ -35,7 +35,12 @@ def rounded(run: Run, after: Weights) -> Weights:
 
 
 def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
-    """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again."""
+    """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again; who was never
+    met, or runs other code, is not asked at all."""
+    for centre in requests.keys() - run.presence.keys():
+        run.traffic.setdefault(centre, (0, 0))
+        yield Received(centre, Refusal(centre, run.refused.get(centre, "not connected")))
+    requests = {c: r for c, r in requests.items() if c in run.presence}
     federated = codec_of(run.config) != "fp32" and any(_weights(r) is run.weights for r in requests.values())
     digest = run.weights.digest if federated else ""
     short = {c: shortened(run, r, run.held.get(c, ""), digest) if _weights(r) is run.weights else r for c, r in requests.items()}

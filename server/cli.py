@@ -40,7 +40,7 @@ def simulate(
 
 @app.command()
 def resume(run_id: Annotated[str, typer.Argument(metavar="RUN")], runs: Runs = "", gpus: float = 0.0) -> None:
-    """Go on with an interrupted or paused simulation (a deployed run: flwr run . prod -c 'resume="RUN"')."""
+    """Go on with an interrupted or paused simulation (a deployed run: `run --resume RUN`)."""
     simulate_run("", [], runs, resume=run_id, gpus=gpus)
 
 

@@ -47,7 +47,7 @@ def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: 
     folder = runs_folder(runs)
     config, settings = settings_of(recipe, overrides, folder, resume)
     with reached(address, authority) as (home, environment):
-        return submit(config, settings, folder, home, environment, [])
+        return submit(config, settings, folder, home, environment, [], patience=900)
 
 
 @contextlib.contextmanager

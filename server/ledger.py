@@ -9,7 +9,9 @@ the last one unless asked for all. A round's rows are one transaction: a process
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
 from common.errors import ConsiliumError
 from common.imbalance import effective_number
@@ -25,6 +27,8 @@ from server import tables
 
 STATUS = ("started", "resumed", "paused", "finished", "failed")  # the kinds of event that are a run's status
 Row = dict[str, Any]
+AWAY = 300.0  # seconds that a database which was there may be away
+log = logging.getLogger("consilium.server")
 
 
 class Ledger:
@@ -41,6 +45,7 @@ class Ledger:
             url = url.set(drivername="postgresql+psycopg")
         if url.get_backend_name() not in ("sqlite", "postgresql"):
             raise ConsiliumError(f"the ledger cannot be kept in '{url.drivername}'; give a sqlite:/// or postgresql:// address")
+        self.seen = False
         self.address = url.render_as_string(hide_password=True)  # for messages
         try:
             if url.get_backend_name() == "sqlite" and url.database:
@@ -64,6 +69,7 @@ class Ledger:
                     raise ConsiliumError(
                         f"{self.address} was written by another version (its {table.name} lack {columns}); name a new ledger"
                     )
+        self.seen = True
 
     # ---- writing
 
@@ -178,12 +184,24 @@ class Ledger:
     def _open(self, read: bool = False) -> Iterator[sa.Connection]:
         """A transaction; the database's own errors become one sentence."""
         try:
-            with self._engine.execution_options(read=read).begin() as database:
-                yield database
+            with self._connected(read) as connection, connection.begin():
+                yield connection
         except IntegrityError as error:
             raise ConsiliumError(f"the ledger {self.address} refuses the row: {_short(error)}") from error
         except SQLAlchemyError as error:
             raise ConsiliumError(f"the ledger {self.address} cannot be used: {_short(error)}") from error
+
+    def _connected(self, read: bool) -> sa.Connection:
+        """A connection; a database that was there and is away, because it is being restarted, is waited for."""
+        until = time.monotonic() + (AWAY if self.seen else 0)
+        while True:
+            try:
+                return self._engine.execution_options(read=read).connect()
+            except OperationalError as error:
+                if time.monotonic() > until:
+                    raise
+                log.warning("the ledger %s is away: waiting (%s)", self.address, _short(error))
+                time.sleep(2)
 
 
 def _sqlite_connect(connection: Any, _record: Any) -> None:

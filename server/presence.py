@@ -65,6 +65,7 @@ def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
             refused[received.centre] = f"runs other code ({reply.fingerprint}, here {fingerprint()}); install the same version"
         elif received.centre in centres:
             run.presence[received.centre] = reply
+    run.refused |= refused
     for centre, why in refused.items():
         run.ledger.event(run.id, "refused", why, centre)
         log.warning("%s: %s", centre, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -77,7 +78,8 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
     if (folder / "metrics.json").exists():
         raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
     config = config_of(folder)
-    ledger.event(folder.name, "resumed")
+    ended = ledger.status(folder.name) in ("paused", "failed")
+    ledger.event(folder.name, "resumed", "" if ended else "the coordinator's process had ended without a word")
     return _carry_out(Run(folder.name, config, folder, transport, ledger))
 
 
@@ -88,9 +90,12 @@ def _carry_out(run: Run) -> dict[str, Any]:
         _write_results(run, result)
     except Paused as pause:
         run.ledger.event(run.id, "paused", str(pause))
-        raise ConsiliumError(f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}`") from None
+        raise ConsiliumError(
+            f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}` (deployed: `run --resume {run.id}`)"
+        ) from None
     except Exception as error:
-        run.ledger.event(run.id, "failed", str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}")
+        with contextlib.suppress(ConsiliumError):  # it may be the ledger that cannot be used: that is the error to tell
+            run.ledger.event(run.id, "failed", str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}")
         raise
     run.ledger.event(run.id, "finished")
     log.info("results in %s", run.folder)

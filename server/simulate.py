@@ -60,8 +60,11 @@ def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "")
     return config, {"recipe": recipe, "overrides": " ".join(overrides), "run": new_id(config), "runs": str(runs)}
 
 
-def submit(config: Config, settings: Mapping[str, str], runs: Path, home: Path, environment: dict[str, str], more: list[str]) -> Path:
-    """Start a run at the SuperLink that `environment` reaches, follow it to its end, print its table; returns its folder. Raises ConsiliumError."""
+def submit(
+    config: Config, settings: Mapping[str, str], runs: Path, home: Path, environment: dict[str, str], more: list[str], patience: float = 0
+) -> Path:
+    """Start a run at the SuperLink that `environment` reaches, follow it to its end, print its table; returns its folder. A SuperLink that
+    is away is waited for, for `patience` seconds. Raises ConsiliumError."""
     run = settings.get("run") or settings["resume"]
     runs.mkdir(parents=True, exist_ok=True)
     run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
@@ -72,11 +75,11 @@ def submit(config: Config, settings: Mapping[str, str], runs: Path, home: Path, 
     except (ValueError, KeyError) as error:
         raise ConsiliumError(f"flwr run refused the app: {(submitted.stdout + submitted.stderr).strip()[-600:]}") from error
     console.print(f"run [bold]{run}[/]  ({', '.join(config.federation.centres)}; Flower run {run_id})", highlight=False)
-    last = follow(run_id, home, environment, runs / f"{run}.log")
-    status = _status(run_id, home, environment)
+    last, status = follow(run_id, home, environment, runs / f"{run}.log", patience)
     metrics = runs / run / (SUMMARY if parts_of(config) else "metrics.json")
     if last or not metrics.is_file():  # a finished run's results are not those of a resume that was refused
-        raise ConsiliumError(last or f"the run ended as '{status}' without results; its log is {runs / f'{run}.log'}")
+        lost = f"the run ended as '{status}' without results; its log is {runs / f'{run}.log'}"
+        raise ConsiliumError(last or f"{lost}; resume {run} goes on from its last round")
     (runs / f"{run}.log").replace(runs / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
     what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {runs / run / 'report.html'}"
@@ -111,24 +114,42 @@ def superlink() -> Iterator[tuple[Path, dict[str, str]]]:
             _stop(process, temporary)
 
 
-def follow(run_id: str, home: Path, environment: dict[str, str], log: Path) -> str:
-    """Stream the run's log to a file and our own lines of it to the terminal, until the run ends; returns the last error sentence."""
-    last = ""
+def follow(run_id: str, home: Path, environment: dict[str, str], log: Path, patience: float = 0) -> tuple[str, str]:
+    """Follow the run until it ends, or its SuperLink is away for `patience` seconds; returns the last error sentence and Flower's status."""
+    last, seen, until = "", 0, time.monotonic() + patience
+    while True:
+        sentence, seen = stream(run_id, home, environment, log, seen)
+        last, status = sentence or last, _status(run_id, home, environment)
+        if status != "unknown":
+            until = time.monotonic() + patience
+        if status.startswith("finished") or time.monotonic() >= until:
+            return last, status
+        time.sleep(2)
+
+
+def stream(run_id: str, home: Path, environment: dict[str, str], log: Path, seen: int) -> tuple[str, int]:
+    """The run's log to a file and our own lines of it to the terminal, but for the first `seen` of ours; returns the last error sentence and
+    how many there are by now."""
+    last, number = "", 0
     command = [_tool("flwr"), "log", run_id, "local", "--stream"]
     with (
         log.open("a") as kept,
-        subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stream,
+        subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
     ):
-        for text in stream.stdout or []:
+        for text in process.stdout or []:
+            ours = text.startswith("consilium  ")
+            number += ours
+            if (ours and number <= seen) or text.startswith("Using SuperLink"):
+                continue
             kept.write(text)
             kept.flush()
-            if text.startswith("consilium  "):
+            if ours:
                 sentence = text.removeprefix("consilium  ").rstrip()
                 if sentence.startswith("error: "):
                     last = sentence.removeprefix("error: ")
                 else:
                     console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    return last
+    return last, max(number, seen)
 
 
 def _status(run_id: str, home: Path, environment: dict[str, str]) -> str:

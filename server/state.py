@@ -46,6 +46,7 @@ class Run:
     held: dict[str, str] = field(default_factory=dict)  # {centre: digest of the weights it holds}
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # {centre: bytes (up, down)} of the round so far
     presence: dict[str, Presence] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # {centre that has no part: why}
     counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
     result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
 

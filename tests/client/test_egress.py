@@ -60,8 +60,17 @@ def test_what_cannot_be_recorded_does_not_leave(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="what is not recorded does not leave"):
         send(tmp_path / "file", 1.0)
-    (tmp_path / egress.NAME).write_text("torn {")
+    (tmp_path / egress.NAME).write_text("torn {\n")
     with pytest.raises(Refused, match="what is not recorded does not leave"):
         send(tmp_path, 1.0)
     with pytest.raises(ConsiliumError, match="is not there"):
         list(egress.read(tmp_path / "nowhere"))
+
+
+def test_a_line_that_was_cut_short_makes_way(tmp_path: Path) -> None:
+    """By a full disk or a power cut: its message never left."""
+    for whole in (0, 1, 2):
+        with (tmp_path / egress.NAME).open("ab") as log:
+            log.write(b'{"bytes": 12, "da')
+        send(tmp_path, whole)
+        assert len(list(egress.read(tmp_path))) == whole + 1

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -35,6 +36,11 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")[2]
     (commands / "flwr-clientapp").write_text(f"#!{sys.executable}\n{body}")
     (commands / "flwr-clientapp").chmod(0o755)
+    if more.pop("WARM", ""):  # its processes are forked from a loaded one
+        (commands / "flwr-clientapp").replace(commands / "image.py")
+        warm = f"#!{sys.executable} -S\nimport sys\nsys.path[0] = {str(Path(__file__).parent)!r}\nfrom warm import ask\n"
+        (commands / "flwr-clientapp").write_text(warm + f"sys.exit(ask([{str(commands / 'image.py')!r}, *sys.argv[1:]]))\n")
+        (commands / "flwr-clientapp").chmod(0o755)
     return (
         {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "CONSILIUM_"))}
         | QUIET
@@ -109,10 +115,23 @@ def started(folder: Path) -> Iterator[Started]:
             processes.stop(name)
 
 
-def start_coordinator(processes: Started, made: Path, runs: Path, port: int) -> str:
+def start_coordinator(processes: Started, made: Path, runs: Path, port: int, **more: str) -> str:
     """SuperLink, SuperExec and, where there is one, nginx on `port`. Returns the SuperLink's own address, for the operator alone."""
     coordinator = made / "coordinator"
     own = free_port() if shutil.which("nginx") else port
+    start_superlink(processes, made, own)
+    start_superexec(processes, made, coordinator / "superexec.secret", f"localhost:{own}", runs, **more)
+    if own != port:
+        conf = (coordinator / "nginx.conf").read_text().replace("superlink:8000", f"127.0.0.1:{own}").replace("8443", f"127.0.0.1:{port}")
+        scratch = processes.folder / "nginx"
+        scratch.mkdir()
+        (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
+        start_nginx(processes, made, port)
+    return f"localhost:{own}"
+
+
+def start_superlink(processes: Started, made: Path, own: int) -> None:
+    coordinator = made / "coordinator"
     processes.start(
         "superlink",
         *("flower-superlink", "--ssl-certfile", str(coordinator / "server.crt"), "--ssl-keyfile", str(coordinator / "server.key")),
@@ -121,24 +140,21 @@ def start_coordinator(processes: Started, made: Path, runs: Path, port: int) -> 
         *("--isolation", "process", "--superexec-auth-secret-file", str(coordinator / "superexec.secret")),
     )
     wait_for(f"https://localhost:{own}/health", made, processes, "superlink")
-    start_superexec(processes, made, coordinator / "superexec.secret", f"localhost:{own}", runs)
-    if own != port:
-        conf = (coordinator / "nginx.conf").read_text().replace("superlink:8000", f"127.0.0.1:{own}").replace("8443", f"127.0.0.1:{port}")
-        scratch = processes.folder / "nginx"
-        scratch.mkdir()
-        (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
-        user = "user root; " if os.getuid() == 0 else ""  # else its workers were nobody, who may not look into this folder
-        processes.start("nginx", "nginx", "-c", str(coordinator / "nginx.here"), "-g", f"{user}daemon off;")
-        wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
-    return f"localhost:{own}"
 
 
-def start_superexec(processes: Started, made: Path, secret: Path, address: str, runs: Path, name: str = "superexec") -> None:
+def start_nginx(processes: Started, made: Path, port: int) -> None:
+    user = "user root; " if os.getuid() == 0 else ""  # else its workers were nobody, who may not look into this folder
+    processes.start("nginx", "nginx", "-c", str(made / "coordinator" / "nginx.here"), "-g", f"{user}daemon off;")
+    wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
+
+
+def start_superexec(processes: Started, made: Path, secret: Path, address: str, runs: Path, name: str = "superexec", **more: str) -> None:
     processes.start(
         name,
         *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(made / "ca.crt")),
         *("--superexec-auth-secret-file", str(secret)),
         CONSILIUM_RUNS=str(runs),
+        **more,
     )
 
 
@@ -153,14 +169,50 @@ def unpack(kit: Path, into: Path, data: Path) -> Path:
     return folder
 
 
-def start_centre(processes: Started, folder: Path, address: str, key: Path | None = None, name: str = "") -> subprocess.Popen[bytes]:
-    """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it."""
+def start_centre(
+    processes: Started, folder: Path, address: str, key: Path | None = None, name: str = "", restart: bool = False, **more: str
+) -> subprocess.Popen[bytes]:
+    """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it; with its restart policy (Docker's), when asked for."""
+    warm = (
+        f"test -e bin/image.py && rm -f warm.sock && python {Path(__file__).with_name('warm.py')} & "  # forked from, where that is wanted
+    )
+    again = ("sh", "-c", warm + 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done', "restart")
     return processes.start(
         name or folder.name,
+        *(again if restart else ()),
         *("flower-supernode", "--superlink", address, "--root-certificates", str(folder / "ca.crt")),
         *("--auth-supernode-private-key", str(key or folder / "key"), "--node-config", f'site="{folder / "site.yaml"}"'),
         *("--port", str(free_port())),
+        **more,
     )
+
+
+@contextlib.contextmanager
+def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A PostgreSQL server of our own on a socket in a temporary folder: its address, and a function that does "start" or "kill" (-9) to it."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb")).parent
+    account = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # short: a socket's path has at most 107 characters
+        if account:
+            shutil.chown(folder, account)
+
+        def call(program: str, *arguments: str) -> None:
+            subprocess.run(
+                [programs / program, "-D", f"{folder}/data", *arguments], check=True, capture_output=True, user=account, cwd=folder
+            )
+
+        def do(what: str) -> None:
+            if what == "start":
+                call("pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses= -k {folder}", "start")
+            else:
+                os.kill(int(Path(f"{folder}/data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+        call("initdb", "-A", "trust", "-U", "consilium", "--no-sync")
+        do("start")
+        try:
+            yield f"postgresql://consilium@/postgres?host={folder}", do
+        finally:
+            call("pg_ctl", "-m", "immediate", "stop")
 
 
 def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 240) -> None:

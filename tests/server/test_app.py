@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 from typing import Any
 
 import pytest
+from flwr.superlink.grid.http_grid import HttpGrid
 
 import server.app
 from common.messages import Hello, Presence, Refusal
 from common.records import from_records, to_records
-from server.app import FlowerTransport
+from server.app import FlowerTransport, paused_by_signals
+from server.state import Paused
 
 
 class Note:
@@ -52,3 +57,20 @@ def test_every_run_of_a_study_meets_the_centres_anew(monkeypatch: pytest.MonkeyP
         heard = [r.reply for r in transport.greet(Hello(run, {}), ["north"], 5.0) if isinstance(r.reply, Presence)]
         assert [said.notes for said in heard] == [[run]]
         assert list(transport.greet(Hello(run, {}), ["north"], 0.0)) == []  # within a run who is known is not asked again
+
+
+def test_a_superlink_that_stays_away_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.app, "AWAY", 0.6)
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        grid = HttpGrid(f"127.0.0.1:{closed.getsockname()[1]}", insecure=True, token="none")
+        with pytest.raises(Paused, match="SuperLink has been away"):
+            list(FlowerTransport(grid).greet(Hello("run", {}), ["north"], 5.0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_the_process_pauses_the_run(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Paused, match=number.name), paused_by_signals():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
