@@ -17,6 +17,8 @@ from common.weights import NONE, Weights
 from server.state import Paused, Run, leave_out, reason_of
 from server.transport import Received
 
+LEFT = "left.npy"
+
 
 def rounded(run: Run, after: Weights) -> Weights:
     """The next weights as the codec can say them; `after` is written over. What is lost lies in `run.moments`, which a checkpoint holds."""
@@ -26,12 +28,19 @@ def rounded(run: Run, after: Weights) -> Weights:
     np.subtract(after.floats, run.weights.floats, out=after.floats)
     left = run.moments.get("left")
     if not isinstance(left, np.memmap):  # a model's size, wanted once a round: on disk, from where a checkpoint takes it
-        np.save(run.folder / "left.npy", np.zeros_like(after.floats) if left is None else left)
-        left = np.load(run.folder / "left.npy", mmap_mode="r+")
+        forget_left(run)
+        np.save(run.folder / LEFT, np.zeros_like(after.floats) if left is None else left)
+        left = np.load(run.folder / LEFT, mmap_mode="r+")
     codes, run.moments["left"] = encode(after.floats, run.layout, codec, left)
     reached = Weights(changed(run.weights.floats, codes, run.layout, codec, after.floats), after.integers)
     run.change = run.weights.digest, reached.digest, codes
     return reached
+
+
+def forget_left(run: Run) -> None:
+    """What the last stage's rounding left is of no use to the next."""
+    run.moments.pop("left", None)
+    (run.folder / LEFT).unlink(missing_ok=True)
 
 
 def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:

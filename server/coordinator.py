@@ -27,7 +27,7 @@ from common.schema import Evaluation, Stage
 from common.weights import NONE, Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
-from server.broadcast import ask, rounded, send
+from server.broadcast import ask, forget_left, rounded, send
 from server.counts import counted, global_counts, training
 from server.initial import initial_model
 from server.presence import filled, greet, readmit
@@ -53,6 +53,7 @@ def conduct(run: Run) -> dict[str, Any]:
             if not done["finished"]:
                 play(run, name, stage, done)
     test(run)
+    forget_left(run)
     run.result["seconds"] += time.perf_counter() - began
     run.result["status"] = "finished"
     return run.result

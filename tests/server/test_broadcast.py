@@ -59,6 +59,7 @@ def test_weights_travel_whole_once_and_then_as_changes(tmp_path: Path) -> None:
     assert len(scored) == 8
     assert all(size / 4 < change < size / 3.5 for change in scored)  # a small network: many scales for its values
     assert watched.lacking == 0
+    assert not (tmp_path / "r" / "left.npy").exists()
     for entry in result["stages"][0]["rounds"][1:]:  # a round's whole traffic, evaluation included
         assert size < entry["bytes_down"] < 4 * size / 3.5
         assert entry["bytes_down"] == sum(said["bytes_down"] for said in entry["centres"].values())
