@@ -224,14 +224,19 @@ def test_the_coordinators_app_is_killed_and_the_superlink_away_for_long(federati
 
 
 @pytest.fixture(scope="module")
-def long(federation: Federation) -> str:
+def long(federation: Federation) -> Iterator[str]:
     """A run of which half of the centres are enough for a round."""
     if os.getuid() == 0:  # a disk of its own, which can be filled
         disk = federation.hospital("south") / "state"
         disk.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(disk)], check=False)
+        with (federation.folder / "disk").open("wb") as image:
+            image.truncate(48 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(federation.folder / "disk")], check=False)
+        subprocess.run(["mount", "-o", "loop", str(federation.folder / "disk"), str(disk)], check=False)
     waits = (f"federation.deadline={DEADLINE}", "federation.quorum=0.5", "federation.retries=2", "federation.wait=60")
-    return federation.start("stage.rounds=20", "stage.epochs=5", "evaluation.choose=last", *waits)
+    yield federation.start("stage.rounds=20", "stage.epochs=5", "evaluation.choose=last", *waits)
+    if os.path.ismount(federation.hospital("south") / "state"):
+        subprocess.run(["umount", "-l", str(federation.hospital("south") / "state")], check=False)
 
 
 def test_a_centre_is_killed_in_training(federation: Federation, long: str) -> None:
