@@ -318,6 +318,7 @@ def test_a_centres_disk_is_full(federation: Federation, long: str) -> None:
     disk = federation.hospital("south") / "state"
     if not os.path.ismount(disk):
         pytest.skip("no file system can be mounted here")
+    federation.training(long, "south")
     with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 12))
