@@ -6,6 +6,7 @@ By these a line of the coordinator's and one of a centre's find each other. No l
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 
 from pythonjsonlogger.json import JsonFormatter
 
+PREFIX = "consilium  "
 _about: ContextVar[dict[str, str | int]] = ContextVar("about", default={})  # noqa: B039 (never changed in place)
 
 
@@ -33,7 +35,7 @@ def add_facts(record: logging.LogRecord) -> bool:
     return True
 
 
-def set_up(prefix: str = "") -> None:
+def set_up() -> None:
     """Let the lines of our loggers go to stdout, once a process."""
     logger = logging.getLogger("consilium")
     logger.setLevel(logging.INFO)
@@ -46,5 +48,15 @@ def set_up(prefix: str = "") -> None:
         formatter = JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=fields, datefmt="%Y-%m-%dT%H:%M:%S%z")
         handler.setFormatter(formatter)
     else:
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{PREFIX}%(message)s"))
     logger.addHandler(handler)
+
+
+def said(line: str) -> str | None:
+    """The message of one of our lines, whichever its form; None of anybody else's."""
+    if line.startswith(PREFIX):
+        return line.removeprefix(PREFIX).rstrip()
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        entry = json.loads(line)
+        return str(entry["message"]) if str(entry["logger"]).startswith("consilium") else None
+    return None

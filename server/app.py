@@ -173,7 +173,7 @@ def _reply(message: Message) -> Reply:
 def main(grid: Grid, context: Context) -> None:
     """One run, new or resumed."""
     settings = {key: str(value) for key, value in context.run_config.items()}
-    set_up("consilium  ")
+    set_up()
     try:
         runs = runs_folder(settings["runs"])
         ledger = open_ledger(runs, settings["ledger"])

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from common.compose import compose
 from common.errors import ConsiliumError
+from common.logs import said
 from common.model import known
 from common.schema import Config
 from server.crossval import SUMMARY, parts_of
@@ -137,14 +138,13 @@ def stream(run_id: str, home: Path, environment: dict[str, str], log: Path, seen
         subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process,
     ):
         for text in process.stdout or []:
-            ours = text.startswith("consilium  ")
-            number += ours
-            if (ours and number <= seen) or text.startswith("Using SuperLink"):
+            sentence = said(text)
+            number += sentence is not None
+            if (sentence is not None and number <= seen) or text.startswith("Using SuperLink"):
                 continue
             kept.write(text)
             kept.flush()
-            if ours:
-                sentence = text.removeprefix("consilium  ").rstrip()
+            if sentence is not None:
                 if sentence.startswith("error: "):
                     last = sentence.removeprefix("error: ")
                 else:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from common.logs import about, add_facts
+from common.logs import said as message_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAY = """
 import logging
 from common.logs import about, set_up
-set_up("consilium  ")
-set_up("twice  ")
+set_up()
+set_up()
 with about(run="r1", stage="main"), about(round=3):
     logging.getLogger("consilium.server").info("%s is late", "north")
 logging.getLogger("consilium.server").info("done")
@@ -28,6 +29,7 @@ logging.getLogger("consilium.server").debug("never")
 @pytest.mark.parametrize("how", ["json", "text"])
 def test_lines_for_machines_and_for_people(how: str) -> None:
     said = subprocess.run([sys.executable, "-c", SAY], cwd=ROOT, env={"CONSILIUM_LOG": how}, capture_output=True, text=True, check=True)
+    assert [message_of(line) for line in said.stdout.splitlines()] == ["north is late", "done"]
     if how == "text":
         assert said.stdout == "consilium  north is late\nconsilium  done\n"
         return
@@ -43,3 +45,8 @@ def test_what_a_line_belongs_to_ends_with_its_block() -> None:
     record = logging.makeLogRecord({})
     assert add_facts(record)
     assert not hasattr(record, "run")
+
+
+def test_lines_that_are_not_ours() -> None:
+    for line in ("INFO : Starting", "{", '{"logger": "flwr", "message": "x"}', '{"message": "x"}', "[1]", "consilium", ""):
+        assert message_of(line) is None
