@@ -51,6 +51,9 @@ class FlowerTransport:
     def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
         if request.run != self.run:
             self.run, self.nodes, self.silent = request.run, {}, set()
+        self.silent.clear()  # who refused, or is expected again, may have been mended since
+        for centre in expected:
+            self.nodes.pop(centre, None)
         until = time.monotonic() + wait
         pending: dict[str, int] = {}
         told = False
