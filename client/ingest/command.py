@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,8 @@ def ingest(
     table = Path(here.data) if here.data.endswith(".csv") else Path(here.data) / "cohort.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     place = Place(table.resolve(), state_folder(here, table.parent), here.centre or "centre", seed, labels, keep_mapping)
+    for number in (signal.SIGINT, signal.SIGTERM) if watch else ():  # a container is stopped by the latter
+        signal.signal(number, signal.default_int_handler)
     try:
         done = bring_in(_source(here.pacs, quiet), wanted, place, console, every if watch else 0, _report)
     except KeyboardInterrupt:

@@ -286,7 +286,7 @@ def test_watching_goes_on_until_it_is_stopped(hospital: Path, tmp_path: Path) ->
                 time.sleep(0.1)
             assert len(load_cohort(kept, "n")) == rows
     finally:
-        running.send_signal(signal.SIGINT)
+        running.terminate()
         said, _ = running.communicate(timeout=60)
     assert (running.returncode, "stopped; what came is kept" in said, "PLANTED" in said) == (0, True, False)
 
