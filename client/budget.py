@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save
 
 from client.egress import digest_of
 from common.errors import Declined, Refused
+from common.files import write_whole
 from common.messages import Contribution, Train, facts_json, pack, unpack
 
 logging.getLogger("opacus.accountants.analysis.rdp").setLevel(logging.ERROR)  # it warns of every order that it can do without
@@ -185,17 +185,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _write(path: Path, data: bytes) -> None:
     """All of it under this name, or nothing, even when the power fails. Raises Refused."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself
-        finally:
-            os.close(folder)
+        write_whole(path, data)
     except OSError as error:
         raise Refused(f"its privacy budget cannot be written ({type(error).__name__}), and what is not charged does not leave") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 
 from common.errors import ConsiliumError
+from common.files import write_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -62,17 +63,17 @@ def save(run_dir: Path, state: State) -> Path:
             sums[suffix] = hashlib.sha256(data).hexdigest()
             if name in known and known[name]["sha256"][suffix] != sums[suffix]:
                 (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
-            _write(folder / f"{name}{suffix}", data)
+            write_whole(folder / f"{name}{suffix}", data)
             del data  # a model's size: the next one's place
         last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
         entries = len(state.history)
         for k in range(
             max(0, min(last.get("entries", 0), entries - 1)), entries
         ):  # the last one always: its round may have been done again
-            _write(_entry(folder, k), json.dumps(state.history[k]).encode())
+            write_whole(_entry(folder, k), json.dumps(state.history[k]).encode())
         header = {"number": last["number"] + 1, "stage": state.stage, "round": state.round, "sha256": sums, "entries": entries}
         header["facts"] = state.facts
-        _write(folder / f"{name}.json", json.dumps(header).encode())
+        write_whole(folder / f"{name}.json", json.dumps(header).encode())
         _tidy(folder, {**known, name: header})
     except OSError as error:
         raise ConsiliumError(f"the checkpoint cannot be written to {folder}: {error.strerror}") from error
@@ -135,28 +136,18 @@ def _verified(path: Path, sha256: str) -> Arrays:
     return tensors_from_bytes(data)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """All of it under this name, or nothing, even when the power fails."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
-
-
 def _tidy(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
     """Removes all but the newest checkpoints, the best that each of them names, and what a killed save left behind."""
     newest = sorted(headers, key=lambda name: headers[name]["number"], reverse=True)[:KEPT]
     bests = [best for name in newest if (best := headers[name]["facts"].get("best"))]
     kept = {*newest, *(weights_path(folder.parent, best["stage"], best["round"]).name.removesuffix(WEIGHTS) for best in bests)}
-    files = [path for path in folder.iterdir() if path.name.removesuffix(".part").endswith((".json", WEIGHTS))]
+    files = [path for path in folder.iterdir() if _target(path).endswith((".json", WEIGHTS))]
     for path in sorted(files, key=lambda path: path.suffix != ".json"):  # the JSON first: what is half removed must not look complete
         name = path.name.removesuffix(".json").removesuffix(OPTIMISER).removesuffix(WEIGHTS)
         if name not in kept:
             path.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> str:
+    """The name a file has or, where a killed save left a part of it, was to have."""
+    return re.sub(r"\.\d+\.part$", "", path.name)

@@ -44,7 +44,7 @@ def conduct(run: Run) -> dict[str, Any]:
     Raises ConsiliumError when it cannot go on, Paused when it can go on later.
     """
     began = time.perf_counter()
-    take_up(run)
+    restore(run)
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
         with about(stage=name):
@@ -59,7 +59,7 @@ def conduct(run: Run) -> dict[str, Any]:
     return run.result
 
 
-def take_up(run: Run) -> None:
+def restore(run: Run) -> None:
     """The run as its last checkpoint has it, or as it begins; what that takes of memory is free again afterwards."""
     state = checkpoint.load_latest(run.folder)
     if state:
