@@ -124,7 +124,7 @@ class Federation:
 
     def apps(self, centre: str) -> list[int]:
         """The processes that a centre's SuperNode has started for messages."""
-        return children(self.processes.processes[centre].pid, "flwr-clientapp")
+        return p.children(self.processes.processes[centre].pid, "flwr-clientapp")
 
     def everything(self, centre: str, how: signal.Signals) -> None:
         """To the SuperNode of a centre and all it has started."""
@@ -141,18 +141,6 @@ class Federation:
         """A row for deploy/README.md."""
         with (self.folder / "table.txt").open("a") as table:
             table.write(f"| {failure} | {outcome} | {seconds:.0f} s |\n")
-
-
-def children(parent: int, name: str) -> list[int]:
-    """Processes of this name in the session that `parent` leads."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(state[3]) == parent and state[0] != "Z" and name in (entry / "cmdline").read_bytes().decode().replace("\0", " "):
-                    found.append(int(entry.name))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +184,7 @@ def test_the_coordinators_app_is_killed_and_the_superlink_away_for_long(federati
     """Twice resumed in two rounds: once its process was gone, once the SuperLink had given it up. The weights are those of the undisturbed run."""
     run = federation.start("stage.rounds=2")
     federation.training(run, "south")  # the stage's start is round 0
-    [app] = children(federation.processes.processes["superexec"].pid, "flwr-serverapp")
+    [app] = p.children(federation.processes.processes["superexec"].pid, "flwr-serverapp")
     os.kill(app, signal.SIGKILL)
     killed = time.monotonic()
     assert federation.kinds(run) == ["started"]  # it could say nothing any more
@@ -279,7 +267,7 @@ def test_the_superlink_is_killed_and_back_at_once(federation: Federation, long: 
 
 def test_a_centre_is_slower_than_the_deadline(federation: Federation, long: str) -> None:
     round = federation.training(long, "east")
-    for process in [*federation.apps("east"), *children(federation.processes.processes["east"].pid, "warm.py")]:
+    for process in [*federation.apps("east"), *p.children(federation.processes.processes["east"].pid, "warm.py")]:
         os.kill(process, signal.SIGSTOP)
     federation.until(long, "east is left out", DEADLINE + 200, lambda: "no reply within" in federation.said(long, "east"))
     federation.everything("east", signal.SIGCONT)
