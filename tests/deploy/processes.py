@@ -116,6 +116,27 @@ def started(folder: Path) -> Iterator[Started]:
             processes.stop(name)
 
 
+def federation(processes: Started, centres: list[str], drawn: list[str], **more: str) -> tuple[str, int]:
+    """A running coordinator, and in `hospitals/` each centre's folder, let in and with phantom scans, not started yet. Returns the operator's address
+    and the hospitals' port."""
+    folder, port = processes.folder, free_port()
+    settings = [part for o in [*drawn, f"federation.centres=[{','.join(centres)}]"] for part in ("-s", o)]
+    wanted = {"address": f"localhost:{port}", "centres": {name: {"device": "cpu"} for name in centres}}
+    (folder / "federation.yaml").write_text(yaml.safe_dump(wanted))
+    made = folder / "made"
+    for done in (
+        centre("phantom", str(folder / "data"), *settings, "--no-prepare"),
+        server("provision", str(folder / "federation.yaml"), "--out", str(made)),
+    ):
+        assert done.returncode == 0, done.stderr
+    operator = start_coordinator(processes, made, folder / "runs", port, **more)
+    admitted = server("admit", str(made / "coordinator/centres"), "--superlink", operator, "--ca", str(made / "ca.crt"))
+    assert admitted.returncode == 0, admitted.stderr
+    for name in centres:
+        unpack(made / "kits" / f"{name}.tar.gz", folder / "hospitals", folder / "data" / name)
+    return operator, port
+
+
 def start_coordinator(processes: Started, made: Path, runs: Path, port: int, **more: str) -> str:
     """SuperLink, SuperExec and, where there is one, nginx on `port`. Returns the SuperLink's own address, for the operator alone."""
     coordinator = made / "coordinator"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
 from server.runs import open_ledger
@@ -24,35 +23,25 @@ from tests.deploy import processes as p
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "east", "south", "west"]
 SMALL = ["preprocess.size=32", "preprocess.slices=2"]
+DRAWN = [*SMALL, "federation.phantom.scale=0.01", "federation.phantom.slices=12", "federation.phantom.pixels=64"]
 BACKBONE = ["backbone.name=tf_efficientnet_b7", "backbone.norm=group"]  # a deep network with untrained batch norms answers with infinities
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[p.Started, Path, str]]:
-    """A running coordinator with four hospitals behind nginx, where there is one: (processes, folder, the operator's address)."""
-    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("large")
-    drawn = [*SMALL, f"federation.centres=[{','.join(CENTRES)}]"]
-    drawn += ["federation.phantom.scale=0.01", "federation.phantom.slices=12", "federation.phantom.pixels=64"]
-    assert p.centre("phantom", str(data), *(part for o in drawn for part in ("-s", o)), "--no-prepare").returncode == 0
-    port = p.free_port()
-    centres = {name: {"device": "cpu"} for name in CENTRES}
-    (folder / "federation.yaml").write_text(yaml.safe_dump({"address": f"localhost:{port}", "centres": centres}))
-    assert p.server("provision", str(folder / "federation.yaml"), "--out", str(folder / "made")).returncode == 0
-    with p.started(folder) as processes:
-        operator = p.start_coordinator(processes, folder / "made", folder / "runs", port)
-        keys, authority = folder / "made/coordinator/centres", folder / "made/ca.crt"
-        assert p.server("admit", str(keys), "--superlink", operator, "--ca", str(authority)).returncode == 0
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[p.Started, str]]:
+    """A running coordinator with four hospitals behind nginx, where there is one: the processes and the operator's address."""
+    with p.started(tmp_path_factory.mktemp("large")) as processes:
+        operator, port = p.federation(processes, CENTRES, DRAWN)
         for name in CENTRES:
-            hospital = p.unpack(folder / "made" / "kits" / f"{name}.tar.gz", folder / "hospitals", data / name)
-            p.start_centre(processes, hospital, f"localhost:{port}", restart=True, WARM="yes")
-        yield processes, folder, operator
+            p.start_centre(processes, processes.folder / "hospitals" / name, f"localhost:{port}", restart=True, WARM="yes")
+        yield processes, operator
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp32"])
-def test_three_rounds(federation: tuple[p.Started, Path, str], codec: str) -> None:
+def test_three_rounds(federation: tuple[p.Started, str], codec: str) -> None:
     """Every centre's contribution counts in every round; no lock; the memory."""
-    processes, folder, operator = federation
-    runs = folder / "runs"
+    processes, operator = federation
+    folder, runs = processes.folder, processes.folder / "runs"
     memory = Memory(processes.processes["superexec"].pid, runs)
     began = time.monotonic()
     ran = p.server(
