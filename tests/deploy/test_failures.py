@@ -194,7 +194,7 @@ def test_strangers_disturb_nobody(federation: Federation, long: str, tmp_path: P
     (tmp_path / "guess").write_text("guess")
     p.start_superexec(federation.processes, federation.folder / "made", tmp_path / "guess", federation.operator, tmp_path, name="thief")
     assert node.wait(200 * BUSY) != 0
-    assert "register" in federation.processes.log("stranger").lower()
+    assert "Failed to activate SuperNode" in federation.processes.log("stranger")
     refused = lambda: "SuperExec authentication failed" in federation.processes.log("superlink")  # noqa: E731
     federation.until(long, "the stranger's SuperExec is refused", 200, refused)
     federation.until(long, "the run goes on", 300, lambda: federation.rounds(long) > round)
