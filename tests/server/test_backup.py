@@ -65,7 +65,11 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     """One bit, or the end, missing: nothing is restored."""
     runs = tmp_path / "runs"
     saved(runs, 0)
-    list(backup(tmp_path / "whole.tar", runs, open_ledger(runs)))
+    ledger = open_ledger(runs)
+    with pytest.raises(ConsiliumError, match="knows no run in"):  # of another coordinator
+        list(backup(tmp_path / "whole.tar", runs, ledger))
+    ledger.start_run("r", recipe="multisource", mode="federated", config={}, code="")
+    list(backup(tmp_path / "whole.tar", runs, ledger))
     whole = (tmp_path / "whole.tar").read_bytes()
     at = whole.index(b"\x11\x22\x33\x44")  # in the weights
     for number, damaged in enumerate([whole[:at] + b"\x10" + whole[at + 1 :], whole[: at - 600], b"no tar"]):
@@ -75,7 +79,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             list(restore(tmp_path / "damaged.tar", there, open_ledger(there)))
         assert {path.name.partition("-")[0] for path in there.iterdir()} == {"ledger.db"}
     told = list(restore(tmp_path / "whole.tar", tmp_path / "new", open_ledger(tmp_path / "new")))
-    assert told == ["run r: to be resumed after round 0 of stage 'main'", "1 runs and 0 rows of the ledger"]
+    assert told == ["run r: to be resumed after round 0 of stage 'main'", "1 runs and 2 rows of the ledger"]
 
 
 def test_between_two_checkpoints(tmp_path: Path) -> None:
