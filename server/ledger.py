@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,11 @@ class Ledger:
             if rows := _scores(at, split, scores):
                 database.execute(tables.scores.insert(), rows)
 
+    def add_evidence(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
+        """What was found once in a run rather than in each round: `quality`, `matrix`."""
+        with self._open() as database:
+            database.execute(tables.evidence.insert(), {"run": run, "time": _now(), "kind": kind, "body": dict(body)})
+
     # ---- reading: rows as dicts in the order of writing
 
     def runs(self) -> list[Row]:
@@ -175,6 +180,28 @@ class Ledger:
         """`centres=False` leaves out what is long: each centre's own."""
         rows = _of(tables.scores, run) if all_attempts else _last_attempts(tables.scores, run, "split")
         return self._read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
+
+    def evidence(self, run: str) -> dict[str, Any]:
+        """{kind: its last body}."""
+        return {row["kind"]: row["body"] for row in self._read(_of(tables.evidence, run))}
+
+    def last_used(self, run: str) -> list[Row]:
+        """Each centre's last contribution that was used: centre, stage, round, epsilon, and `closed`, when its round did."""
+        of = tables.contributions
+        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.accepted).group_by(of.c.centre)
+        same = sa.and_(*(tables.rounds.c[key] == of.c[key] for key in ("run", "stage", "round", "attempt")))
+        rows = self._read(
+            sa.select(of.c.centre, of.c.stage, of.c.round, of.c.epsilon, tables.rounds.c.started, tables.rounds.c.seconds)
+            .select_from(of.join(tables.rounds, same))
+            .where(of.c.id.in_(last))
+        )
+        return [{**row, "closed": row["started"] + timedelta(seconds=row["seconds"])} for row in rows]
+
+    def last_faults(self, run: str) -> list[Row]:
+        """The last event of each centre that was refused or left out."""
+        of = tables.events
+        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.kind.in_(("refused", "left_out"))).group_by(of.c.centre)
+        return self._read(sa.select(of).where(of.c.id.in_(last)))
 
     def _read(self, query: sa.Select[Any]) -> list[Row]:
         with self._open(read=True) as database:

@@ -71,7 +71,7 @@ centres = _table(
     "centres",
     sa.Column("time", _Time, nullable=False),
     sa.Column("centre", sa.String, nullable=False),
-    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device
+    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device, policy
 )
 rounds = _table(
     "rounds",
@@ -113,6 +113,13 @@ scores = _table(
     sa.Column(
         "centres", _JSON, nullable=False
     ),  # {centre: {metric: value, ..., "reasons": {metric: why it is undefined}}}; last, as it is long
+)
+
+evidence = _table(
+    "evidence",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),  # quality (server/quality.py) | matrix (server/matrix.py)
+    sa.Column("body", _JSON, nullable=False),
 )
 
 _REFUSE = "the ledger is append-only"
