@@ -25,13 +25,14 @@ from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
 from common.weights import NONE, Weights, flatten, layout_of
-from server import checkpoint, scores
+from server import checkpoint, matrix, scores
 from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
 from server.broadcast import ask, forget_left, rounded, send
 from server.counts import counted, global_counts, training
 from server.initial import initial_model
 from server.orders import heed
 from server.presence import filled, greet, readmit
+from server.quality import survey
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
 from server.transport import Received
@@ -47,6 +48,7 @@ def conduct(run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     heed(run, round_over=True)
     restore(run)
+    survey(run)
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
         with about(stage=name):
@@ -54,6 +56,7 @@ def conduct(run: Run) -> dict[str, Any]:
                 done = enter(run, name, stage)
             if not done["finished"]:
                 play(run, name, stage, done)
+    matrix.score(run)
     test(run)
     forget_left(run)
     run.result["seconds"] += time.perf_counter() - began
@@ -196,6 +199,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     if not place["personal"]:
         counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
         weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
+        matrix.keep(run, name, round, list(arrived.values()))
         update = weighted_sum(list(arrived.values()), weights, run.layout)
         run.weights = rounded(run, step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments))
     shutil.rmtree(folder, ignore_errors=True)

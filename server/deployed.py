@@ -7,14 +7,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from common.errors import ConsiliumError
 from common.keys import read_public, wire_form
+from server.health import Node
 from server.runs import runs_folder
 from server.simulate import QUIET, settings_of, submit
 
@@ -40,6 +43,26 @@ def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
         raise ConsiliumError(f"the SuperLink at {address} refused ({error.response.status_code} {error.response.text[:200]})") from error
     except (httpx.HTTPError, OSError) as error:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
+
+
+def nodes(address: str, authority: Path) -> list[Node]:
+    """The centres that the SuperLink knows. Raises ConsiliumError."""
+    try:
+        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
+        known = [node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"]
+        client.close()
+    except (httpx.HTTPError, OSError) as error:
+        raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
+    return [_node(node) for node in known]
+
+
+def _node(node: NodeInfo) -> Node:
+    online = node.status == "online"
+    since = node.last_activated_at if online else node.last_deactivated_at
+    now = datetime.now(UTC)
+    # A heartbeat is good until some later time: one that has come to an end says when it did.
+    seen = min(now, datetime.fromtimestamp(node.online_until, UTC)) if node.online_until else None
+    return Node(node.name or str(node.node_id), online, datetime.fromisoformat(since).astimezone(UTC) if since else None, seen)
 
 
 def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "") -> Path:

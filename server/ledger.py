@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,11 @@ class Ledger:
         with self._open() as database:
             database.execute(tables.accounts.insert(), {"time": _now(), "name": name, "role": role, "password": password})
 
+    def add_evidence(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
+        """What was found once in a run rather than in each round: `quality`, `matrix`."""
+        with self._open() as database:
+            database.execute(tables.evidence.insert(), {"run": run, "time": _now(), "kind": kind, "body": dict(body)})
+
     # ---- reading: rows as dicts in the order of writing
 
     def runs(self) -> list[Row]:
@@ -204,6 +209,28 @@ class Ledger:
         """Every account as it is now."""
         last = sa.select(sa.func.max(tables.accounts.c.id)).group_by(tables.accounts.c.name)
         return self.read(sa.select(tables.accounts).where(tables.accounts.c.id.in_(last)).order_by(tables.accounts.c.name))
+
+    def evidence(self, run: str) -> dict[str, Any]:
+        """{kind: its last body}."""
+        return {row["kind"]: row["body"] for row in self.read(_of(tables.evidence, run))}
+
+    def last_used(self, run: str) -> list[Row]:
+        """Each centre's last contribution that was used: centre, stage, round, epsilon, and `closed`, when its round did."""
+        of = tables.contributions
+        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.accepted).group_by(of.c.centre)
+        same = sa.and_(*(tables.rounds.c[key] == of.c[key] for key in ("run", "stage", "round", "attempt")))
+        rows = self.read(
+            sa.select(of.c.centre, of.c.stage, of.c.round, of.c.epsilon, tables.rounds.c.started, tables.rounds.c.seconds)
+            .select_from(of.join(tables.rounds, same))
+            .where(of.c.id.in_(last))
+        )
+        return [{**row, "closed": row["started"] + timedelta(seconds=row["seconds"])} for row in rows]
+
+    def last_faults(self, run: str) -> list[Row]:
+        """The last event of each centre that was refused or left out."""
+        of = tables.events
+        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.kind.in_(("refused", "left_out"))).group_by(of.c.centre)
+        return self.read(sa.select(of).where(of.c.id.in_(last)))
 
     def read(self, query: sa.Select[Any]) -> list[Row]:
         with self._open(read=True) as database:

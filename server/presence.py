@@ -89,6 +89,7 @@ def count(run: Run, centres: list[str]) -> None:
         said = run.presence[centre]
         held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}
         facts = {"counts": held, "sources": said.sources, "versions": said.versions, "skipped": said.skipped, "device": said.device}
+        facts |= {"scans": said.scans, "policy": said.policy, "fingerprint": said.fingerprint}
         run.ledger.add_centre(run.id, centre, facts)
 
 

@@ -71,7 +71,7 @@ centres = _table(
     "centres",
     sa.Column("time", _Time, nullable=False),
     sa.Column("centre", sa.String, nullable=False),
-    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device
+    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device, policy
 )
 rounds = _table(
     "rounds",
@@ -153,6 +153,13 @@ accounts = sa.Table(
     sa.Column("name", sa.String, nullable=False),
     sa.Column("role", sa.String, nullable=False),  # viewer | operator | none
     sa.Column("password", sa.String),  # Argon2id's encoded hash; null: only by a trusted proxy
+)
+# What was found once in a run rather than in each round.
+evidence = _table(
+    "evidence",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),  # quality (server/quality.py) | matrix (server/matrix.py)
+    sa.Column("body", _JSON, nullable=False),
 )
 
 _REFUSE = "the ledger is append-only"

@@ -15,7 +15,14 @@ from server import tables
 from server.ledger import Ledger, Row
 from server.orders import RUNNING, out
 
-DOING = {"meet": "joining", "train": "training", "scores": "scoring", "counts": "counting", "moments": "fitting heads", "clusters": "clustering"}
+DOING = {
+    "meet": "joining",
+    "train": "training",
+    "scores": "scoring",
+    "counts": "counting",
+    "moments": "fitting heads",
+    "clusters": "clustering",
+}
 MEDIAN_OF = 10  # rounds
 SLOW = 2.0  # times its own median: a straggler
 
@@ -54,7 +61,15 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     (ask,) = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1)) or [None]
     going = row["status"] in RUNNING
     excluded = out(ledger.audit(run))
-    found: dict[str, Any] = {"going": going, "stage": "", "round": 0, "doing": "", "since": row["since"], "excluded": excluded, "centres": {}}
+    found: dict[str, Any] = {
+        "going": going,
+        "stage": "",
+        "round": 0,
+        "doing": "",
+        "since": row["since"],
+        "excluded": excluded,
+        "centres": {},
+    }
     for name in names:
         found["centres"][name] = {"phase": "excluded", "reason": excluded[name]} if name in excluded else {"phase": "idle", "reason": ""}
     if not ask:
