@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Ledger:
         """All runs with their `status` and when it was reached, `since`."""
         last = sa.select(sa.func.max(tables.events.c.id)).where(tables.events.c.kind.in_(STATUS)).group_by(tables.events.c.run)
         joined = tables.runs.join(tables.events, sa.and_(tables.events.c.run == tables.runs.c.id, tables.events.c.id.in_(last)))
-        return self._read(
+        return self.read(
             sa.select(tables.runs, tables.events.c.kind.label("status"), tables.events.c.time.label("since"))
             .select_from(joined)
             .order_by(tables.events.c.id)
@@ -158,52 +158,35 @@ class Ledger:
     def status(self, run: str) -> str | None:
         """The run's last status; None for an unknown run."""
         of_run = sa.and_(tables.events.c.run == run, tables.events.c.kind.in_(STATUS))
-        rows = self._read(sa.select(tables.events.c.kind).where(of_run).order_by(tables.events.c.id.desc()).limit(1))
+        rows = self.read(sa.select(tables.events.c.kind).where(of_run).order_by(tables.events.c.id.desc()).limit(1))
         return str(rows[0]["kind"]) if rows else None
 
     def events(self, run: str) -> list[Row]:
-        return self._read(_of(tables.events, run))
+        return self.read(_of(tables.events, run))
 
     def centres(self, run: str) -> list[Row]:
-        return self._read(_of(tables.centres, run))
+        return self.read(_of(tables.centres, run))
 
     def rounds(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.rounds, run) if all_attempts else _last_attempts(tables.rounds, run))
+        return self.read(_of(tables.rounds, run) if all_attempts else _last_attempts(tables.rounds, run))
 
     def contributions(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
+        return self.read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
 
     def shares(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.shares, run) if all_attempts else _last_attempts(tables.shares, run))
+        return self.read(_of(tables.shares, run) if all_attempts else _last_attempts(tables.shares, run))
 
     def scores(self, run: str, *, all_attempts: bool = False, centres: bool = True) -> list[Row]:
         """`centres=False` leaves out what is long: each centre's own."""
         rows = _of(tables.scores, run) if all_attempts else _last_attempts(tables.scores, run, "split")
-        return self._read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
+        return self.read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
 
     def evidence(self, run: str) -> dict[str, Any]:
         """{kind: its last body}."""
-        return {row["kind"]: row["body"] for row in self._read(_of(tables.evidence, run))}
+        return {row["kind"]: row["body"] for row in self.read(_of(tables.evidence, run))}
 
-    def last_used(self, run: str) -> list[Row]:
-        """Each centre's last contribution that was used: centre, stage, round, epsilon, and `closed`, when its round did."""
-        of = tables.contributions
-        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.accepted).group_by(of.c.centre)
-        same = sa.and_(*(tables.rounds.c[key] == of.c[key] for key in ("run", "stage", "round", "attempt")))
-        rows = self._read(
-            sa.select(of.c.centre, of.c.stage, of.c.round, of.c.epsilon, tables.rounds.c.started, tables.rounds.c.seconds)
-            .select_from(of.join(tables.rounds, same))
-            .where(of.c.id.in_(last))
-        )
-        return [{**row, "closed": row["started"] + timedelta(seconds=row["seconds"])} for row in rows]
-
-    def last_faults(self, run: str) -> list[Row]:
-        """The last event of each centre that was refused or left out."""
-        of = tables.events
-        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.kind.in_(("refused", "left_out"))).group_by(of.c.centre)
-        return self._read(sa.select(of).where(of.c.id.in_(last)))
-
-    def _read(self, query: sa.Select[Any]) -> list[Row]:
+    def read(self, query: sa.Select[Any]) -> list[Row]:
+        """The rows of any query on `server/tables.py`."""
         with self._open(read=True) as database:
             return [dict(row) for row in database.execute(query).mappings()]
 
