@@ -34,7 +34,7 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
     policy.write_text("queries: [counts, scores]\n")
     nodes = sites()
     nodes[3] = replace(nodes[3], policy=str(policy))
-    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32")
+    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32", "stage.precision=fp32")
     ledger = open_ledger(tmp_path)
     result = begin(config, InProcess(nodes, hook), tmp_path, ledger, "r")
 
