@@ -34,7 +34,7 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
     policy.write_text("queries: [counts, scores]\n")
     nodes = sites()
     nodes[3] = replace(nodes[3], policy=str(policy))
-    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32")
+    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32", "stage.precision=fp32")
     ledger = open_ledger(tmp_path)
     result = begin(config, InProcess(nodes, hook), tmp_path, ledger, "r")
 
@@ -58,7 +58,7 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
         load(model, layout_of(model), weights)
         val = read_scans(node, config)[0]["val"]
         with torch.inference_mode():
-            z = torch.cat([model(torch.from_numpy(np.array(s))[None], ["covid"])["covid"][:, 0] for s in val.slices])
+            z = torch.cat([model(torch.from_numpy(np.array(s))[None] / 255, ["covid"])["covid"][:, 0] for s in val.slices])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.from_numpy(val.targets["covid"]).float())
         assert matrix["tasks"]["covid"][centre][centre]["loss"] == pytest.approx(float(loss), rel=1e-4)
     losses = {a: {b: of["loss"] for b, of in row.items()} for a, row in matrix["tasks"]["covid"].items()}
