@@ -30,7 +30,7 @@ COPY client /opt/consilium/client
 COPY server /opt/consilium/server
 COPY configs /opt/consilium/configs
 COPY deploy /opt/consilium/deploy
-COPY deploy/image/healthy deploy/image/consilium-server /opt/consilium/bin/
+COPY deploy/image/healthy deploy/image/consilium-server deploy/image/flower-superlink /opt/consilium/bin/
 # Where volumes come, for whichever user owns the secrets.
 RUN mkdir -m 1777 /state /runs
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \

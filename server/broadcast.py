@@ -69,6 +69,7 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
             elif not isinstance(reply, Answer | Contribution):
                 run.held.pop(centre, None)
             yield received
+            del received, reply  # before the next is taken: its memory is wanted
         short = lacking
 
 

@@ -22,7 +22,7 @@ from server.simulate import simulate as simulate_run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run, doctor.",
+    help="The coordinator: simulate, resume, compare, report, runs, backup, restore, provision, admit, run, doctor.",
 )
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
@@ -72,6 +72,26 @@ def list_runs(runs: Runs = "", ledger: str = "") -> None:
     for row in open_ledger(folder, ledger).runs():
         shown.add_row(row["id"], row["recipe"], row["mode"], row["status"], f"{row['since']:%Y-%m-%d %H:%M:%S}")
     console.print(shown)
+
+
+@app.command()
+def backup(file: Annotated[Path, typer.Argument(help="a tar; -: standard output")], runs: Runs = "", ledger: str = "") -> None:
+    """Write all runs and the ledger to one file; runs may be on meanwhile."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.backup(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
+
+
+@app.command()
+def restore(file: Annotated[Path, typer.Argument(help="what backup wrote; -: standard input")], runs: Runs = "", ledger: str = "") -> None:
+    """Put what `backup` wrote into an empty folder and a new ledger; its runs can be resumed there."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.restore(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
 
 
 @app.command()

@@ -181,6 +181,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
+            del received  # before the next is taken: its memory is wanted
         for centre, why in outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier).items():
             facts[centre].update(accepted=False, reason=why)
             del arrived[centre]
