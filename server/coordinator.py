@@ -181,7 +181,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             if not said["accepted"]:
                 leave_out(run, name, round, centre, said["reason"])
         waited = math.ceil(run.config.federation.quorum * (len(taught) - declined))  # who declines is not waited for
-        quorum = max(run.config.aggregation.fewest, waited)
+        quorum = max(1 if place["personal"] else run.config.aggregation.fewest, waited)
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
