@@ -58,7 +58,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     """
     run, names = row["id"], centres_of(row)
     of, now = tables.progress.c, datetime.now(UTC)
-    (ask,) = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1)) or [None]
+    asked = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
     going = row["status"] in RUNNING
     excluded = out(ledger.audit(run))
     found: dict[str, Any] = {
@@ -72,8 +72,9 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     }
     for name in names:
         found["centres"][name] = {"phase": "excluded", "reason": excluded[name]} if name in excluded else {"phase": "idle", "reason": ""}
-    if not ask:
+    if not asked:
         return found
+    ask = asked[0]
     recent = ledger.read(
         sa.select(of.id, of.doing, of.centre, of.seconds, of.reason, of.time)
         .where(of.run == run, of.centre.is_not(None))
@@ -88,12 +89,12 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     elapsed = (now - ask["time"]).total_seconds()
     for name in ask["asked"]:
         at = found["centres"].setdefault(name, {"phase": "idle", "reason": ""})
-        said, median = answered.get(name), statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None
-        if at["phase"] == "excluded" and not said:
+        reply, median = answered.get(name), statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None
+        if at["phase"] == "excluded" and not reply:
             continue
         at |= {"what": DOING.get(ask["doing"], ask["doing"]), "median": median}
-        if said:
-            at |= {"phase": "refused" if said["reason"] else "done", "seconds": said["seconds"], "reason": said["reason"] or ""}
+        if reply:
+            at |= {"phase": "refused" if reply["reason"] else "done", "seconds": reply["seconds"], "reason": reply["reason"] or ""}
         elif going:
             at |= {"phase": "waiting", "seconds": elapsed, "slow": median is not None and elapsed > max(SLOW * median, median + 5)}
     waiting = [name for name, at in found["centres"].items() if at["phase"] == "waiting"]
