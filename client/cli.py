@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.ingest.command import ingest
+from common.chain import START
 from common.cli import run
 from common.errors import ConsiliumError
 
@@ -162,7 +163,7 @@ def show_egress(
     from client import egress
 
     shown = Table("time", "run", "stage", "round", "what", "bytes", "digest")
-    count, last = 0, egress.START
+    count, last = 0, START
     for entry in egress.read(state):
         count, last = count + 1, entry["hash"]
         what = f"{entry['kind']} {entry['query']}".strip()

@@ -30,6 +30,7 @@ from server.aggregation import Spooled, decoded, fault, group_weights, outliers,
 from server.broadcast import ask, forget_left, rounded, send
 from server.counts import counted, global_counts, training
 from server.initial import initial_model
+from server.orders import heed
 from server.presence import filled, greet, readmit
 from server.quality import survey
 from server.source_head import balanced_discriminant
@@ -45,6 +46,7 @@ def conduct(run: Run) -> dict[str, Any]:
     Raises ConsiliumError when it cannot go on, Paused when it can go on later.
     """
     began = time.perf_counter()
+    heed(run, round_over=True)
     restore(run)
     survey(run)
     for name, stage in run.config.stages.items():
@@ -87,6 +89,7 @@ def restore(run: Run) -> None:
 
 def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     """Begin a stage from the best weights of the one before; round 0 is the score of what it starts from."""
+    run.at = name, 0
     if run.result["stages"]:
         run.weights = best_weights(run)
     run.moments = {}
@@ -125,6 +128,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         if patience and all(n >= patience for n in waited):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
+        heed(run, round_over=True)
+        run.at = name, round
         with about(round=round):
             started, began = datetime.now(UTC), time.perf_counter()
             readmit(run)
@@ -135,7 +140,7 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
             entry["seconds"] = time.perf_counter() - began
             entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
             for centre, said in entry["centres"].items():
-                said["bytes_up"], said["bytes_down"] = run.traffic[centre]
+                said["bytes_up"], said["bytes_down"] = run.traffic.get(centre, (0, 0))
             close(run, place, stage, entry, started, because)
             text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
             spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
@@ -268,7 +273,8 @@ def evaluate(run: Run, name: str, stage: Stage, place: dict[str, Any], split: st
 
 def chain(run: Run, place: dict[str, Any], centre: str, round: int) -> list[tuple[str, int]]:
     """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
-    before = [(s["name"], best_of(s, centre)["round"]) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    bests = [(s["name"], best_of(s, centre)) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    before = [(name, best["round"]) for name, best in bests if best]  # none of a centre that was excluded all the time
     return [(name, last) for name, last in [*before, (place["name"], round)] if run.config.stages[name].personal]
 
 

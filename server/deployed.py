@@ -82,10 +82,10 @@ def _node(node: NodeInfo) -> Node:
     return Node(node.name or str(node.node_id), online, datetime.fromisoformat(since).astimezone(UTC) if since else None, seen)
 
 
-def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "") -> Path:
+def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "", name: str = "") -> Path:
     """Start or resume a run on the centres and follow it to its end; an interrupted command leaves the run going. Raises ConsiliumError."""
     folder = runs_folder(runs)
-    config, settings = settings_of(recipe, overrides, folder, resume)
+    config, settings = settings_of(recipe, overrides, folder, resume, name)
     with reached(address, authority) as (home, environment):
         return submit(config, settings, folder, home, environment, [], patience=900)
 

@@ -140,7 +140,7 @@ def _context(result: Result) -> dict[str, Any]:
         f"seed {result.get('seed', '?')}",
     ]
     facts += [f"started {result['started']}"] if result.get("started") else []
-    facts += [f"took {_duration(result['seconds'])}"] if result.get("seconds") is not None else []
+    facts += [f"took {duration(result['seconds'])}"] if result.get("seconds") is not None else []
     styles = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}
     return {
         "title": f"{recipe} · {run}",
@@ -242,7 +242,8 @@ def _get(scores: Result, view: str, metric: str) -> Any:
     return scores.get(view, {}).get(metric)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: `1 h 2 min`, `2 min 3 s`, `3.4 s`."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
