@@ -10,10 +10,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from common.compose import config_from
 from common.metrics import leading
+from common.schema import Config
+from common.tasks import cells_of
 from server import tables
+from server.figures import Rounds
 from server.ledger import Ledger, Row
 from server.orders import RUNNING, out
+from server.presence import with_sources
 
 DOING = {
     "meet": "joining",
@@ -48,6 +53,23 @@ def stages_of(row: Mapping[str, Any]) -> dict[str, int]:
     return {name: stage["rounds"] for name, stage in row["config"]["stages"].items() if stage["rounds"]}
 
 
+def config_of(row: Mapping[str, Any], said: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A run's configuration with the sources, which the ledger's does not know yet, as the classes of a task that names none. `said`: facts by
+    centre."""
+    sources = sorted({s for of in said.values() for s in of.get("sources", [])} | (set(centres_of(row)) - said.keys()))
+    return with_sources(config_from(row["config"]), sources)
+
+
+def counts_of(said: Mapping[str, Any], config: Config) -> dict[str, list[float]]:
+    """A centre's counts, of the tasks whose classes are known (those of a clustering are not)."""
+    held = {}
+    for key, n in said.get("counts", {}).items():
+        task = key.split("/")[2]
+        if task in config.tasks and len(n) == len(cells_of(task, config.tasks[task])) + 1:
+            held[key] = n
+    return held
+
+
 # ---- this moment
 
 
@@ -58,7 +80,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     """
     run, names = row["id"], centres_of(row)
     of, now = tables.progress.c, datetime.now(UTC)
-    asked = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
+    asks = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
     going = row["status"] in RUNNING
     excluded = out(ledger.audit(run))
     found: dict[str, Any] = {
@@ -67,14 +89,21 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "round": 0,
         "doing": "",
         "since": row["since"],
+        "last": row["since"],  # sign of life
+        "waiting": [],
+        "good": 0,
+        "asked": 0,
+        "quorum": None,
+        "deadline": row["config"]["federation"]["deadline"],
         "excluded": excluded,
         "centres": {},
     }
+    blank = {"what": "", "seconds": None, "median": None, "slow": False}
     for name in names:
-        found["centres"][name] = {"phase": "excluded", "reason": excluded[name]} if name in excluded else {"phase": "idle", "reason": ""}
-    if not asked:
+        found["centres"][name] = {**blank, "phase": "excluded" if name in excluded else "idle", "reason": excluded.get(name, "")}
+    if not asks:
         return found
-    ask = asked[0]
+    (ask,) = asks
     recent = ledger.read(
         sa.select(of.id, of.doing, of.centre, of.seconds, of.reason, of.time)
         .where(of.run == run, of.centre.is_not(None))
@@ -88,13 +117,13 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     answered = {said["centre"]: said for said in reversed(recent) if said["id"] > ask["id"]}
     elapsed = (now - ask["time"]).total_seconds()
     for name in ask["asked"]:
-        at = found["centres"].setdefault(name, {"phase": "idle", "reason": ""})
-        reply, median = answered.get(name), statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None
-        if at["phase"] == "excluded" and not reply:
+        at = found["centres"].setdefault(name, {**blank, "phase": "idle", "reason": ""})
+        answer, median = answered.get(name), statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None
+        if at["phase"] == "excluded" and not answer:
             continue
         at |= {"what": DOING.get(ask["doing"], ask["doing"]), "median": median}
-        if reply:
-            at |= {"phase": "refused" if reply["reason"] else "done", "seconds": reply["seconds"], "reason": reply["reason"] or ""}
+        if answer:
+            at |= {"phase": "refused" if answer["reason"] else "done", "seconds": answer["seconds"], "reason": answer["reason"] or ""}
         elif going:
             at |= {"phase": "waiting", "seconds": elapsed, "slow": median is not None and elapsed > max(SLOW * median, median + 5)}
     waiting = [name for name, at in found["centres"].items() if at["phase"] == "waiting"]
@@ -104,12 +133,11 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "round": ask["round"],
         "doing": DOING.get(ask["doing"], ask["doing"]) if waiting or not going else "adding up at the coordinator",
         "since": ask["time"] if waiting or not going else last,
-        "last": last,  # sign of life
+        "last": last,
         "waiting": waiting,
         "good": sum(at["phase"] == "done" for at in found["centres"].values()),
         "asked": len(ask["asked"]),
         "quorum": max(1, math.ceil(row["config"]["federation"]["quorum"] * len(ask["asked"]))),
-        "deadline": row["config"]["federation"]["deadline"],
     }
 
 
@@ -161,7 +189,7 @@ def course(ledger: Ledger, row: Row) -> dict[str, Any]:
     return {"task": task, "metric": metric, "points": points}
 
 
-def rounds_of(ledger: Ledger, row: Row, most: int) -> tuple[list[tuple[int, str, dict[str, Any]]], int]:
+def rounds_of(ledger: Ledger, row: Row, most: int) -> tuple[Rounds, int]:
     """(server.figures.Rounds, every how manieth): the first and last round of each stage and so many between that about `most` are read whole."""
     run, every = row["id"], ledger.rounds(row["id"])
     step = max(1, math.ceil(len(every) / most))
@@ -192,6 +220,20 @@ def rounds_of(ledger: Ledger, row: Row, most: int) -> tuple[list[tuple[int, str,
         if r["split"] == "val":
             entry["val"][r["task"]] = {**r["views"], "centres": r["centres"]}
     return [(i + 1, stage, made[stage, number]) for (stage, number), (i, _) in chosen.items()], step
+
+
+def last_contributions(ledger: Ledger, run: str) -> list[Row]:
+    """Of the last round that closed."""
+    of = tables.contributions.c
+    last = ledger.read(sa.select(of.stage, of.round, of.attempt).where(of.run == run).order_by(of.id.desc()).limit(1))
+    same = [of[key] == value for key, value in (last[0] if last else {}).items()]
+    return ledger.read(sa.select(tables.contributions).where(of.run == run, *same).order_by(of.id)) if last else []
+
+
+def last_events(ledger: Ledger, run: str, most: int) -> list[Row]:
+    """In the order of writing."""
+    of = tables.events.c
+    return ledger.read(sa.select(tables.events).where(of.run == run).order_by(of.id.desc()).limit(most))[::-1]
 
 
 def _of_stage(table: sa.Table, stage: str, wanted: list[tuple[str, int]]) -> sa.ColumnElement[bool]:

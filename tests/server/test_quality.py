@@ -15,7 +15,7 @@ from common.messages import Contribution, Reply, Request, Train
 from common.model import make_model
 from common.weights import Weights, layout_of, load
 from server.presence import filled
-from server.quality import drift
+from server.quality import described, drift
 from server.runs import begin, open_ledger
 from tests.inprocess import InProcess, phantom_config, sites
 
@@ -65,6 +65,9 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
     assert len({row["north"] for row in losses.values()}) == 4  # four different models
 
 
+SUMS = {"a/quality/area": np.eye(25)[0] * 4, "b/quality/area": np.eye(25)[1] * 2, "a/quality/intensity": np.ones(32)}
+
+
 def test_drift_is_the_distance_to_all_the_others() -> None:
     own = {"a": np.array([4.0, 0, 0]), "b": np.array([0, 2.0, 0]), "c": np.array([0, 2.0, 0])}
     found = drift(own)
@@ -74,3 +77,5 @@ def test_drift_is_the_distance_to_all_the_others() -> None:
     divergence = sum(0.5 * x * np.log2(x / y) for of in (p, q) for x, y in zip(of, m, strict=True) if x)
     assert found["b"] == pytest.approx(np.sqrt(divergence), abs=1e-4)
     assert drift({"a": own["a"]}) == {}
+    assert described(SUMS)["area"]["scans"] == {"a": 4, "b": 2}
+    assert described(SUMS)["intensity"]["drift"] == {}  # nobody to compare it with
