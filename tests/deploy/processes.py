@@ -50,6 +50,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         | more
     )

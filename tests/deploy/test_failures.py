@@ -24,6 +24,7 @@ from tests.deploy import processes as p
 from tests.deploy.harm import BUSY, CENTRES, DEADLINE, Federation, deployed
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
+ROUNDS = 60  # of the long run: it goes on while a centre is away, a few seconds a round on a quick machine
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def long(federation: Federation) -> Iterator[str]:
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(federation.folder / "disk")], check=False)
         subprocess.run(["mount", "-o", "loop", str(federation.folder / "disk"), str(disk)], check=False)
     waits = (f"federation.deadline={DEADLINE}", "federation.quorum=0.5", "federation.retries=2", "federation.wait=60")
-    yield federation.start("stage.rounds=20", "stage.epochs=5", "evaluation.choose=last", *waits)
+    yield federation.start(f"stage.rounds={ROUNDS}", "stage.epochs=5", "evaluation.choose=last", *waits)
     if os.path.ismount(federation.hospital("south") / "state"):
         subprocess.run(["umount", "-l", str(federation.hospital("south") / "state")], check=False)
 
@@ -193,7 +194,7 @@ def test_strangers_disturb_nobody(federation: Federation, long: str, tmp_path: P
     (tmp_path / "guess").write_text("guess")
     p.start_superexec(federation.processes, federation.folder / "made", tmp_path / "guess", federation.operator, tmp_path, name="thief")
     assert node.wait(200 * BUSY) != 0
-    assert "register" in federation.processes.log("stranger").lower()
+    assert "Failed to activate SuperNode" in federation.processes.log("stranger")
     refused = lambda: "SuperExec authentication failed" in federation.processes.log("superlink")  # noqa: E731
     federation.until(long, "the stranger's SuperExec is refused", 200, refused)
     federation.until(long, "the run goes on", 300, lambda: federation.rounds(long) > round)
@@ -231,8 +232,8 @@ def test_the_certificate_expires(federation: Federation, long: str) -> None:
 def test_the_long_run_finishes(federation: Federation, long: str) -> None:
     """To its last round, with all four centres in it; every centre's egress log is whole."""
     federation.until(long, "the long run finishes", 1500, lambda: federation.book().status(long) == "finished")
-    assert federation.rounds(long) == 20
-    assert {c: row["accepted"] for c, row in federation.replies(long, 20).items()} == dict.fromkeys(CENTRES, True)
+    assert federation.rounds(long) == ROUNDS
+    assert {c: row["accepted"] for c, row in federation.replies(long, ROUNDS).items()} == dict.fromkeys(CENTRES, True)
     for centre in CENTRES:
         assert p.centre("egress", str(federation.hospital(centre) / "state"), "--verify").returncode == 0
 
