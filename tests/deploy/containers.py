@@ -50,12 +50,12 @@ def compose(folder: Path, *arguments: str, check: bool = True, timeout: float = 
     return said([*tools()[1], *arguments], check, timeout, folder)
 
 
-def said(command: list[str], check: bool = True, timeout: float = 600, folder: Path = ROOT) -> str:
+def said(command: list[str], check: bool = True, timeout: float = 600, folder: Path = ROOT, both: bool = False) -> str:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, cwd=folder)
     assert done.returncode == 0 or not check, (
         f"{shlex.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     )
-    return done.stdout
+    return done.stdout + (done.stderr if both else "")
 
 
 def build(image: str, dockerfile: Path, context: Path = ROOT, *options: str) -> float:
@@ -84,9 +84,9 @@ def bought(name: str, part: str) -> str:
 
 
 def container(project: str, service: str) -> str:
-    """The one running container of a service: its id."""
+    """The one container of a service: its id."""
     labels = [f"--filter=label=com.docker.compose.{k}={v}" for k, v in (("project", project), ("service", service))]
-    found = engine("ps", "-q", "--no-trunc", *labels).split()
+    found = engine("ps", "-aq", "--no-trunc", *labels).split()
     assert len(found) == 1, f"{project}/{service}: {found}\n{engine('ps', '-a')}"
     return found[0]
 
@@ -147,9 +147,15 @@ def start_centre(kit: Path, hospitals: Path) -> Path:
     return folder
 
 
+def logs() -> str:
+    """The ends of all logs, for a failure's message."""
+    names = engine("ps", "-a", "--filter", f"name={STACK}", "--format", "{{.Names}}").split()
+    return "\n".join(f"== {name}\n{said([tools()[0], 'logs', '--tail', '12', name], both=True)}" for name in names)
+
+
 def remove(folders: list[Path]) -> None:
     """All containers, networks and volumes of this test; the images stay, as the next build's cache."""
-    for folder in folders:
+    for folder in filter(Path.exists, folders):
         compose(folder, "down", "-v", "-t", "5", check=False)
     for kind in ("network", "volume"):
         for name in engine(kind, "ls", "--format", "{{.Name}}").split():
