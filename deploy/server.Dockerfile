@@ -15,14 +15,18 @@ RUN --mount=type=secret,id=ca \
     && pip install -c constraints.txt -r wanted.txt \
     && python3 -m venv /tmp/sbom && /tmp/sbom/bin/pip install -q cyclonedx-bom==7.5.0 \
     && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
-# Up to here as the client's, so that the packages are installed once for both.
+# Up to here as the client's, so that packages are installed, kept and sent once for both; what only the coordinator has lies above them.
+FROM build AS ledger
 RUN --mount=type=secret,id=ca \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
     && pip install -c constraints.txt "psycopg[binary]" \
-    && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
+    && pip install -c constraints.txt --no-deps --target /opt/ledger psycopg psycopg-binary \
+    && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/sbom.json
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv
+COPY --from=ledger /opt/ledger /opt/venv/lib/python3.11/site-packages
+COPY --from=ledger /opt/sbom.json /opt/venv/sbom.json
 # The app that a run is: its fingerprint is what the centres approve. Nothing of `client` is imported here.
 COPY LICENSE pyproject.toml /opt/consilium/
 COPY common /opt/consilium/common
