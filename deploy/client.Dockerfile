@@ -23,7 +23,7 @@ COPY LICENSE /opt/consilium/
 COPY common /opt/consilium/common
 COPY client /opt/consilium/client
 COPY configs /opt/consilium/configs
-COPY deploy/image/healthy deploy/image/flwr-clientapp deploy/image/consilium-centre /opt/consilium/bin/
+COPY deploy/image/healthy deploy/image/flwr-clientapp deploy/image/flower-supernode deploy/image/consilium-centre /opt/consilium/bin/
 # HOME and FLWR_HOME lie on a tmpfs: the root file system is read-only. NO_PROXY: the parts inside talk to each other over the loopback.
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost \
