@@ -166,8 +166,8 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         site.smallest_cell,
         site.torch_device(),
         request.centroids,
-        stores,
         features,
+        stores,
     )
     with Threads(site.threads):
         sums = QUERIES[request.name](question)

@@ -44,8 +44,8 @@ class Question:
     smallest_cell: int
     device: torch.device
     centroids: Floats | None = None  # clusters: [K, D]
-    stores: Mapping[str, Store] = field(default_factory=dict)  # {cohort: where its slices are}, for what was noted beside them
     features: Path | None = None  # clusters: where the features are kept between the steps
+    stores: Mapping[str, Store] = field(default_factory=dict)  # {cohort: where its slices are}, for what was noted beside them
 
 
 def class_counts(targets: np.ndarray, cells: int, smallest_cell: int = 1) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+from cryptography import x509
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from common.errors import ConsiliumError
 from common.keys import read_public, wire_form
+from common.reach import certificate_until
 from server.health import Node
 from server.runs import runs_folder
 from server.simulate import QUIET, settings_of, submit
@@ -54,6 +57,20 @@ def nodes(address: str, authority: Path) -> list[Node]:
     except (httpx.HTTPError, OSError) as error:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
     return [_node(node) for node in known]
+
+
+def certificates(address: str, authority: Path) -> dict[str, datetime]:
+    """{"authority", "coordinator": when it expires}: what every centre trusts, and what the server at `address` shows them."""
+    found = {"authority": x509.load_pem_x509_certificate(authority.read_bytes()).not_valid_after_utc}
+    try:
+        with (
+            httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15) as client,
+            client.stream("GET", f"https://{address}/health") as answer,
+        ):
+            found["coordinator"] = certificate_until(answer)
+    except (httpx.HTTPError, OSError):
+        pass  # that it cannot be reached is told by `nodes`
+    return found
 
 
 def _node(node: NodeInfo) -> Node:

@@ -6,6 +6,7 @@ A centre keeps its colour, dash and mark in every figure; what is over all centr
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -142,6 +143,60 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
         traffic["data"].append({**bar, "y": y, "name": label, "marker": {"color": colour}, "hovertemplate": hover})
     traffic["layout"] |= LEGEND
     return [time, traffic]
+
+
+def matrix_figures(matrix: Result, chosen: str, metric: str) -> list[Figure]:
+    """Heat maps of the local models (rows) at every centre (columns), one a task."""
+    figures = []
+    for task in sorted(matrix.get("tasks", {}), key=lambda name: name != chosen):
+        models = matrix["tasks"][task]
+        places = list(dict.fromkeys(place for row in models.values() for place in row))
+        shown = leading(metric, {name for row in models.values() for of in row.values() for name, v in of.items() if v is not None})
+        cells = [[models[model].get(place, {}) for place in places] for model in models]
+        value = [[finite(cell.get(shown)) for cell in row] for row in cells]
+        why = [[cell.get("reasons", {}).get(shown) or ("not asked" if not cell else "") for cell in row] for row in cells]
+        label = NAMES.get(shown, shown)
+        trace = {
+            "type": "heatmap",
+            "x": [html.escape(place) for place in places],
+            "y": [html.escape(model) for model in models],
+            "z": value,
+            "text": [["–" if v is None else f"{v:.3f}" for v in row] for row in value],
+            "texttemplate": "%{text}",
+            "customdata": [[html.escape(w and f"undefined: {w}") for w in row] for row in why],
+            "hovertemplate": f"trained at %{{y}}, scored at %{{x}}<br>{label} %{{text}} %{{customdata}}<extra></extra>",
+            "colorscale": [[0, "var(--wash)"], [1, "var(--accent)"]],
+            "showscale": False,
+            "hoverongaps": True,
+            "xgap": 2,
+            "ygap": 2,
+        }
+        layout = {
+            "xaxis": {"title": {"text": "scored at"}, "type": "category", "showgrid": False},
+            "yaxis": {"title": {"text": "trained at"}, "type": "category", "autorange": "reversed", "showgrid": False},
+        }
+        figures.append({"title": f"{task}: {label} of each centre's own model at every centre", "data": [trace], "layout": layout})
+    return figures
+
+
+def quality_figures(quality: Result, names: Sequence[str]) -> list[Figure]:
+    """Each centre's histogram of each measure."""
+    figures = []
+    for measure in quality.values():
+        edges = measure["edges"]
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+        data = []
+        for centre, shares in measure["centres"].items():
+            hover = f"{html.escape(centre)}<br>%{{x:.3g}}<br>%{{y:.1%}}<extra></extra>"
+            trace = line_of(centre, names, middle, shares, hover, own=True, markers=False)
+            trace["line"] |= {"shape": "hvh"}
+            data.append(trace)
+        layout = {
+            "xaxis": {"title": {"text": measure["unit"]}, "range": [edges[0], edges[-1]]},
+            "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "rangemode": "tozero"},
+        }
+        figures.append({"title": f"{measure['name'][:1].upper()}{measure['name'][1:]}", "data": data, "layout": layout})
+    return [figure for figure in figures if figure["data"]]
 
 
 def over_rounds(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from server import latest
 from server.ledger import Ledger, Row
 
 SILENT = ("not connected", "no reply within", "nothing heard", "connection was lost", "message was lost", "client application failed")
@@ -39,8 +40,8 @@ def federation(ledger: Ledger, run: str = "", nodes: Sequence[Node] | None = Non
     """Every centre of the run, or of the SuperLink where there is no run. `nodes`: None in a simulation."""
     config: dict[str, Any] = next((row["config"] for row in ledger.runs() if row["id"] == run), {})
     said = {row["centre"]: row for row in ledger.centres(run)} if run else {}
-    used = {row["centre"]: row for row in ledger.last_used(run)} if run else {}
-    faults = {row["centre"]: row for row in ledger.last_faults(run)} if run else {}
+    used = {row["centre"]: row for row in latest.used(ledger, run)} if run else {}
+    faults = {row["centre"]: row for row in latest.faults(ledger, run)} if run else {}
     linked = {node.centre: node for node in nodes or []}
     federated = config.get("federation", {})
     expected = ["pooled"] if federated.get("mode") == "central" else federated.get("centres", [])

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -214,25 +214,8 @@ class Ledger:
         """{kind: its last body}."""
         return {row["kind"]: row["body"] for row in self.read(_of(tables.evidence, run))}
 
-    def last_used(self, run: str) -> list[Row]:
-        """Each centre's last contribution that was used: centre, stage, round, epsilon, and `closed`, when its round did."""
-        of = tables.contributions
-        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.accepted).group_by(of.c.centre)
-        same = sa.and_(*(tables.rounds.c[key] == of.c[key] for key in ("run", "stage", "round", "attempt")))
-        rows = self.read(
-            sa.select(of.c.centre, of.c.stage, of.c.round, of.c.epsilon, tables.rounds.c.started, tables.rounds.c.seconds)
-            .select_from(of.join(tables.rounds, same))
-            .where(of.c.id.in_(last))
-        )
-        return [{**row, "closed": row["started"] + timedelta(seconds=row["seconds"])} for row in rows]
-
-    def last_faults(self, run: str) -> list[Row]:
-        """The last event of each centre that was refused or left out."""
-        of = tables.events
-        last = sa.select(sa.func.max(of.c.id)).where(of.c.run == run, of.c.kind.in_(("refused", "left_out"))).group_by(of.c.centre)
-        return self.read(sa.select(of).where(of.c.id.in_(last)))
-
     def read(self, query: sa.Select[Any]) -> list[Row]:
+        """The rows of any query on `server/tables.py`."""
         with self._open(read=True) as database:
             return [dict(row) for row in database.execute(query).mappings()]
 

@@ -123,6 +123,9 @@ PAGE = (
 <noscript><p>The plots need JavaScript, which is part of this file; the tables do not.</p></noscript>
 {% if score_figures %}{{ plots(score_figures) }}<p class="note">Both from histograms of scores by true class, never from a scan's own score.
  Calibration: the larger the mark, the more scans.</p>{% endif %}
+{% if matrix_figures %}<h2>Every centre's own model at every centre</h2>
+<p>Validation scans; a local model is what the last round began from plus what one centre made of it.</p>
+{{ plots(matrix_figures) }}{% endif %}
 {% if stages.rows %}<h2>Stages and rounds</h2>{{ grid(stages) }}
 {%- if thinned %}<p class="note">{{ thinned }}</p>{% endif %}{{ plots(round_figures) }}{% endif %}
 {% if weight_figures %}<h2>Weights of the centres</h2>
@@ -131,6 +134,9 @@ PAGE = (
 <h2>Scans</h2>
 {% for t in labels %}{{ grid(t) }}{% else %}<p>No counts were reported.</p>{% endfor %}
 {% if about.rows %}<h3>The centres</h3>{{ grid(about) }}{% endif %}
+{% if drift.rows %}<h3>What the scans look like</h3>
+<p>Each centre's histogram over its scans, every scan counting as one.</p>
+{{ plots(quality_figures) }}{{ grid(drift) }}{% endif %}
 {% if cost_figures %}<h2>Time and traffic</h2>{{ plots(cost_figures) }}{{ grid(costs) }}{% endif %}
 {% if privacy.rows %}<h2>Privacy</h2>{{ grid(privacy) }}{% endif %}
 <h2>Left out</h2>

@@ -24,9 +24,10 @@ OPEN = ("/login", "/health", "/metrics")
 OWN = ("/logout", "/password")  # POSTs that every person may send
 IDLE, LONGEST = 2 * 3600, 12 * 3600  # seconds of a session without a request, and in all
 PER_NAME, PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
-EMPTY = "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="  # of the empty style element that plotly fills by its own hand
+# The style elements that plotly.js makes: an empty one, which it fills rule by rule, and one for maps (plotly 7.1.0)
+STYLES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 CONTENT = (
-    f"default-src 'none'; script-src 'self'; style-src 'self' '{EMPTY}'; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
+    f"default-src 'none'; script-src 'self'; style-src 'self' {STYLES}; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from common.compose import config_from
 from common.errors import ConsiliumError
 from common.tasks import cells_of
-from server import health, tables
+from server import health, latest, tables
 from server.dashboard import facts
 from server.dashboard.render import number, seconds, signed
 from server.figures import NAMES
@@ -126,7 +126,7 @@ def epsilon_near(ledger: Ledger, row: Row, people: Sequence[health.Health]) -> l
     """Centres whose patients' privacy budget is nearly spent."""
     if row["config"].get("privacy", {}).get("kind", "none") == "none":
         return []
-    spent = {r["centre"]: r["epsilon"] for r in ledger.last_used(row["id"])}
+    spent = {r["centre"]: r["epsilon"] for r in latest.used(ledger, row["id"])}
     limits = {h.centre: h.facts.get("policy", {}).get("epsilon") for h in people}
     near = [(c, e, limits[c]) for c, e in spent.items() if e is not None and limits.get(c) and e >= NEAR * limits[c]]
     return [("warning", f"{c} has spent epsilon {e:.2f} of the {limit:g} that its policy allows") for c, e, limit in near]
@@ -146,7 +146,7 @@ def privacy(ledger: Ledger, row: Row) -> dict[str, Any]:
         "settings": row["config"].get("privacy", {}),
         "kinds": {kind: KINDS[kind] for kind in kinds},
         "left": {c: {r["doing"]: r for r in left if r["centre"] == c} for c in dict.fromkeys([*people, *(r["centre"] for r in left)])},
-        "epsilon": {r["centre"]: r for r in ledger.last_used(row["id"])},
+        "epsilon": {r["centre"]: r for r in latest.used(ledger, row["id"])},
         "policies": {c: f.get("policy") or {} for c, f in people.items()},
     }
 
@@ -161,7 +161,7 @@ def compared(ledger: Ledger, rows: Sequence[Row], courses: Mapping[str, Mapping[
     differences = {key: [of.get(key, "–") for of in flat] for key in keys if len({of.get(key, "–") for of in flat}) > 1}
     outcomes: dict[str, list[str]] = {"status": [row["status"] for row in rows]}
     tested = [facts.tested(ledger, row["id"]) for row in rows]
-    spent = [facts.spent(ledger, row["id"]) for row in rows]
+    spent = [latest.totals(ledger, row["id"]) for row in rows]
     task, metric = courses[rows[0]["id"]]["task"], courses[rows[0]["id"]]["metric"]
     name = NAMES.get(metric, metric)
     for view, label in (("macro", "mean of centres"), ("pooled", "pooled"), ("worst", "worst centre"), ("spread", "spread")):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.errors import ConsiliumError
+from server import latest
 from server.dashboard import charts, facts, overview
 from server.dashboard.app import Console, console
 from server.dashboard.live import changes, version
@@ -75,8 +76,8 @@ def one_run(request: Request, run: str) -> Response:
     found = {
         "at": at,
         "pace": facts.pace(ledger, row, at),
-        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: facts.spent(ledger, run))},
-        "last": {r["centre"]: r for r in facts.last_contributions(ledger, run)},
+        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: latest.totals(ledger, run))},
+        "last": {r["centre"]: r for r in latest.closed(ledger, run).get("contributions", [])},
         "events": list(reversed(facts.last_events(ledger, run, 40))),
         "stages": facts.stages_of(row),
     }

@@ -135,6 +135,7 @@ def test_what_is_not_finite_is_null_also_inside_scores(address: str) -> None:
 def test_the_database_itself_refuses_change(address: str) -> None:
     ledger = begin(address)
     ledger.add_centre("r1", "north", {})
+    ledger.add_evidence("r1", "quality", {"area": {}})
     close_round(ledger, 1)
     engine = sa.create_engine(address.replace("postgresql:", "postgresql+psycopg:"))  # some other program
     for table in schema.tables.values():

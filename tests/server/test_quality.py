@@ -15,7 +15,7 @@ from common.messages import Contribution, Reply, Request, Train
 from common.model import make_model
 from common.weights import Weights, layout_of, load
 from server.presence import filled
-from server.quality import drift
+from server.quality import described, drift
 from server.runs import begin, open_ledger
 from tests.inprocess import InProcess, phantom_config, sites
 
@@ -34,7 +34,7 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
     policy.write_text("queries: [counts, scores]\n")
     nodes = sites()
     nodes[3] = replace(nodes[3], policy=str(policy))
-    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32")
+    config = phantom_config(tmp_path / "data", "evaluation.matrix=last", "aggregation.codec=fp32", "stage.precision=fp32")
     ledger = open_ledger(tmp_path)
     result = begin(config, InProcess(nodes, hook), tmp_path, ledger, "r")
 
@@ -58,11 +58,14 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
         load(model, layout_of(model), weights)
         val = read_scans(node, config)[0]["val"]
         with torch.inference_mode():
-            z = torch.cat([model(torch.from_numpy(np.array(s))[None], ["covid"])["covid"][:, 0] for s in val.slices])
+            z = torch.cat([model(torch.from_numpy(np.array(s))[None] / 255, ["covid"])["covid"][:, 0] for s in val.slices])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.from_numpy(val.targets["covid"]).float())
         assert matrix["tasks"]["covid"][centre][centre]["loss"] == pytest.approx(float(loss), rel=1e-4)
     losses = {a: {b: of["loss"] for b, of in row.items()} for a, row in matrix["tasks"]["covid"].items()}
     assert len({row["north"] for row in losses.values()}) == 4  # four different models
+
+
+SUMS = {"a/quality/area": np.eye(25)[0] * 4, "b/quality/area": np.eye(25)[1] * 2, "a/quality/intensity": np.ones(32)}
 
 
 def test_drift_is_the_distance_to_all_the_others() -> None:
@@ -74,3 +77,5 @@ def test_drift_is_the_distance_to_all_the_others() -> None:
     divergence = sum(0.5 * x * np.log2(x / y) for of in (p, q) for x, y in zip(of, m, strict=True) if x)
     assert found["b"] == pytest.approx(np.sqrt(divergence), abs=1e-4)
     assert drift({"a": own["a"]}) == {}
+    assert described(SUMS)["area"]["scans"] == {"a": 4, "b": 2}
+    assert described(SUMS)["intensity"]["drift"] == {}  # nobody to compare it with
