@@ -20,7 +20,7 @@ from common.errors import ConsiliumError
 from server import accounts
 from server.ledger import Ledger
 
-OPEN = ("/login", "/health", "/metrics")
+OPEN = ("/login", "/health")
 OWN = ("/logout", "/password")  # POSTs that every person may send
 IDLE, LONGEST = 2 * 3600, 12 * 3600  # seconds of a session without a request, and in all
 PER_NAME, PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
@@ -30,6 +30,9 @@ CONTENT = (
     f"default-src 'none'; script-src 'self'; style-src 'self' {STYLES}; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
+
+
+Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
 class Login(Exception):
@@ -50,25 +53,38 @@ class Person(NamedTuple):
 
 @dataclass
 class Trust:
-    """A reverse proxy that has logged people in: from these addresses, and from no other, this header names the person."""
+    """Whom the network vouches for: a reverse proxy that has logged people in, whose `header` then names the person; and from where Prometheus may
+    read /metrics without logging in."""
 
     header: str = ""
-    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
+    proxies: Networks = ()
+    watchers: Networks = ()
 
     @classmethod
-    def of(cls, header: str, networks: list[str]) -> Trust:
+    def of(cls, header: str, proxies: list[str], watchers: list[str]) -> Trust:
         """Raises ConsiliumError."""
-        if header and not networks:
+        if header and not proxies:
             raise ConsiliumError("--trust-header needs --proxy ADDRESS: from any other address the header could be anybody's")
         try:
-            return cls(header, tuple(ipaddress.ip_network(n) for n in networks))
+            return cls(header, tuple(map(ipaddress.ip_network, proxies)), tuple(map(ipaddress.ip_network, watchers)))
         except ValueError as error:
-            raise ConsiliumError(f"--proxy: {error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24") from None
+            raise ConsiliumError(f"{error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24") from None
 
     def name(self, request: Request) -> str:
         """The person that the proxy names; "" where none does."""
-        address = ipaddress.ip_address(request.client.host) if self.header and request.client else None
-        return request.headers.get(self.header, "") if address and any(address in n for n in self.networks) else ""
+        return request.headers.get(self.header, "") if self.header and _among(request, self.proxies) else ""
+
+    def watches(self, request: Request) -> bool:
+        """Prometheus at an address of its own: what comes by way of a proxy may be anybody."""
+        return _among(request, self.watchers) and not _among(request, self.proxies)
+
+
+def _among(request: Request, networks: Networks) -> bool:
+    try:
+        address = ipaddress.ip_address(request.client.host) if request.client else None
+    except ValueError:  # a test client's
+        address = None
+    return address is not None and any(address in network for network in networks)
 
 
 class Gate:
@@ -83,7 +99,7 @@ class Gate:
         """Raises Login or Forbidden; else `request.state.person` is known, None on an open page."""
         path = request.url.path
         request.state.person = None
-        if path in OPEN:
+        if path in OPEN or (path == "/metrics" and self.trust.watches(request)):
             return
         person = self.person(request)
         request.state.person = person
