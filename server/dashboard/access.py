@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -23,6 +24,7 @@ from server.ledger import Ledger
 OPEN = ("/login", "/health")
 OWN = ("/logout", "/password")  # POSTs that every person may send
 IDLE, LONGEST = 2 * 3600, 12 * 3600  # seconds of a session without a request, and in all
+LARGEST = 65_536  # bytes of a form
 PER_NAME, PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
 # The style elements that plotly.js makes: an empty one, which it fills rule by rule, and one for maps (plotly 7.1.0)
 STYLES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
@@ -96,16 +98,18 @@ class Gate:
         self.failed = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, request: Request) -> None:
-        """Raises Login or Forbidden; else `request.state.person` is known, None on an open page."""
-        path = request.url.path
+        """Raises Login or Forbidden; else `request.state` has the `person`, None on an open page, and of a POST the `form`."""
+        path, post = request.url.path, request.method == "POST"
         request.state.person = None
+        if post:
+            if int(request.headers.get("content-length", LARGEST + 1)) > LARGEST:
+                raise Forbidden(f"a form has {LARGEST} bytes at most")
+            request.state.form = await request.form()
         if path in OPEN or (path == "/metrics" and self.trust.watches(request)):
             return
-        person = self.person(request)
-        request.state.person = person
-        if request.method == "POST":
-            token = str((await request.form()).get("csrf", ""))
-            if not secrets.compare_digest(token, person.csrf):
+        request.state.person = person = await run_in_threadpool(self.person, request)
+        if post:
+            if not secrets.compare_digest(str(request.state.form.get("csrf", "")).encode(), person.csrf.encode()):
                 raise Forbidden("this form is of another session, or older than your log-in; go back, reload the page and try again")
             if person.role != "operator" and path not in OWN:
                 raise Forbidden("only an operator may do this; you are a viewer")
