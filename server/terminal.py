@@ -93,6 +93,7 @@ def _centres(ledger: Ledger, row: Row, at: dict[str, Any], nodes: list[Node] | N
     scored: dict[str, Any] = next((of["centres"] for of in closed.get("scores", []) if of["task"] == task), {})
     weights: dict[str, float] = next((of["weights"] for of in closed.get("shares", []) if of["part"] == "backbone"), {})
     drawn = Table("centre", "state", "last seen", "now")
+    drawn.columns[2].no_wrap = True
     for name in ("scans", "unread", "weight", NAMES.get(metric, metric), "epsilon", "sent, MB", "got, MB"):
         drawn.add_column(Text(name), justify="right")
     for one in federation(ledger, row["id"], nodes):
@@ -101,7 +102,7 @@ def _centres(ledger: Ledger, row: Row, at: dict[str, Any], nodes: list[Node] | N
             Text(one.centre),
             Text.assemble((one.state, COLOURS[one.state]), f": {one.reason}" if one.reason else ""),
             _ago(one.seen) if one.seen else "never",
-            Text(_phase(now)),
+            Text(_phase(now) if at["going"] else ""),
             text_of(sum(one.facts.get("scans", {}).values()), 0) if one.facts else "–",
             str(sum(one.facts.get("skipped", {}).values())),
             text_of(weights.get(one.centre)) or "–",
