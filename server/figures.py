@@ -156,7 +156,7 @@ def matrix_figures(matrix: Result, chosen: str, metric: str) -> list[Figure]:
         value = [[finite(cell.get(shown)) for cell in row] for row in cells]
         why = [[cell.get("reasons", {}).get(shown) or ("not asked" if not cell else "") for cell in row] for row in cells]
         label = NAMES.get(shown, shown)
-        trace = {
+        cellwise = {
             "type": "heatmap",
             "x": [html.escape(place) for place in places],
             "y": [html.escape(model) for model in models],
@@ -175,7 +175,7 @@ def matrix_figures(matrix: Result, chosen: str, metric: str) -> list[Figure]:
             "xaxis": {"title": {"text": "scored at"}, "type": "category", "showgrid": False},
             "yaxis": {"title": {"text": "trained at"}, "type": "category", "autorange": "reversed", "showgrid": False},
         }
-        figures.append({"title": f"{task}: {label} of each centre's own model at every centre", "data": [trace], "layout": layout})
+        figures.append({"title": f"{task}: {label} of each centre's own model at every centre", "data": [cellwise], "layout": layout})
     return figures
 
 
@@ -188,9 +188,8 @@ def quality_figures(quality: Result, names: Sequence[str]) -> list[Figure]:
         data = []
         for centre, shares in measure["centres"].items():
             hover = f"{html.escape(centre)}<br>%{{x:.3g}}<br>%{{y:.1%}}<extra></extra>"
-            trace = line_of(centre, names, middle, shares, hover, own=True, markers=False)
-            trace["line"] |= {"shape": "hvh"}
-            data.append(trace)
+            one = line_of(centre, names, middle, shares, hover, own=True, markers=False)
+            data.append({**one, "line": one["line"] | {"shape": "hvh"}})
         layout = {
             "xaxis": {"title": {"text": measure["unit"]}, "range": [edges[0], edges[-1]]},
             "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "rangemode": "tozero"},

@@ -20,6 +20,7 @@ import torch
 
 from client.answer import answer
 from client.site import Site
+from common.errors import ConsiliumError
 from common.messages import Presence, Refusal, Request, Train, pack, unpack
 from server.runs import begin, open_ledger
 from server.transport import Received
@@ -96,7 +97,10 @@ def main() -> None:
     phantom, runs, run, slower, *overrides = sys.argv[1:]
     os.makedirs(runs, exist_ok=True)
     config = phantom_config(Path(phantom), *overrides)
-    begin(config, Processes(len(config.federation.centres), float(slower), Path(runs)), Path(runs), open_ledger(Path(runs)), run)
+    try:
+        begin(config, Processes(len(config.federation.centres), float(slower), Path(runs)), Path(runs), open_ledger(Path(runs)), run)
+    except ConsiliumError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

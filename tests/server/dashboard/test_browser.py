@@ -138,7 +138,7 @@ def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: 
         page.goto(f"{url}/runs/second")
         order(place, "Pause", "west's line is being mended")
         page.wait_for_selector("#status.paused")
-        assert run.wait(60) == 2
+        assert run.wait(60) == 1
         assert "by order of anna: west's line is being mended" in page.inner_text("#now")
 
         order(place, "Resume", "the line is mended")  # by Flower's simulation, which the console starts
