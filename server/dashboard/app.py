@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -60,11 +60,10 @@ def make(
     app.include_router(pages.router)
     app.include_router(actions.router)
     app.add_api_route("/health", lambda: PlainTextResponse("ok"))
-    own = {"base.css": (STYLE, "text/css"), "draw.js": (DRAW, "text/javascript")}
-    for name, (text, kind) in own.items():  # the report's
-        app.mount(f"/static/{name}", Response(text, media_type=kind, headers={"Cache-Control": "no-cache"}))
     plots = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    app.mount(f"/static/plotly-{version('plotly')}.js", FileResponse(plots, media_type="text/javascript", headers=FOR_EVER))
+    app.add_route("/static/base.css", fixed(Response(STYLE, media_type="text/css", headers={"Cache-Control": "no-cache"})))  # the report's
+    app.add_route("/static/draw.js", fixed(Response(DRAW, media_type="text/javascript", headers={"Cache-Control": "no-cache"})))
+    app.add_route(f"/static/plotly-{version('plotly')}.js", fixed(FileResponse(plots, media_type="text/javascript", headers=FOR_EVER)))
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     app.add_exception_handler(Login, to_login)
     app.add_exception_handler(ConsiliumError, refused)
@@ -76,6 +75,15 @@ def make(
     app.add_middleware(GZipMiddleware, minimum_size=2000, compresslevel=5)
     app.add_middleware(Headers, secure=secure)
     return app
+
+
+def fixed(response: Response) -> Callable[[Request], Awaitable[Response]]:
+    """A route that always answers the same."""
+
+    async def answer(_: Request) -> Response:
+        return response
+
+    return answer
 
 
 async def to_login(request: Request, _: Exception) -> Response:

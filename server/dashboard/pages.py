@@ -11,7 +11,7 @@ from common.errors import ConsiliumError
 from server.dashboard import charts, facts, overview
 from server.dashboard.app import Console, console
 from server.dashboard.live import changes, version
-from server.dashboard.render import numbered, page
+from server.dashboard.render import page
 from server.figures import NAMES
 from server.ledger import Row
 from server.orders import broken
@@ -45,7 +45,7 @@ def federation(request: Request) -> Response:
     if row is None:
         return page(request, "federation.html", shown | overview.nobody(ledger, shared.nodes))
     course = course_of(shared, row)
-    figures = numbered(charts.course_figures(course))
+    figures = charts.course_figures(course)
     found = overview.of(ledger, row, course, shared.nodes)
     return page(request, "federation.html", shown | found | {"course": course, "names": NAMES}, figures=figures)
 
@@ -95,7 +95,7 @@ def learning(request: Request, run: str) -> Response:
         return {"step": step, **charts.learning(ledger, row, rounds)}
 
     found = shared.kept.of(("learning", run), now, made)
-    return page(request, "learning.html", found | {"row": row, "seen": now, "live": run}, figures=numbered(found["figures"]))
+    return page(request, "learning.html", found | {"row": row, "seen": now, "live": run}, figures=found["figures"])
 
 
 @router.get("/runs/{run}/privacy")
@@ -114,7 +114,7 @@ def data(request: Request, run: str) -> Response:
     shared = console(request)
     ledger, row = shared.ledger, known(shared, run)
     found = charts.quality(ledger, row)
-    return page(request, "data.html", found | {"row": row, "seen": version(ledger, run), "live": run}, figures=numbered(found["figures"]))
+    return page(request, "data.html", found | {"row": row, "seen": version(ledger, run), "live": run}, figures=found["figures"])
 
 
 @router.get("/runs/{run}/evidence")
@@ -158,7 +158,7 @@ def compare(request: Request, run: Annotated[list[str] | None, Query()] = None) 
         raise ConsiliumError("choose six runs at most")
     ledger = shared.ledger
     courses = {r["id"]: course_of(shared, r) for r in chosen}
-    figures = numbered(charts.compared_figures(courses))
+    figures = charts.compared_figures(courses)
     found = overview.compared(ledger, chosen, courses)
     return page(request, "compare.html", found | {"rows": chosen, "seen": "", "live": "", "names": NAMES}, figures=figures)
 

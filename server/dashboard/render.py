@@ -25,6 +25,7 @@ _templates = Environment(loader=_loader, autoescape=True, trim_blocks=True, lstr
 
 def page(request: Request, template: str, shown: Mapping[str, Any], status: int = 200, figures: Sequence[Figure] = ()) -> HTMLResponse:
     """A page that shows `shown`. `figures` are drawn by static/console.js where the template has an element of their id."""
+    figures = [{**figure, "id": f"figure{i}"} for i, figure in enumerate(figures)]
     data = {f["id"]: {"data": f["data"], "layout": f["layout"]} for f in figures}
     own = {
         "person": getattr(request.state, "person", None),
@@ -32,13 +33,8 @@ def page(request: Request, template: str, shown: Mapping[str, Any], status: int 
         "figures": figures,
         "drawn": _json(data) if data else "",
     }
-    text = _templates.get_template(template).render({**own, **shown})
+    text = _templates.get_template(template).render({**shown, **own})
     return HTMLResponse(text, status)
-
-
-def numbered(figures: Sequence[Figure]) -> list[Figure]:
-    """With an id each."""
-    return [{**figure, "id": f"figure{i}"} for i, figure in enumerate(figures)]
 
 
 def _json(data: Any) -> Markup:

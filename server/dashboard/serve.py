@@ -35,6 +35,7 @@ def serve(
 ) -> None:
     """Until it is told to end. Raises ConsiliumError."""
     set_up()
+    logging.getLogger("consilium").propagate = False  # the command's own handler would say it again
     if (certificate is None) != (key is None):
         raise ConsiliumError("--certificate and --key belong together")
     secure = bool(certificate or proxies)
