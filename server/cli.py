@@ -249,13 +249,28 @@ def dashboard(
     key: Annotated[Path | None, typer.Option(help="its private key")] = None,
     proxy: Annotated[list[str] | None, typer.Option(help="address or network of a reverse proxy that speaks TLS to the browsers")] = None,
     trust_header: Annotated[str, typer.Option(help="header by which the proxy names who has logged in, e.g. X-Forwarded-User")] = "",
+    metrics_from: Annotated[
+        list[str] | None, typer.Option(help="addresses that may read /metrics without logging in; else this machine")
+    ] = None,
     superlink: Annotated[str, typer.Option(help="deployed: the SuperLink, host:port, at which runs are started; empty: simulation")] = "",
     ca: Authority = Path("ca.crt"),
 ) -> None:
     """The operator's console, a web page: centres, runs, learning, privacy, orders, audit trail. Accounts: `account add`."""
     from server.dashboard.serve import serve
 
-    serve(host, port, runs_folder(runs), ledger, certificate, key, proxy or [], trust_header, superlink, ca)
+    serve(
+        host,
+        port,
+        runs_folder(runs),
+        ledger,
+        certificate,
+        key,
+        proxy or [],
+        trust_header,
+        metrics_from or ["127.0.0.1", "::1"],
+        superlink,
+        ca,
+    )
 
 
 @app.command()

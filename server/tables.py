@@ -128,7 +128,7 @@ progress = _table(
     sa.Column("reason", sa.String),  # why there is no good answer
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
-    sa.Index("progress_of_centre", "run", "centre"),
+    sa.Index("progress_of_centre", "run", "centre", "doing", "bytes_up"),  # all that sums over a long run read
 )
 # What people did, each entry chained to the one before (common/chain.py). Orders to a run are entries that its coordinator reads.
 audit = sa.Table(
