@@ -35,6 +35,7 @@ COPY server /opt/consilium/server
 COPY configs /opt/consilium/configs
 COPY deploy /opt/consilium/deploy
 COPY deploy/image/healthy deploy/image/consilium-server /opt/consilium/bin/
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/consilium
 # Where volumes come, for whichever user owns the secrets.
 RUN mkdir -m 1777 /state /runs
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \

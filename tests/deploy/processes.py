@@ -33,9 +33,10 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
     commands = home / "bin"
     commands.mkdir(parents=True, exist_ok=True)
-    body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")[2]
-    (commands / "flwr-clientapp").write_text(f"#!{sys.executable}\n{body}")
-    (commands / "flwr-clientapp").chmod(0o755)
+    for name in ("flwr-clientapp", "flower-supernode"):
+        body = (ROOT / "deploy" / "image" / name).read_text().partition("\n")[2]
+        (commands / name).write_text(f"#!{sys.executable}\n{body}")
+        (commands / name).chmod(0o755)
     if more.pop("WARM", ""):  # its processes are forked from a loaded one
         (commands / "flwr-clientapp").replace(commands / "image.py")
         warm = f"#!{sys.executable} -S\nimport sys\nsys.path[0] = {str(Path(__file__).parent)!r}\nfrom warm import ask\n"
