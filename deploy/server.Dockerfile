@@ -34,14 +34,15 @@ COPY client /opt/consilium/client
 COPY server /opt/consilium/server
 COPY configs /opt/consilium/configs
 COPY deploy /opt/consilium/deploy
-COPY deploy/image/healthy deploy/image/consilium-server /opt/consilium/bin/
+COPY deploy/image/healthy deploy/image/consilium-server deploy/image/flower-superlink /opt/consilium/bin/
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/consilium
 # Where volumes come, for whichever user owns the secrets.
 RUN mkdir -m 1777 /state /runs
+# The last one: memory of large arrays goes back to the system as soon as they are gone; a round needs 2.5 models, not 3.3 (tests/benchmarks/README.md).
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost,superlink,postgres \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
-    HF_HUB_DISABLE_TELEMETRY=1
+    HF_HUB_DISABLE_TELEMETRY=1 MALLOC_MMAP_THRESHOLD_=131072
 USER 10001:10001
 WORKDIR /tmp
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["healthy", "127.0.0.1:8081"]

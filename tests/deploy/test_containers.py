@@ -155,8 +155,9 @@ def test_a_hospital_reaches_the_proxy_and_nothing_else(hospitals: Path) -> None:
         line.partition("=")[2] for line in (hospitals / "made/coordinator/.env").read_text().splitlines() if "OPERATOR_PORT" in line
     )
     east = c.inspect(hospital("east"))["NetworkSettings"]["Networks"][f"{c.STACK}-east"]["IPAddress"]
+    ports = {"superlink": (8000, 8081), "superexec": (8081,), "dashboard": (8080,), "postgres": (5432,)}
     shut = [
-        *(f"{a}:{p}" for a in inner for p in (8000, 8081)),
+        *(f"{a}:{p}" for part in PARTS for a in inner[part] for p in ports[part]),
         f"{east}:8081",
         f"{c.HOST}:8000",
         f"{c.HOST}:5432",
@@ -177,7 +178,7 @@ print([client.post("https://{c.HOST}:8443" + path).status_code for path in ("/v1
 
 
 def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
-    """The paper's recipe to the simulation's weights; a hospital's doctor finds nothing wrong, and each one's egress log is whole and knows the run."""
+    """The paper's recipe to the simulation's weights; a hospital's doctor finds nothing wrong, and each egress log is whole and knows the run."""
     coordinator = hospitals / "made" / "coordinator"
     examined = c.said(["./start", "doctor"], folder=hospitals / "hospitals" / "north")  # exit status 1 for a fault
     assert f"coordinator: {c.HOST}:8443 answers" in examined
