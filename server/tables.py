@@ -30,7 +30,7 @@ class _Time(TypeDecorator[datetime]):
 
 
 schema = sa.MetaData()
-_JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+_JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
