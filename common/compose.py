@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import ConsiliumError, nearest
-from common.schema import Config, Stage, Task
+from common.schema import Aggregation, Config, SecureSums, Stage, Task
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
@@ -130,6 +130,8 @@ def check(config: Config) -> Config:
         config = dataclasses.replace(
             config, backbone=dataclasses.replace(config.backbone, norm="group")
         )  # the one architecture of all centres
+    if config.privacy.secagg:
+        refuse_unhidden(config, config.privacy.secagg)
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
         raise ConsiliumError(
             "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; use federated or central"
@@ -176,6 +178,29 @@ def refuse_unprotected(config: Config) -> None:
             told.append(f"stages.{name}.precision=fp16 drops a step when one patient's gradient overflows; use bf16 or fp32")
     if told:
         raise ConsiliumError(f"privacy=patient: {told[0]}")
+
+
+def refuse_unhidden(config: Config, settings: SecureSums) -> None:
+    """Raises ConsiliumError for what cannot be had together with secure aggregation."""
+    federation, told = config.federation, []
+    if federation.mode != "federated":
+        told.append(f"federation.mode={federation.mode} exchanges nothing between centres; use federated")
+    if len(federation.centres) - len(federation.unseen) < 3:
+        told.append("a sum over fewer than 3 centres tells each the other's numbers; it needs 3 or more that train")
+    if config.aggregation.outlier != Aggregation().outlier:
+        told.append(
+            f"aggregation.outlier={config.aggregation.outlier:g} compares single contributions, which nobody sees; leave it out "
+            "(privacy.secagg.clip limits what one can do)"
+        )
+    if settings.hide == "all":
+        if config.evaluation.over != "pooled":
+            told.append(f"hide=all leaves no centre's scores, so no evaluation.over={config.evaluation.over}; set evaluation.over=pooled")
+        if federation.unseen or federation.evaluation == "loco":
+            told.append("hide=all leaves no centre's scores, which federation.evaluation=loco is made of; use hide=model")
+        if personal := [n for n, s in config.stages.items() if "all" in s.personal]:
+            told.append(f"stages.{personal[0]}.personal=[all] is judged by each centre's own scores; use hide=model")
+    if told:
+        raise ConsiliumError(f"privacy.secagg: {told[0]}")
 
 
 def named(name: str, task: Task) -> Task:

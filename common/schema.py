@@ -275,14 +275,30 @@ class Aggregation:
 
 
 @settings
+class SecureSums:
+    """Secure aggregation (common/secagg.py): the coordinator sees sums over centres, no centre's own numbers."""
+
+    hide: Literal["model", "all"] = "model"  # model: changes of weights; all: counts, metrics and every other query as well
+    clip: float = 4.0  # largest change of a parameter in a round, times the centre's weight; more is cut off, and counted in the sum
+    bits: int = 26  # of a parameter: its grid is 2 clip / 2^bits; log2(centres) bits more travel, in whole bytes
+    threshold: float = 0.66  # share of the centres that began a sum who must stay to its end
+
+    def __post_init__(self) -> None:
+        _require(0 < self.clip <= 1e6, f"privacy.secagg.clip is {self.clip}; it must be above 0 and at most 1e6")
+        _require(8 <= self.bits <= 32, f"privacy.secagg.bits is {self.bits}; it must be 8 to 32")
+        _require(0.5 <= self.threshold <= 1, f"privacy.secagg.threshold is {self.threshold}; it must be in [0.5, 1]")
+
+
+@settings
 class Privacy:
-    """Differential privacy of the weights that a centre sends; the unit is the patient (client/private.py)."""
+    """What protects a centre's contribution: differential privacy, the unit being the patient (client/private.py), and secure aggregation."""
 
     kind: Literal["none", "patient"] = "none"
     epsilon: float = 0.0  # the loss that all rounds of this run together shall come to; the noise follows from it. Or ...
     noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
     delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
     clip: float = 1.0  # largest L2 norm of one patient's gradient
+    secagg: SecureSums | None = None
 
     def __post_init__(self) -> None:
         _require(0 <= self.epsilon <= 50, f"privacy.epsilon is {self.epsilon}; it must be above 0 and at most 50")

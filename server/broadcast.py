@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from common.codec import changed, codec_of, encode
-from common.messages import Answer, Contribution, Lacking, Query, Refusal, Request, Sums, Train, add
+from common.messages import Answer, Contribution, Lacking, Query, Refusal, Request, Train
 from common.weights import NONE, Weights
-from server.state import Paused, Run, leave_out, reason_of
+from server.state import Run
 from server.transport import Received
 
 LEFT = "left.npy"
@@ -64,7 +64,7 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
                 continue
             if isinstance(reply, Answer | Contribution) and digest and _weights(requests[centre]) is run.weights:
                 run.held[centre] = digest
-            elif not isinstance(reply, Answer | Contribution):
+            elif isinstance(reply, Refusal | Lacking):
                 run.held.pop(centre, None)
             yield received
         short = lacking
@@ -83,19 +83,3 @@ def shortened(run: Run, request: Request, held: str, digest: str) -> Request:
 
 def _weights(request: Request) -> Weights | None:
     return request.weights if isinstance(request, Query | Train) else None
-
-
-def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
-    answers: dict[str, Sums] = {}
-    for received in send(run, requests):
-        if isinstance(received.reply, Answer):
-            answers[received.centre] = received.reply.sums
-        else:
-            leave_out(run, "", 0, received.centre, reason_of(received.reply))
-    if not answers:
-        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
-    total: Sums = {}
-    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
-        add(total, answers[centre])
-    return total

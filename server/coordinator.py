@@ -12,10 +12,11 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.codec import codec_of
 from common.compose import active, to_dict
@@ -24,13 +25,16 @@ from common.logs import about
 from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
+from common.secagg import averaged, blank_change, hides_all, settings_of
 from common.weights import NONE, Weights, flatten, layout_of
 from server import checkpoint, scores
 from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
-from server.broadcast import ask, forget_left, rounded, send
-from server.counts import counted, global_counts, training
+from server.broadcast import forget_left, rounded, send
+from server.counts import counted, global_counts, masses, training, weights_in_sum
 from server.initial import initial_model
 from server.presence import filled, greet, readmit
+from server.queries import ask
+from server.secagg import Summed, TooFew, summed
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
 from server.transport import Received
@@ -146,11 +150,14 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     """One round's training and aggregation, retried below the quorum. Returns the report's entry and why the round closed. Raises Paused."""
     taught, average = training(run, stage)
     rate = plateau(stage, place, run.config.evaluation) if stage.optimiser.schedule == "plateau" else 1.0
+    secret = run.config.privacy.secagg is not None and not place["personal"]
+    together = masses(run, stage, taught) if secret else {}
     for attempt in range(run.config.federation.retries + 1):
         folder = run.folder / "spool"
         shutil.rmtree(folder, ignore_errors=True)
         facts: dict[str, dict[str, Any]] = {}
         arrived: dict[str, Spooled] = {}
+        said: dict[str, Contribution] = {}
         globals_ = global_counts(run)
         requests: dict[str, Request] = {
             c: Train(
@@ -164,22 +171,30 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
                 keep(place, c, round),
                 average,
                 rate,
+                together,
             )
             for c in taught
         }
         declined = 0
         for received in send(run, requests):
-            facts[received.centre], one = accepted(run, received, place["personal"], folder)
+            facts[received.centre], one = accepted(run, received, place["personal"] or secret, folder)
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
-        for centre, why in outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier).items():
-            facts[centre].update(accepted=False, reason=why)
-            del arrived[centre]
-        for centre, said in facts.items():
-            if not said["accepted"]:
-                leave_out(run, name, round, centre, said["reason"])
+                said[received.centre] = cast(Contribution, received.reply)
         quorum = max(1, math.ceil(run.config.federation.quorum * (len(taught) - declined)))  # who declines is not waited for
+        left: dict[str, str] = {}
+        if secret:
+            found, left = secretly_added(run, said, quorum)
+            arrived = arrived if found else {}
+        else:
+            left = outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier)
+        for centre, why in left.items():
+            facts[centre].update(accepted=False, reason=why)
+            arrived.pop(centre, None)
+        for centre, told in facts.items():
+            if not told["accepted"]:
+                leave_out(run, name, round, centre, told["reason"])
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
@@ -189,9 +204,14 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {quorum} needed ({why}); mend it, then resume")
     weights: dict[str, dict[str, float]] = {}
     if not place["personal"]:
-        counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
-        weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
-        update = weighted_sum(list(arrived.values()), weights, run.layout)
+        if secret:
+            assert found is not None
+            weights = weights_in_sum(run, together, sorted(arrived))
+            update = averaged(found.values, found.sums, run.layout, settings_of(run.config))
+        else:
+            counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
+            weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
+            update = weighted_sum(list(arrived.values()), weights, run.layout)
         run.weights = rounded(run, step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments))
     shutil.rmtree(folder, ignore_errors=True)
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
@@ -202,6 +222,20 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         "effective": effective,
         "centres": facts,
     }, because
+
+
+def secretly_added(run: Run, said: Mapping[str, Contribution], quorum: int) -> tuple[Summed | None, dict[str, str]]:
+    """The sum of the changes that came masked, None where too few centres stayed for it; and {centre: why it is not in the sum}."""
+    size = sum(e.stop - e.start for e in run.layout.floats if e.parameter)
+    try:
+        found = summed(run, said, size, blank_change(run.layout), quorum)
+    except TooFew as few:
+        log.warning("%s", few)
+        return None, few.why
+    if clipped := found.sums["clipped"][0]:
+        log.warning("%d values of the changes were cut off at privacy.secagg.clip", clipped)
+        run.ledger.event(run.id, "clipped", f"{clipped:.0f} values of all centres' changes lay beyond privacy.secagg.clip")
+    return found, found.why
 
 
 def accepted(run: Run, received: Received, empty: bool, folder: Path) -> tuple[dict[str, Any], Spooled | None]:
@@ -222,7 +256,9 @@ def accepted(run: Run, received: Received, empty: bool, folder: Path) -> tuple[d
     if why:
         return facts | {"accepted": False, "reason": why}, None
     one = spool(reply, run.layout, folder)
-    return facts | {"norm": one.norm}, one
+    if reply.keys is None:
+        return facts | {"norm": one.norm}, one
+    return (facts | {"scans": None, "steps": None} if hides_all(run.config) else facts), one
 
 
 def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:
