@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,22 +26,19 @@ from common.messages import (
     Mask,
     Masked,
     Query,
-    Refusal,
-    Reply,
     Request,
     Share,
     Shares,
     Train,
     Unmask,
     Unmasked,
-    pack,
-    unpack,
 )
 from common.schema import Config
 from common.weights import NONE, Weights
 from server.secagg import Summed, TooFew, summed
-from server.state import Paused, Run
+from server.state import Paused
 from server.transport import Received
+from tests.secure import Wire, run_over
 
 NAMES = ["north", "east", "south", "west", "centre"]
 
@@ -59,48 +55,11 @@ LAYOUT = layout_for(MODEL)
 SIZE = sum(e.stop - e.start for e in LAYOUT.floats if e.parameter)
 
 
-@dataclass
-class Wire:
-    """The centres' own code behind the packing of the wire. `lost`: (kind of request, centre) that never answers. `seen`: all that came."""
-
-    folder: Path
-    config: Config
-    lost: set[tuple[type, str]] = field(default_factory=set)
-    policy: Policy = field(default_factory=Policy)
-    seen: list[Reply] = field(default_factory=list)
-    asked: list[Request] = field(default_factory=list)
-
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
-        for centre, request in requests.items():
-            self.asked.append(request)
-            if (type(request), centre) in self.lost:
-                yield Received(centre, Refusal(centre, "no reply"))
-                continue
-            try:
-                reply = centre_side.step(self.folder / centre, self.config, centre, cast(Any, unpack(*_travelled(request))), self.policy)
-            except Refused as refused:
-                yield Received(centre, Refusal(centre, str(refused)))
-                continue
-            self.seen.append(reply)
-            yield Received(centre, cast(Reply, unpack(*_travelled(reply))))
-
-
-def _travelled(message: Request | Reply) -> Any:
-    arrays, facts = pack(message)
-    return arrays, json.loads(json.dumps(facts))
-
-
-def run_over(wire: Wire) -> Run:
-    run = Run("r", wire.config, wire.folder, cast(Any, wire), cast(Any, None), LAYOUT)
-    run.presence = dict.fromkeys(NAMES, cast(Any, None))
-    return run
-
-
 def counts_of(wire: Wire, sums: Mapping[str, Mapping[str, np.ndarray]], name: str = "counts") -> Summed:
     query = Query("r", to_dict(wire.config), name, "")
     said = {c: centre_side.masked_answer(wire.folder / c, wire.config, query, Answer(c, dict(of))) for c, of in sums.items()}
     assert not any(of.sums for of in said.values())
-    return summed(run_over(wire), said, 0, blank(query, wire.config, LAYOUT))
+    return summed(run_over(wire, LAYOUT), said, 0, blank(query, wire.config, LAYOUT))
 
 
 def cells(n: int) -> dict[str, dict[str, np.ndarray]]:
@@ -148,7 +107,7 @@ def test_a_secure_sum_of_counts_is_the_sum(tmp_path_factory: pytest.TempPathFact
 
 def test_the_mean_change_is_the_weighted_mean_within_the_bound(tmp_path: Path) -> None:
     wire, deltas = Wire(tmp_path, MODEL), changes(1)
-    found = summed(run_over(wire), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
+    found = summed(run_over(wire, LAYOUT), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
     grid = secagg.settings_of(MODEL)
     mean = secagg.averaged(found.values, found.sums, LAYOUT, grid)
     expected = sum(MASSES[c] / 15 * deltas[c].astype(np.float64) for c in NAMES)
@@ -170,7 +129,7 @@ def test_one_of_five_may_drop_out_at_each_step(tmp_path: Path, step: type) -> No
 @pytest.mark.parametrize("step", [Share, Mask])
 def test_a_drop_out_leaves_a_model_of_the_others(tmp_path: Path, step: type) -> None:
     wire, deltas = Wire(tmp_path, MODEL, {(step, "west")}), changes(2)
-    found = summed(run_over(wire), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
+    found = summed(run_over(wire, LAYOUT), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
     mean = secagg.averaged(found.values, found.sums, LAYOUT, secagg.settings_of(MODEL))
     where = LAYOUT.groups()["backbone"][0]
     np.testing.assert_allclose(mean[where], sum(MASSES[c] / 11 * deltas[c][where] for c in NAMES if c != "west"), atol=1e-6)
@@ -195,22 +154,22 @@ def test_repeated_with_others_its_difference_would_show_one_centre_and_is_refuse
     with pytest.raises(TooFew, match=r"it was in this sum before, with centre, east, north, south, west: .* same centres only"):
         counts_of(wire, sums)
     deltas = changes(3)
-    summed(run_over(Wire(tmp_path, MODEL)), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
+    summed(run_over(Wire(tmp_path, MODEL), LAYOUT), model_of(wire, deltas, MASSES), SIZE, secagg.blank_change(LAYOUT))
     again = model_of(wire, {c: 2 * d for c, d in deltas.items()}, MASSES | {"north": 9.0})  # a round told otherwise is the same round
     with pytest.raises(TooFew, match="same centres only"):
-        summed(run_over(replace(wire, config=MODEL)), again, SIZE, secagg.blank_change(LAYOUT))
+        summed(run_over(replace(wire, config=MODEL), LAYOUT), again, SIZE, secagg.blank_change(LAYOUT))
 
 
 def test_centres_that_were_told_different_things_do_not_add_up(tmp_path: Path) -> None:
     """A server that sends one centre another model: it is out of the sum; made to take part, the sum is noise."""
     wire, deltas = Wire(tmp_path, MODEL), changes(4)
     said = model_of(wire, deltas, MASSES, told="south")
-    found = summed(run_over(wire), said, SIZE, secagg.blank_change(LAYOUT))
+    found = summed(run_over(wire, LAYOUT), said, SIZE, secagg.blank_change(LAYOUT))
     assert "south" not in found.survivors
     assert "means another sum" in found.why["south"]
     for lie in ("roster", "members"):
         said, wire = model_of(wire, deltas, MASSES, round=2 if lie == "roster" else 3), Lying(wire.folder, MODEL, lie=lie)
-        found = summed(run_over(wire), said, SIZE, secagg.blank_change(LAYOUT))
+        found = summed(run_over(wire, LAYOUT), said, SIZE, secagg.blank_change(LAYOUT))
         assert np.abs(found.values).astype(np.float64).mean() > 2**28  # of numbers modulo 2^32; the changes themselves are a few thousand
 
 
@@ -238,7 +197,7 @@ def test_what_the_coordinator_sees_is_noise(tmp_path: Path) -> None:
         wire.seen.clear()
         said = model_of(wire, deltas, dict.fromkeys(NAMES, 1.0), round)
         assert all(not of.delta.size and not of.coded for of in said.values())
-        found = summed(run_over(wire), said, SIZE, secagg.blank_change(LAYOUT))
+        found = summed(run_over(wire, LAYOUT), said, SIZE, secagg.blank_change(LAYOUT))
         assert len(np.unique(found.values[: LAYOUT.groups()["backbone"][0].stop // 2])) == 1  # the sum is as plain as the changes
         seen.append({of.centre: of for of in wire.seen if isinstance(of, Masked)})
     for centre in NAMES:

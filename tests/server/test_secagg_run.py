@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from client import egress
+from client.received import layout_for
 from common.errors import ConsiliumError
 from common.messages import Answer, Contribution, Mask, Presence, Reply, Request, Share, Train, Unmask
 from server.runs import begin, open_ledger
@@ -55,7 +56,8 @@ def test_a_secret_round_makes_the_plain_rounds_weights_and_hides_what_it_says(ph
         pooled = {task: views["pooled"] for task, views in result["test"].items()}
         assert pooled == {task: views["pooled"] for task, views in plain["test"].items()}
         if name == "secret":
-            assert result["test"] == plain["test"]
+            aucs = [{c: of["auc"] for c, of in one["test"]["covid"]["centres"].items()} for one in (result, plain)]
+            assert aucs[0] == aucs[1]
             assert entry["weights"]["covid"] == pytest.approx(plain["stages"][0]["rounds"][1]["weights"]["covid"])
             assert entry["weights"]["backbone"] == pytest.approx(plain["stages"][0]["rounds"][1]["weights"]["backbone"])
         else:
@@ -85,7 +87,7 @@ def test_who_drops_out_is_left_out_and_a_sum_of_too_few_is_begun_again(phantom: 
             attempts[centre] = attempts.get(centre, 0) + 1
         return None if (attempts.get(centre), type(request), centre) in lost else reply
 
-    result, weights = run(phantom, tmp_path, "r", *ONE, *SECRET, "federation.quorum=0.75", transport=InProcess(sites(), hook))
+    result, weights = run(phantom, tmp_path, "dropped", *ONE, *SECRET, "federation.quorum=0.75", transport=InProcess(sites(), hook))
     assert len(trained) == 8
     assert {(left["centre"], "no reply" in left["reason"]) for left in result["left_out"]} == {
         ("north", True),
@@ -96,7 +98,7 @@ def test_who_drops_out_is_left_out_and_a_sum_of_too_few_is_begun_again(phantom: 
     assert set(entry["weights"]["backbone"]) == {"north", "east", "south"}
     assert not entry["centres"]["west"]["accepted"]
     assert all(np.isfinite(value).all() for value in weights.values())
-    assert [e["kind"] for e in open_ledger(tmp_path).events("r")].count("below_quorum") == 1
+    assert [e["kind"] for e in open_ledger(tmp_path).events("dropped")].count("below_quorum") == 1
 
 
 def test_it_pauses_when_too_few_stay_and_says_who_is_missing(phantom: Path, tmp_path: Path) -> None:
@@ -104,12 +106,14 @@ def test_it_pauses_when_too_few_stay_and_says_who_is_missing(phantom: Path, tmp_
         return None if isinstance(request, Mask) and centre in ("north", "east") else reply
 
     with pytest.raises(ConsiliumError, match=r"is paused: .*0 contributions, 3 needed \(.*north.*no reply within"):
-        run(phantom, tmp_path, "r", *ONE, *SECRET, "federation.quorum=0.75", "federation.retries=1", transport=InProcess(sites(), hook))
+        run(
+            phantom, tmp_path, "paused", *ONE, *SECRET, "federation.quorum=0.75", "federation.retries=1", transport=InProcess(sites(), hook)
+        )
 
 
 def test_killed_while_masks_are_opened_and_resumed_equals_uninterrupted(phantom: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings = ["stage.rounds=2", "evaluation.choose=last", *HIDDEN]
+    settings = ["stage.rounds=1", "evaluation.choose=last", *HIDDEN]
     assert deadly(phantom, whole, "begin", "never", 1, *settings) == 0
     # Opened by 4 centres each: counts, scores of round 0, the change of round 1. The last of these is interrupted.
     assert deadly(phantom, broken, "begin", "unmasking", 11, *settings) == -signal.SIGKILL
@@ -120,13 +124,26 @@ def test_killed_while_masks_are_opened_and_resumed_equals_uninterrupted(phantom:
 
 
 def test_with_differential_privacy_what_is_masked_is_noised_already(phantom: Path, tmp_path: Path) -> None:
-    private = ["stage.rounds=1", "evaluation.choose=last", "aggregation.codec=fp32", "privacy=patient", "privacy.epsilon=4"]
-    nodes = [[replace(site, state=str(tmp_path / name / str(i))) for i, site in enumerate(sites())] for name in ("plain", "secret")]
-    _, expected = run(phantom, tmp_path, "plain", *private, transport=InProcess(nodes[0]))
-    result, found = run(phantom, tmp_path, "secret", *private, "privacy.secagg.hide=model", transport=InProcess(nodes[1]))
-    assert all(said["epsilon"] <= 4 for said in result["stages"][0]["rounds"][1]["centres"].values())
-    for tensor, value in expected.items():
-        np.testing.assert_allclose(found[tensor], value, atol=4 * 4 / 2**26, rtol=1e-6, err_msg=tensor)
+    """The new weights are the mean of what each centre was charged for, and that is the noised change."""
+    before: list[np.ndarray] = []
+
+    def hook(centre: str, request: Request, reply: Reply) -> Reply:
+        if isinstance(request, Train):
+            before.append(request.weights.floats)
+        return reply
+
+    private = ["privacy=patient", "privacy.noise=1", "privacy.epsilon=0", "privacy.secagg.hide=model"]
+    nodes = [replace(site, state=str(tmp_path / str(i))) for i, site in enumerate(sites())]
+    result, found = run(phantom, tmp_path, "private", *ONE, *private, transport=InProcess(nodes, hook))
+    entry = result["stages"][0]["rounds"][1]
+    assert all(said["epsilon"] > 0 for said in entry["centres"].values())
+    charged = {
+        c: load_file(tmp_path / str(i) / "budget" / "last.safetensors")["delta"] for i, c in enumerate(("north", "east", "south", "west"))
+    }
+    layout = layout_for(phantom_config(phantom, *ONE, *private, "tasks.source.classes=[north,east,south,west]"))
+    for e in layout.floats:
+        mean = sum(entry["weights"][e.group][c] * delta[e.where].astype(np.float64) for c, delta in charged.items())
+        np.testing.assert_allclose(found[e.name].ravel(), before[0][e.where] + mean, atol=5e-7, err_msg=e.name)
 
 
 def test_a_policy_that_requires_it_lets_nothing_else_leave(phantom: Path, tmp_path: Path) -> None:
@@ -140,7 +157,7 @@ def test_a_policy_that_requires_it_lets_nothing_else_leave(phantom: Path, tmp_pa
                 ended.append(type(reply).__name__)
             return reply
 
-        name = f"r{len(list(tmp_path.glob('r*')))}"
+        name = f"policy{len(list(tmp_path.glob('policy*/')))}"
         result, _ = run(phantom, tmp_path, name, *ONE, *overrides, "federation.quorum=0.75", transport=InProcess(nodes, hook))
         return ended or [result["left_out"][0]["reason"] if result["left_out"] else open_ledger(tmp_path).events(name)[1]["detail"]]
 
