@@ -21,12 +21,14 @@ from client import budget, egress, personal, private, received, secagg, soft_lab
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
-from client.policy import Policy, load_policy, permit, release
+from client.policy import Policy, describe, load_policy, permit, release
 from client.queries import QUERIES, Question, class_counts
 from client.runtime import fastest
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
+from client.store import Store
 from client.trainer import train
+from common.accountant import Charge, epsilon, noise_for
 from common.codec import codec_of
 from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
@@ -85,7 +87,7 @@ def _answer(site: Site, request: Request) -> Reply:
         limit_gpu(policy.gpu_memory, site)
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
-            return hello(site, config)
+            return hello(site, config, policy)
         folder = home(site, config)
         if not isinstance(request, Train | Query):
             return release(policy, secagg.step(folder, config, centre, request, policy))
@@ -115,7 +117,7 @@ def _where(error: Exception) -> str:
     return f"{Path(frame.filename).stem}.{frame.name}, line {frame.lineno}"
 
 
-def hello(site: Site, config: Config) -> Presence:
+def hello(site: Site, config: Config, policy: Policy) -> Presence:
     """Make everything ready, and say what there is."""
     forget()
     own = holdings(site, config)
@@ -139,6 +141,7 @@ def hello(site: Site, config: Config) -> Presence:
         skipped={} if hidden else dict(Counter(s.reason for s in skipped)),
         versions=versions,
         device=str(site.torch_device()),
+        policy=dict(describe(policy)),
     )
 
 
@@ -164,8 +167,19 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     if request.split not in scans or (request.task and request.task not in config.tasks):
         raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
     features = home(site, config) / "features" / safe(request.run)
+    stores = {centre: Store(state_folder(site, path) / "slices") for centre, path in holdings(site, config).items()}
     question = Question(
-        scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device(), request.centroids, features
+        scans,
+        request.split,
+        config,
+        stage,
+        model,
+        request.task,
+        site.smallest_cell,
+        site.torch_device(),
+        request.centroids,
+        features,
+        stores,
     )
     with Threads(site.threads):
         sums = QUERIES[request.name](question)
@@ -251,7 +265,7 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         arrays,
     )
     if account:
-        contribution.epsilon = budget.epsilon(budget.charge(account, price, request), config.privacy.delta)
+        contribution.epsilon = epsilon(budget.charge(account, price, request), config.privacy.delta)
         budget.keep(account, request, contribution)
     return contribution
 
@@ -270,7 +284,7 @@ def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
     return budget.Account(home(site, config) / "budget", marks, policy.epsilon, policy.delta)
 
 
-def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[budget.Charge, private.Protection]:
+def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[Charge, private.Protection]:
     """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
     for a configuration that protects nobody."""
     try:
@@ -280,7 +294,7 @@ def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[bu
         raise Refused(str(error)) from error
     paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
     plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
-    noise = config.privacy.noise or budget.noise_for(config.privacy.epsilon, config.privacy.delta, plan)
+    noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan)
     patients, odds, steps = paces[request.stage]
     return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
 

@@ -125,13 +125,13 @@ def check(config: Config) -> Config:
             raise ConsiliumError(
                 f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"
             )
+    refuse_together(config)
     if config.privacy.kind == "patient":
         refuse_unprotected(config)
-        config = dataclasses.replace(
-            config, backbone=dataclasses.replace(config.backbone, norm="group")
-        )  # the one architecture of all centres
     if config.privacy.secagg:
         refuse_unhidden(config, config.privacy.secagg)
+    if config.privacy.kind != "none":  # batch norms tell of the batch; the one architecture of all centres
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, norm="group"))
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
         raise ConsiliumError(
             "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; use federated or central"
@@ -192,6 +192,14 @@ def refuse_unhidden(config: Config, settings: SecureSums) -> None:
             f"aggregation.outlier={config.aggregation.outlier:g} compares single contributions, which nobody sees; leave it out "
             "(privacy.secagg.clip limits what one can do)"
         )
+    if config.aggregation.robust != "none":
+        told.append(
+            f"aggregation.robust={config.aggregation.robust} compares single contributions, which nobody sees; leave one of the two out"
+        )
+    if config.privacy.kind == "central":
+        told.append("privacy.kind=central clips each centre's change at the coordinator, which sees none; use privacy.kind=patient")
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} needs each centre's own model, which nobody sees; leave it out")
     if settings.hide == "all":
         if config.evaluation.over != "pooled":
             told.append(f"hide=all leaves no centre's scores, so no evaluation.over={config.evaluation.over}; set evaluation.over=pooled")
@@ -201,6 +209,35 @@ def refuse_unhidden(config: Config, settings: SecureSums) -> None:
             told.append(f"stages.{personal[0]}.personal=[all] is judged by each centre's own scores; use hide=model")
     if told:
         raise ConsiliumError(f"privacy.secagg: {told[0]}")
+
+
+def refuse_together(config: Config) -> None:
+    """Raises ConsiliumError for defences that this federation, or each other, make impossible."""
+    robust, federation, told = config.aggregation.robust, config.federation, []
+    teaching = len(federation.centres) - len(federation.unseen) - (federation.evaluation == "loco") if federation.mode == "federated" else 1
+    if robust != "none" and teaching < config.aggregation.fewest:
+        raise ConsiliumError(
+            f"aggregation.robust={robust} against aggregation.hostile={config.aggregation.hostile} needs {config.aggregation.fewest} contributions "
+            f"in a round, and here there are {teaching}; take part with more centres, or choose another rule"
+        )
+    if config.privacy.kind != "central":
+        return
+    if federation.mode != "federated":
+        told.append(
+            f"federation.mode={federation.mode} has no contributions of several centres, so that there is none to hide among others"
+        )
+    if robust != "none":
+        told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    for name, task in config.tasks.items():
+        if task.head == "moments" or task.clusters:
+            told.append(
+                f"task '{name}' is made from sums of features, which get no noise; set its head: local or anchored, give it classes"
+            )
+    for name, stage in config.stages.items():
+        if "all" in stage.personal or "batch_norm" in stage.personal:
+            told.append(f"stages.{name}.personal={stage.personal} keeps weights at the centres that are not there or all; leave it out")
+    if told:
+        raise ConsiliumError(f"privacy=central: {told[0]}")
 
 
 def named(name: str, task: Task) -> Task:

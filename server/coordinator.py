@@ -12,7 +12,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,16 +24,18 @@ from common.logs import about
 from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
-from common.secagg import averaged, blank_change, hides_all, settings_of
+from common.secagg import hides_all
 from common.weights import NONE, Weights, flatten, layout_of
-from server import checkpoint, scores
-from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
-from server.broadcast import forget_left, rounded, send
-from server.counts import counted, global_counts, masses, training, weights_in_sum
+from server import checkpoint, matrix, scores
+from server.aggregation import Spooled, decoded, fault, spool
+from server.broadcast import forget_left, send
+from server.combine import combine, screened, secretly_added
+from server.counts import global_counts, masses, training
 from server.initial import initial_model
+from server.orders import heed
 from server.presence import filled, greet, readmit
+from server.quality import survey
 from server.queries import ask
-from server.secagg import Summed, TooFew, summed
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
 from server.transport import Received
@@ -48,7 +49,9 @@ def conduct(run: Run) -> dict[str, Any]:
     Raises ConsiliumError when it cannot go on, Paused when it can go on later.
     """
     began = time.perf_counter()
+    heed(run, round_over=True)
     restore(run)
+    survey(run)
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
         with about(stage=name):
@@ -56,6 +59,7 @@ def conduct(run: Run) -> dict[str, Any]:
                 done = enter(run, name, stage)
             if not done["finished"]:
                 play(run, name, stage, done)
+    matrix.score(run)
     test(run)
     forget_left(run)
     run.result["seconds"] += time.perf_counter() - began
@@ -88,6 +92,7 @@ def restore(run: Run) -> None:
 
 def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     """Begin a stage from the best weights of the one before; round 0 is the score of what it starts from."""
+    run.at = name, 0
     if run.result["stages"]:
         run.weights = best_weights(run)
     run.moments = {}
@@ -126,6 +131,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         if patience and all(n >= patience for n in waited):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
+        heed(run, round_over=True)
+        run.at = name, round
         with about(round=round):
             started, began = datetime.now(UTC), time.perf_counter()
             readmit(run)
@@ -136,7 +143,7 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
             entry["seconds"] = time.perf_counter() - began
             entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
             for centre, said in entry["centres"].items():
-                said["bytes_up"], said["bytes_down"] = run.traffic[centre]
+                said["bytes_up"], said["bytes_down"] = run.traffic.get(centre, (0, 0))
             close(run, place, stage, entry, started, because)
             text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
             spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
@@ -151,7 +158,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     taught, average = training(run, stage)
     rate = plateau(stage, place, run.config.evaluation) if stage.optimiser.schedule == "plateau" else 1.0
     secret = run.config.privacy.secagg is not None and not place["personal"]
-    together = masses(run, stage, taught) if secret else {}
+    together = masses(run, stage) if secret else {}
     for attempt in range(run.config.federation.retries + 1):
         folder = run.folder / "spool"
         shutil.rmtree(folder, ignore_errors=True)
@@ -181,20 +188,20 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
-                said[received.centre] = cast(Contribution, received.reply)
-        quorum = max(1, math.ceil(run.config.federation.quorum * (len(taught) - declined)))  # who declines is not waited for
-        left: dict[str, str] = {}
-        if secret:
-            found, left = secretly_added(run, said, quorum)
-            arrived = arrived if found else {}
-        else:
-            left = outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier)
+                if secret:
+                    said[received.centre] = cast(Contribution, received.reply)
+            del received  # before the next is taken: its memory is wanted
+        waited = math.ceil(run.config.federation.quorum * (len(taught) - declined))  # who declines is not waited for
+        quorum = max(1 if place["personal"] else run.config.aggregation.fewest, waited)
+        found, left = secretly_added(run, said, quorum) if secret else (None, screened(run, arrived))
         for centre, why in left.items():
             facts[centre].update(accepted=False, reason=why)
             arrived.pop(centre, None)
         for centre, told in facts.items():
             if not told["accepted"]:
                 leave_out(run, name, round, centre, told["reason"])
+        if secret and not found:
+            arrived = {}
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
@@ -202,19 +209,11 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     else:
         why = by_reason({c: said["reason"] for c, said in sorted(facts.items()) if not said["accepted"]})
         raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {quorum} needed ({why}); mend it, then resume")
-    weights: dict[str, dict[str, float]] = {}
-    if not place["personal"]:
-        if secret:
-            assert found is not None
-            weights = weights_in_sum(run, together, sorted(arrived))
-            update = averaged(found.values, found.sums, run.layout, settings_of(run.config))
-        else:
-            counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
-            weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
-            update = weighted_sum(list(arrived.values()), weights, run.layout)
-        run.weights = rounded(run, step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments))
-    shutil.rmtree(folder, ignore_errors=True)
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
+    if not place["personal"]:
+        matrix.keep(run, name, round, list(arrived.values()))
+    weights = {} if place["personal"] else combine(run, name, stage, round, arrived, facts, found)
+    shutil.rmtree(folder, ignore_errors=True)
     effective = {group: effective_number(w) for group, w in weights.items()}
     return {
         "round": round,
@@ -222,20 +221,6 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         "effective": effective,
         "centres": facts,
     }, because
-
-
-def secretly_added(run: Run, said: Mapping[str, Contribution], quorum: int) -> tuple[Summed | None, dict[str, str]]:
-    """The sum of the changes that came masked, None where too few centres stayed for it; and {centre: why it is not in the sum}."""
-    size = sum(e.stop - e.start for e in run.layout.floats if e.parameter)
-    try:
-        found = summed(run, said, size, blank_change(run.layout), quorum)
-    except TooFew as few:
-        log.warning("%s", few)
-        return None, few.why
-    if clipped := found.sums["clipped"][0]:
-        log.warning("%d values of the changes were cut off at privacy.secagg.clip", clipped)
-        run.ledger.event(run.id, "clipped", f"{clipped:.0f} values of all centres' changes lay beyond privacy.secagg.clip")
-    return found, found.why
 
 
 def accepted(run: Run, received: Received, empty: bool, folder: Path) -> tuple[dict[str, Any], Spooled | None]:
@@ -300,7 +285,8 @@ def evaluate(run: Run, name: str, stage: Stage, place: dict[str, Any], split: st
 
 def chain(run: Run, place: dict[str, Any], centre: str, round: int) -> list[tuple[str, int]]:
     """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
-    before = [(s["name"], best_of(s, centre)["round"]) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    bests = [(s["name"], best_of(s, centre)) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    before = [(name, best["round"]) for name, best in bests if best]  # none of a centre that was excluded all the time
     return [(name, last) for name, last in [*before, (place["name"], round)] if run.config.stages[name].personal]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,18 +42,22 @@ def global_counts(run: Run) -> dict[str, list[float]]:
     return {t: np.sum([n for key, n in run.counts.items() if key.endswith(f"/train/{t}")], axis=0)[:-1].tolist() for t in run.config.tasks}
 
 
-def masses(run: Run, stage: Stage, centres: list[str]) -> dict[str, float]:
-    """{task: what the centres weigh together, before division}: by it a centre finds its weight for a secure sum on its own."""
+def masses(run: Run, stage: Stage) -> dict[str, float]:
+    """{task: what all centres that train weigh together, before division}: by it a centre finds its weight for a secure sum on its own."""
     if hides_all(run.config):
         return {t: float(run.counts[f"{ALL}/mass/{t}"][0]) for t in active(run.config, stage)}
-    return {t: sum(mass(counted(run, c, t)[:-1], run.config.aggregation) for c in centres) for t in active(run.config, stage)}
+    train = [c for c in run.presence if c not in run.config.federation.unseen]
+    return {t: sum(mass(counted(run, c, t)[:-1], run.config.aggregation) for c in train) for t in active(run.config, stage)}
 
 
-def weights_in_sum(run: Run, masses: Mapping[str, float], centres: list[str]) -> dict[str, dict[str, float]]:
+def weights_in_sum(run: Run, stage: Stage, centres: list[str]) -> dict[str, dict[str, float]]:
     """{"backbone", "decoder" or head: {centre: its weight in a secure sum over these}}; empty where the run hides the counts."""
     if hides_all(run.config):
         return {}
-    own = {c: {t: mass(counted(run, c, t)[:-1], run.config.aggregation) / all_ for t, all_ in masses.items() if all_} for c in centres}
+    own = {
+        c: {t: mass(counted(run, c, t)[:-1], run.config.aggregation) / all_ for t, all_ in masses(run, stage).items() if all_}
+        for c in centres
+    }
     parts = {c: part_weights(of, run.config.tasks) for c, of in own.items()}
     whole = {part: sum(of[part] for of in parts.values()) for part in parts[centres[0]]}
     return {part: {c: of[part] / (whole[part] or 1.0) for c, of in parts.items()} for part in whole}

@@ -14,6 +14,7 @@ from common.errors import Refused
 from common.messages import Refusal, Reply, Request, pack, unpack
 from common.schema import Config
 from common.weights import Layout
+from server.runs import open_ledger
 from server.state import Run
 from server.transport import Received
 
@@ -52,6 +53,6 @@ def travelled(message: Request | Reply) -> Request | Reply:
 
 def run_over(wire: Wire, layout: Layout) -> Run:
     """A run that asks these centres, all of them present."""
-    run = Run("r", wire.config, wire.folder, cast(Any, wire), cast(Any, None), layout)
+    run = Run("r", wire.config, wire.folder, cast(Any, wire), open_ledger(wire.folder), layout)
     run.presence = dict.fromkeys(wire.config.federation.centres, cast(Any, None))
     return run

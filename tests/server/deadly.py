@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from common.messages import Reply, Request, Train, Unmask
-from server import checkpoint, coordinator
+from server import checkpoint, combine
 from server.runs import begin, open_ledger, resume
 from tests.inprocess import InProcess, phantom_config, sites
 
@@ -33,7 +33,7 @@ def main() -> None:
             strike("unmasking")  # after a centre has forgotten its secrets, before the coordinator has its shares
         return reply
 
-    before_save, before_step = checkpoint.save, coordinator.step
+    before_save, before_step = checkpoint.save, combine.step
 
     def saving(*args: object) -> object:
         strike("checkpoint")  # the ledger has the round, the checkpoint has not
@@ -43,7 +43,7 @@ def main() -> None:
         strike("aggregation")
         return before_step(*args)  # type: ignore[arg-type]
 
-    checkpoint.save, coordinator.step = saving, stepping  # type: ignore[assignment]
+    checkpoint.save, combine.step = saving, stepping  # type: ignore[assignment]
     folder = Path(runs)
     transport = InProcess(sites(), hook)
     if how == "begin":
