@@ -37,8 +37,8 @@ from tests.attacks import ATTACKS, Hostile, damage, inverted, membership, psnr, 
 from tests.inprocess import sites
 
 SMALL = [
-    "federation.phantom.scale=0.2", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=48", "preprocess.slices=4",
-    "stage.rounds=6", "stage.epochs=2", "stage.batch=8", "stage.precision=fp32", "stage.tasks=[covid]", "evaluation.choose=last",
+    "federation.phantom.scale=0.2", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=48", "preprocess.slices=2",
+    "stage.rounds=6", "stage.epochs=3", "stage.batch=4", "stage.precision=fp32", "stage.tasks=[covid]", "evaluation.choose=last",
     "aggregation.codec=fp32", "federation.retries=0", "federation.quorum=0.5",
 ]  # fmt: skip
 OPEN = "aggregation.outlier=1e9"
@@ -71,7 +71,7 @@ def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
         result = begin(config, Hostile(len(config.federation.centres), attack), out / "runs", open_ledger(out / "runs"), run)
     except ConsiliumError as error:  # the model is spoilt: no centre can score it
         return {"worst": None, "fooled": None, "why": str(error)[:120]}
-    worst, fooled = damage(result, out / "runs" / result["run"] / "model.safetensors", config)
+    worst, fooled = damage(out / "runs" / run / "model.safetensors", config)
     return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
 
 
