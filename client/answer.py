@@ -21,11 +21,12 @@ from client import budget, egress, personal, private, received, soft_labels, wir
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
-from client.policy import Policy, load_policy, permit, release
+from client.policy import Policy, describe, load_policy, permit, release
 from client.queries import QUERIES, Question, class_counts
 from client.runtime import fastest
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
+from client.store import Store
 from client.trainer import train
 from common.accountant import Charge, epsilon, noise_for
 from common.codec import codec_of
@@ -85,7 +86,7 @@ def _answer(site: Site, request: Request) -> Reply:
         limit_gpu(policy.gpu_memory, site)
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
-            return hello(site, config)
+            return hello(site, config, policy)
         request = received.completed(home(site, config), config, request)
         if isinstance(request, Train):
             return release(policy, train_round(site, config, request, policy))
@@ -107,7 +108,7 @@ def _where(error: Exception) -> str:
     return f"{Path(frame.filename).stem}.{frame.name}, line {frame.lineno}"
 
 
-def hello(site: Site, config: Config) -> Presence:
+def hello(site: Site, config: Config, policy: Policy) -> Presence:
     """Make everything ready, and say what there is."""
     forget()
     own = holdings(site, config)
@@ -130,6 +131,7 @@ def hello(site: Site, config: Config) -> Presence:
         skipped=dict(Counter(s.reason for s in skipped)),
         versions=versions,
         device=str(site.torch_device()),
+        policy=dict(describe(policy)),
     )
 
 
@@ -154,8 +156,19 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     if request.split not in scans or (request.task and request.task not in config.tasks):
         raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
     features = home(site, config) / "features" / safe(request.run)
+    stores = {centre: Store(state_folder(site, path) / "slices") for centre, path in holdings(site, config).items()}
     question = Question(
-        scans, request.split, config, stage, model, request.task, site.smallest_cell, site.torch_device(), request.centroids, features
+        scans,
+        request.split,
+        config,
+        stage,
+        model,
+        request.task,
+        site.smallest_cell,
+        site.torch_device(),
+        request.centroids,
+        features,
+        stores,
     )
     with Threads(site.threads):
         sums = QUERIES[request.name](question)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.ingest.command import ingest
+from common.chain import START
 from common.cli import run
 from common.errors import ConsiliumError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress, key, doctor.",
+    help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress, metrics, key, doctor.",
 )
 app.command()(ingest)
 console = Console()
@@ -162,7 +163,7 @@ def show_egress(
     from client import egress
 
     shown = Table("time", "run", "stage", "round", "what", "bytes", "digest")
-    count, last = 0, egress.START
+    count, last = 0, START
     for entry in egress.read(state):
         count, last = count + 1, entry["hash"]
         what = f"{entry['kind']} {entry['query']}".strip()
@@ -210,6 +211,24 @@ def doctor(
     from common.findings import show
 
     show(examine(site, coordinator, ca, key))
+
+
+@app.command()
+def metrics(
+    site: Annotated[Path, typer.Option(help="site.yaml")] = Path("/etc/consilium/site.yaml"),
+    ca: Annotated[Path, typer.Option(help="ca.crt of the kit")] = Path("/etc/consilium/ca.crt"),
+    out: Annotated[Path | None, typer.Option(help="a file for node_exporter's textfile collector, *.prom; default: print them")] = None,
+) -> None:
+    """This centre's own metrics for its Prometheus: what left, privacy spent, disk, certificate. Nothing listens for them."""
+    from client.exposition import exposition
+    from client.site import site_from
+    from common.files import write_whole
+
+    text = exposition(site_from({"site": str(site)}), ca)
+    if out:
+        write_whole(out, text)
+    else:
+        typer.echo(text.decode(), nl=False)
 
 
 def _list(skipped: list[Skipped]) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from common.chain import START, follows, linked
 from common.errors import ConsiliumError, Refused
 from common.messages import Reply, Request, facts_json, pack
 
 NAME = "egress.jsonl"
-START = "0" * 64
 
 
 def record(folder: Path, request: Request, reply: Reply) -> None:
@@ -42,9 +42,7 @@ def record(folder: Path, request: Request, reply: Reply) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / NAME).open("a+b") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
-            entry["previous"] = _last_hash(log)
-            entry["hash"] = _hash(entry)
-            log.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            log.write(json.dumps(linked(entry, _last_hash(log)), sort_keys=True).encode() + b"\n")
             log.flush()
             os.fsync(log.fileno())
     except (OSError, ValueError, KeyError) as error:
@@ -78,11 +76,6 @@ def _last_hash(log: Any) -> str:
     return START
 
 
-def _hash(entry: dict[str, Any]) -> str:
-    """Of all that the line holds but this hash itself; `previous` is part of it."""
-    return hashlib.sha256(json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True).encode()).hexdigest()
-
-
 def read(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines, checked one after another. Raises ConsiliumError naming the first that does not follow from the one before."""
     path, previous = folder / NAME, START
@@ -92,7 +85,7 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(log, 1):
             try:
                 entry = json.loads(line)
-                sound = entry["previous"] == previous and entry["hash"] == _hash(entry)
+                sound = follows(entry, previous)
             except (ValueError, KeyError, TypeError):
                 sound = False
             if not sound:

@@ -31,7 +31,7 @@ class Policy:
     recipes: list[str] = field(default_factory=list)
     fingerprints: list[str] = field(default_factory=list)  # of the code that may run here (`consilium-centre policy` prints this one's)
     labels: list[str] = field(default_factory=list)  # the cohort's columns that may be asked about
-    queries: list[str] = field(default_factory=list)  # counts, scores, moments, clusters
+    queries: list[str] = field(default_factory=list)  # counts, scores, moments, clusters, quality
     smallest_cell: int = 1  # a sum over fewer scans does not leave; a count below it is reported as it
     max_bytes: int = 0  # of a message
     hours: str = ""  # when it computes, local time: 19:00-07:00

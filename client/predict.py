@@ -23,8 +23,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
 
 from client import personal
 from client.cohort import of_modality
@@ -38,11 +36,10 @@ from client.severity import affected_shares, severity
 from client.slices import place
 from client.store import Store
 from client.trainer import infer
-from common.compose import config_from
+from common import saved
 from common.errors import ConsiliumError, nearest
 from common.model import Model, make_model
 from common.schema import Config, Task
-from common.tasks import UNSUPERVISED
 from common.weights import layout_of, load
 
 
@@ -51,19 +48,9 @@ def load_model(path: Path, own: Path | None = None) -> tuple[Model, Config, str]
 
     `own` is the folder of this centre's own weights of that run (client/personal.py), which are laid over. Raises ConsiliumError.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            config = config_from(json.loads((file.metadata() or {})["config"]))
-        named = load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ConsiliumError(f"{path} is not a model of ours ({type(error).__name__}); give the model.safetensors of a run") from error
+    named, config = saved.read(path)
     identity = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    tasks = {name: task for name, task in config.tasks.items() if task.inference and task.kind not in UNSUPERVISED}
-    if not tasks:
-        raise ConsiliumError(
-            f"{path} predicts nothing: it was taught by the scans alone ({', '.join(config.tasks)}); "
-            "give the model of a run with a stage for a task"
-        )
+    tasks = saved.predicting(path, config)
     if own:
         whole = layout_of(make_model(config.backbone, config.tasks, 0))  # own weights lie in the layout of all the run's heads
         weights = personal.as_tested(own, whole.flat(named))

@@ -63,6 +63,7 @@ def run_job(job: Job) -> Outcome:
             kept, scan = keep(job.path, job.series, job.settings, job.window, lambda scan: _crop_lungs(job, scan, notes))
             facts = {
                 "indices": np.asarray(kept.indices).tolist(),
+                "areas": kept.areas[kept.indices].round().astype(int).tolist(),  # mm2 of lung air
                 "box": list(map(int, kept.box)),
                 "notes": [*kept.notes, *dict.fromkeys(notes)],
                 **_of_scan(scan),

@@ -6,7 +6,7 @@ A query takes the centre's scans of a split (and a model, where it needs one) an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from torch import Tensor
 from client.dataset import Scans, in_order, stacked
 from client.moco import contrast
 from client.objective import paint
+from client.quality import quality
 from client.severity import severity
+from client.store import Store
 from client.trainer import infer
 from common.errors import Refused
 from common.messages import Sums
@@ -43,6 +45,7 @@ class Question:
     device: torch.device
     centroids: Floats | None = None  # clusters: [K, D]
     features: Path | None = None  # clusters: where the features are kept between the steps
+    stores: Mapping[str, Store] = field(default_factory=dict)  # {cohort: where its slices are}, for what was noted beside them
 
 
 def class_counts(targets: np.ndarray, cells: int, smallest_cell: int = 1) -> np.ndarray:
@@ -188,4 +191,15 @@ def clusters(q: Question) -> Sums:
     return {"n": one_hot.sum(0), "sum": one_hot.T @ features, "square": one_hot.T @ (features**2).sum(1)}
 
 
-QUERIES: dict[str, Callable[[Question], Sums]] = {"counts": counts, "scores": scores, "moments": moments, "clusters": clusters}
+def looks(q: Question) -> Sums:
+    """What the scans of all splits look like (client/quality.py)."""
+    return quality(q.scans, q.stores, q.smallest_cell)
+
+
+QUERIES: dict[str, Callable[[Question], Sums]] = {
+    "counts": counts,
+    "scores": scores,
+    "moments": moments,
+    "clusters": clusters,
+    "quality": looks,
+}

@@ -37,7 +37,7 @@ class Query:
 
     run: str
     config: dict[str, Any]
-    name: str  # counts | scores | moments | clusters
+    name: str  # counts | scores | moments | clusters | quality
     stage: str
     split: str = "train"
     task: str = ""  # moments: of this task's classes
@@ -86,6 +86,7 @@ class Presence:
     versions: dict[str, str]
     device: str
     notes: list[str] = field(default_factory=list)
+    policy: dict[str, Any] = field(default_factory=dict)  # the rules in force there, as the hospital wrote them; none: it allows everything
 
 
 @dataclass

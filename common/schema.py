@@ -366,6 +366,10 @@ class Evaluation:
     choose: Literal["best", "last"] = "best"  # last: a small validation set chooses noise, and an annealed stage ends at its best guess
     threshold: float = 0.5
     bins: int = 256  # of the score histograms that leave a centre
+    matrix: Literal["none", "last"] = (
+        "none"  # last: every centre's own model of the last round is scored at every centre (server/matrix.py)
+    )
+    quality: bool = True  # ask the centres once what their scans look like (client/quality.py)
     absent: Literal["zero", "skip"] = "skip"  # challenge score: F1 of a class that a source does not have
     patience: int = 0  # rounds without a better validation value before a stage ends; 0: never
     warmup: int = 0  # rounds of a stage that patience does not count

@@ -48,7 +48,7 @@ class FlowerTransport:
         self.nodes: dict[str, int] = {}
         self.silent: set[int] = set()  # nodes that have no part in this run
 
-    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
+    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received | None]:
         if request.run != self.run:
             self.run, self.nodes, self.silent = request.run, {}, set()
         self.silent.clear()  # who refused, or is expected again, may have been mended since
@@ -80,13 +80,14 @@ class FlowerTransport:
             if pending and not told and time.monotonic() > until:
                 told = True
                 log.info("%d nodes are preparing their scans; one that did so before and never answers needs a restart", len(pending))
+            yield None
             time.sleep(0.3)
 
     def _all_heard(self, expected: list[str]) -> bool:
         """Every node that could be a missing centre has said that it is not, and there are as many as expected."""
         return len(self.silent) > 0 and len(self.nodes) + len(self.silent) >= len(expected)
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
+    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received | None]:
         until = time.monotonic() + deadline
         online = self._online()
         pending: dict[str, str] = {}
@@ -101,15 +102,23 @@ class FlowerTransport:
         while pending and (looked := time.monotonic()) < until:
             came = False
             for message_id, centre in list(pending.items()):
-                for message in self._pull(message_id):
+                if received := self._received(message_id, centre, down[centre]):
                     del pending[message_id]
-                    reply = _reply(message)
                     came = True
-                    yield Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down[centre])
+                    yield received
+                    del received  # before the next is pulled: its memory is wanted
             if not came:  # looking costs a request a centre: at most half of the time, and the less often the longer it takes, by 1 %
+                yield None
                 time.sleep(max(0.05, time.monotonic() - looked, min(2.0, 0.01 * (looked - asked))))
         for centre in pending.values():
             yield Received(centre, Refusal(centre, f"no reply within {deadline:.0f} s"))
+
+    def _received(self, message_id: str, centre: str, down: int) -> Received | None:
+        """The reply to a message, if it is there."""
+        for message in self._pull(message_id):
+            reply = _reply(message)
+            return Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down)
+        return None
 
     def _push(self, request: Request, node: int, ttl: float) -> str:
         kind = MessageType.TRAIN if isinstance(request, Train) else MessageType.QUERY

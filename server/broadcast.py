@@ -6,6 +6,7 @@ what it holds, wherever and however often they are put together, and what roundi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import numpy as np
 from common.codec import changed, codec_of, encode
 from common.messages import Answer, Contribution, Lacking, Query, Refusal, Request, Sums, Train, add
 from common.weights import NONE, Weights
+from server.orders import heed
 from server.state import Paused, Run, leave_out, reason_of
 from server.transport import Received
 
@@ -29,8 +31,9 @@ def rounded(run: Run, after: Weights) -> Weights:
     left = run.moments.get("left")
     if not isinstance(left, np.memmap):  # a model's size, wanted once a round: on disk, from where a checkpoint takes it
         forget_left(run)
-        np.save(run.folder / LEFT, np.zeros_like(after.floats) if left is None else left)
-        left = np.load(run.folder / LEFT, mmap_mode="r+")
+        kept, left = left, np.lib.format.open_memmap(run.folder / LEFT, "w+", np.float32, after.floats.shape)
+        if kept is not None:
+            left[:] = kept
     codes, run.moments["left"] = encode(after.floats, run.layout, codec, left)
     reached = Weights(changed(run.weights.floats, codes, run.layout, codec, after.floats), after.integers)
     run.change = run.weights.digest, reached.digest, codes
@@ -53,9 +56,10 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
     federated = codec_of(run.config) != "fp32" and any(_weights(r) is run.weights for r in requests.values())
     digest = run.weights.digest if federated else ""
     short = {c: shortened(run, r, run.held.get(c, ""), digest) if _weights(r) is run.weights else r for c, r in requests.items()}
+    lacking: dict[str, Request] = {}
     while short:
-        lacking: dict[str, Request] = {}
-        for received in run.transport.ask(short, run.config.federation.deadline):
+        again, lacking = bool(lacking), {}
+        for received in answers(run, short, again):
             centre, reply = received.centre, received.reply
             up, down = run.traffic.get(centre, (0, 0))
             run.traffic[centre] = up + received.bytes_up, down + received.bytes_down
@@ -67,7 +71,40 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
             elif not isinstance(reply, Answer | Contribution):
                 run.held.pop(centre, None)
             yield received
+            del received, reply  # before the next is taken: its memory is wanted
         short = lacking
+
+
+def answers(run: Run, requests: Mapping[str, Request], again: bool) -> Iterator[Received]:
+    """`run.transport.ask`, written to the ledger as it happens; an operator who stops the run, or excludes who keeps it waiting, is heard.
+
+    `again`: these have been asked before, and lacked what the request builds on.
+    """
+    (stage, round), doing = run.at, _doing(next(iter(requests.values())))
+    if not again:
+        run.ledger.progress(run.id, stage, round, doing, asked=list(requests))
+    waiting, began = set(requests), time.monotonic()
+    for received in run.transport.ask(requests, run.config.federation.deadline):
+        heed(run)
+        if received is None:
+            if waiting <= run.excluded.keys():
+                break
+            continue
+        waiting.discard(received.centre)
+        if received.centre in run.excluded:
+            received = replace(received, reply=Refusal(received.centre, run.excluded[received.centre], declined=True))
+        if not isinstance(received.reply, Lacking):
+            reason = None if isinstance(received.reply, Answer | Contribution) else reason_of(received.reply)
+            took = {"seconds": time.monotonic() - began, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down}
+            run.ledger.progress(run.id, stage, round, doing, centre=received.centre, reason=reason, **took)
+        yield received
+    for centre in waiting:  # all of them excluded
+        yield Received(centre, Refusal(centre, run.excluded[centre], declined=True))
+
+
+def _doing(request: Request) -> str:
+    """In the words of `tables.progress`."""
+    return "train" if isinstance(request, Train) else request.name if isinstance(request, Query) else "meet"
 
 
 def shortened(run: Run, request: Request, held: str, digest: str) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from common.cli import run
 from common.compose import compose, to_dict
+from common.errors import ConsiliumError
 from common.findings import show
 from server import report as reports
 from server.runs import find, open_ledger, runs_folder
@@ -22,8 +24,9 @@ from server.simulate import simulate as simulate_run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The coordinator: simulate, resume, compare, report, runs, provision, admit, run, doctor.",
+    help="The coordinator: simulate, resume, compare, report, runs, backup, restore, provision, admit, run, doctor.",
 )
+Id = Annotated[str, typer.Option("--id", help="the new run's id; empty: made from the time and the recipe")]
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
 
 
@@ -33,9 +36,10 @@ def simulate(
     recipe: str = "multisource",
     runs: Runs = "",
     gpus: Annotated[float, typer.Option(help="share of a GPU for each centre")] = 0.0,
+    id: Id = "",
 ) -> None:
     """Run a recipe in Flower's simulation on this machine."""
-    simulate_run(recipe, _split(overrides), runs, gpus=gpus)
+    simulate_run(recipe, _split(overrides), runs, gpus=gpus, run=id)
 
 
 @app.command()
@@ -72,6 +76,26 @@ def list_runs(runs: Runs = "", ledger: str = "") -> None:
     for row in open_ledger(folder, ledger).runs():
         shown.add_row(row["id"], row["recipe"], row["mode"], row["status"], f"{row['since']:%Y-%m-%d %H:%M:%S}")
     console.print(shown)
+
+
+@app.command()
+def backup(file: Annotated[Path, typer.Argument(help="a tar; -: standard output")], runs: Runs = "", ledger: str = "") -> None:
+    """Write all runs and the ledger to one file; runs may be on meanwhile."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.backup(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
+
+
+@app.command()
+def restore(file: Annotated[Path, typer.Argument(help="what backup wrote; -: standard input")], runs: Runs = "", ledger: str = "") -> None:
+    """Put what `backup` wrote into an empty folder and a new ledger; its runs can be resumed there."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.restore(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
 
 
 @app.command()
@@ -141,11 +165,57 @@ def run_deployed(
     resume: Annotated[str, typer.Option(metavar="RUN", help="go on with this run")] = "",
     superlink: SuperLink = "localhost:8000",
     ca: Authority = Path("ca.crt"),
+    id: Id = "",
 ) -> None:
     """Run a recipe on the federation's hospitals and follow it."""
     from server.deployed import run as start
 
-    start(recipe, _split(overrides), superlink, ca, runs, resume)
+    start(recipe, _split(overrides), superlink, ca, runs, resume, id)
+
+
+@app.command()
+def dashboard(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: int = 8080,
+    runs: Runs = "",
+    ledger: Annotated[str, typer.Option(help="a database address; empty: $CONSILIUM_LEDGER, or SQLite in the runs folder")] = "",
+    certificate: Annotated[Path | None, typer.Option(help="TLS certificate; with --key")] = None,
+    key: Annotated[Path | None, typer.Option(help="its private key")] = None,
+    proxy: Annotated[list[str] | None, typer.Option(help="address or network of a reverse proxy that speaks TLS to the browsers")] = None,
+    trust_header: Annotated[str, typer.Option(help="header by which the proxy names who has logged in, e.g. X-Forwarded-User")] = "",
+    superlink: Annotated[str, typer.Option(help="deployed: the SuperLink, host:port, at which runs are started; empty: simulation")] = "",
+    ca: Authority = Path("ca.crt"),
+) -> None:
+    """The operator's console, a web page: centres, runs, learning, privacy, orders, audit trail. Accounts: `account add`."""
+    from server.dashboard.serve import serve
+
+    serve(host, port, runs_folder(runs), ledger, certificate, key, proxy or [], trust_header, superlink, ca)
+
+
+@app.command()
+def account(
+    what: Annotated[str, typer.Argument(help="add | close | list")],
+    name: Annotated[str, typer.Argument()] = "",
+    role: Annotated[str, typer.Option(help="viewer | operator")] = "viewer",
+    by_proxy: Annotated[bool, typer.Option("--by-proxy", help="no password here: the trusted reverse proxy asks for it")] = False,
+    runs: Runs = "",
+    ledger: str = "",
+) -> None:
+    """Who may use the console. A new account's password is made at random and printed once."""
+    from server import accounts
+
+    book = open_ledger(runs_folder(runs), ledger)
+    by = f"{getpass.getuser()} at the coordinator"
+    if what == "add":
+        password = accounts.give(book, name, role, by, by_proxy)
+        typer.echo(f"{name}, {role}" + (f": password {password}" if password else ", by the proxy"))
+    elif what == "close":
+        accounts.close(book, name, by)
+    elif what == "list":
+        for row in book.accounts():
+            typer.echo(f"{row['name']}  {row['role']}")
+    else:
+        raise ConsiliumError(f"account {what}: give add, close or list")
 
 
 def _split(overrides: list[str] | None) -> list[str]:

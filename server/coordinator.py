@@ -25,13 +25,15 @@ from common.messages import Contribution, Query, Refusal, Request, Train
 from common.model import make_model
 from common.schema import Evaluation, Stage
 from common.weights import NONE, Weights, flatten, layout_of
-from server import checkpoint, scores
+from server import checkpoint, matrix, scores
 from server.aggregation import Spooled, decoded, fault, spool
 from server.broadcast import ask, forget_left, send
 from server.combine import combine, screened
 from server.counts import global_counts, training
 from server.initial import initial_model
+from server.orders import heed
 from server.presence import filled, greet, readmit
+from server.quality import survey
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
 from server.transport import Received
@@ -45,7 +47,9 @@ def conduct(run: Run) -> dict[str, Any]:
     Raises ConsiliumError when it cannot go on, Paused when it can go on later.
     """
     began = time.perf_counter()
+    heed(run, round_over=True)
     restore(run)
+    survey(run)
     for name, stage in run.config.stages.items():
         done = next((s for s in run.result["stages"] if s["name"] == name), None)
         with about(stage=name):
@@ -53,6 +57,7 @@ def conduct(run: Run) -> dict[str, Any]:
                 done = enter(run, name, stage)
             if not done["finished"]:
                 play(run, name, stage, done)
+    matrix.score(run)
     test(run)
     forget_left(run)
     run.result["seconds"] += time.perf_counter() - began
@@ -85,6 +90,7 @@ def restore(run: Run) -> None:
 
 def enter(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     """Begin a stage from the best weights of the one before; round 0 is the score of what it starts from."""
+    run.at = name, 0
     if run.result["stages"]:
         run.weights = best_weights(run)
     run.moments = {}
@@ -123,6 +129,8 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
         if patience and all(n >= patience for n in waited):
             run.result["notes"].append(f"stage '{name}' ended after round {round - 1}: no better validation in {patience} rounds")
             break
+        heed(run, round_over=True)
+        run.at = name, round
         with about(round=round):
             started, began = datetime.now(UTC), time.perf_counter()
             readmit(run)
@@ -133,7 +141,7 @@ def play(run: Run, name: str, stage: Stage, place: dict[str, Any]) -> None:
             entry["seconds"] = time.perf_counter() - began
             entry["bytes_up"], entry["bytes_down"] = (sum(way) for way in zip(*run.traffic.values(), strict=True))
             for centre, said in entry["centres"].items():
-                said["bytes_up"], said["bytes_down"] = run.traffic[centre]
+                said["bytes_up"], said["bytes_down"] = run.traffic.get(centre, (0, 0))
             close(run, place, stage, entry, started, because)
             text = scores.line(entry["val"], run.config.evaluation.task, run.config.evaluation.metric)
             spent = [said["epsilon"] for said in entry["centres"].values() if said.get("epsilon") is not None]
@@ -174,6 +182,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
+            del received  # before the next is taken: its memory is wanted
         for centre, why in screened(run, arrived).items():
             facts[centre].update(accepted=False, reason=why)
             del arrived[centre]
@@ -190,6 +199,8 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
         why = by_reason({c: said["reason"] for c, said in sorted(facts.items()) if not said["accepted"]})
         raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {quorum} needed ({why}); mend it, then resume")
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
+    if not place["personal"]:
+        matrix.keep(run, name, round, list(arrived.values()))
     weights = {} if place["personal"] else combine(run, name, stage, round, arrived, facts)
     shutil.rmtree(folder, ignore_errors=True)
     effective = {group: effective_number(w) for group, w in weights.items()}
@@ -261,7 +272,8 @@ def evaluate(run: Run, name: str, stage: Stage, place: dict[str, Any], split: st
 
 def chain(run: Run, place: dict[str, Any], centre: str, round: int) -> list[tuple[str, int]]:
     """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
-    before = [(s["name"], best_of(s, centre)["round"]) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    bests = [(s["name"], best_of(s, centre)) for s in run.result["stages"] if s["finished"] and s["name"] != place["name"]]
+    before = [(name, best["round"]) for name, best in bests if best]  # none of a centre that was excluded all the time
     return [(name, last) for name, last in [*before, (place["name"], round)] if run.config.stages[name].personal]
 
 

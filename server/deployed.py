@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+from cryptography import x509
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from common.errors import ConsiliumError
 from common.keys import read_public, wire_form
+from common.reach import certificate_until
+from server.health import Node
 from server.runs import runs_folder
 from server.simulate import QUIET, settings_of, submit
 
@@ -42,10 +48,44 @@ def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
 
 
-def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "") -> Path:
+def nodes(address: str, authority: Path) -> list[Node]:
+    """The centres that the SuperLink knows. Raises ConsiliumError."""
+    try:
+        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
+        known = [node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"]
+        client.close()
+    except (httpx.HTTPError, OSError) as error:
+        raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
+    return [_node(node) for node in known]
+
+
+def certificates(address: str, authority: Path) -> dict[str, datetime]:
+    """{"authority", "coordinator": when it expires}: what every centre trusts, and what the server at `address` shows them."""
+    found = {"authority": x509.load_pem_x509_certificate(authority.read_bytes()).not_valid_after_utc}
+    try:
+        with (
+            httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15) as client,
+            client.stream("GET", f"https://{address}/health") as answer,
+        ):
+            found["coordinator"] = certificate_until(answer)
+    except (httpx.HTTPError, OSError):
+        pass  # that it cannot be reached is told by `nodes`
+    return found
+
+
+def _node(node: NodeInfo) -> Node:
+    online = node.status == "online"
+    since = node.last_activated_at if online else node.last_deactivated_at
+    now = datetime.now(UTC)
+    # A heartbeat is good until some later time: one that has come to an end says when it did.
+    seen = min(now, datetime.fromtimestamp(node.online_until, UTC)) if node.online_until else None
+    return Node(node.name or str(node.node_id), online, datetime.fromisoformat(since).astimezone(UTC) if since else None, seen)
+
+
+def run(recipe: str, overrides: list[str], address: str, authority: Path, runs: str = "", resume: str = "", name: str = "") -> Path:
     """Start or resume a run on the centres and follow it to its end; an interrupted command leaves the run going. Raises ConsiliumError."""
     folder = runs_folder(runs)
-    config, settings = settings_of(recipe, overrides, folder, resume)
+    config, settings = settings_of(recipe, overrides, folder, resume, name)
     with reached(address, authority) as (home, environment):
         return submit(config, settings, folder, home, environment, [], patience=900)
 

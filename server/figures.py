@@ -6,6 +6,7 @@ A centre keeps its colour, dash and mark in every figure; what is over all centr
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,11 +67,11 @@ def score_figures(task: str, hists: Mapping[str, Any], names: Sequence[str]) -> 
         fpr, tpr = roc(hist)
         if fpr.size:
             hover = f"{html.escape(centre)}<br>1 − specificity %{{x:.3f}}<br>sensitivity %{{y:.3f}}<extra></extra>"
-            curves.append(_trace(centre, names, fpr, tpr, hover, own, markers=False))
+            curves.append(line_of(centre, names, fpr, tpr, hover, own, markers=False))
         if hist.sum():
             predicted, observed, n = calibration(hist)
             hover = f"{html.escape(centre)}<br>predicted %{{x:.3f}}<br>observed %{{y:.3f}}<br>%{{customdata}} scans<extra></extra>"
-            trace = _trace(centre, names, predicted, observed, hover, own)
+            trace = line_of(centre, names, predicted, observed, hover, own)
             trace["marker"]["size"] = [round(4 + 10 * math.sqrt(k / n.max()), 1) for k in n]
             trace["marker"]["opacity"] = 0.8
             points.append({**trace, "cliponaxis": False, "customdata": [int(k) for k in n]})
@@ -99,10 +100,10 @@ def round_figures(rounds: Rounds, names: Sequence[str], chosen: str, metric: str
         mean = [finite(r.get("val", {}).get(task, {}).get("macro", {}).get(shown)) for _, _, r in rounds]
         label = NAMES.get(shown, shown)
         figures.append(
-            _over_rounds(f"{task}: {label} on validation; mean of centres bold", label, rounds, names, lines, {"mean of centres": mean})
+            over_rounds(f"{task}: {label} on validation; mean of centres bold", label, rounds, names, lines, {"mean of centres": mean})
         )
     losses = {name: [finite(r.get("centres", {}).get(name, {}).get("loss")) for _, _, r in rounds] for name in names}
-    figures.append(_over_rounds("Training loss", "loss", rounds, names, losses))
+    figures.append(over_rounds("Training loss", "loss", rounds, names, losses))
     return [figure for figure in figures if figure["data"]]
 
 
@@ -111,11 +112,11 @@ def weight_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     figures = []
     for part in parts:
         lines = {name: [finite(r.get("weights", {}).get(part, {}).get(name)) for _, _, r in rounds] for name in names}
-        figure = _over_rounds(f"Share in {part}", "weight", rounds, names, lines)
+        figure = over_rounds(f"Share in {part}", "weight", rounds, names, lines)
         figure["layout"]["yaxis"]["rangemode"] = "tozero"
         figures.append(figure)
     effective = {part: [finite(r.get("effective", {}).get(part)) for _, _, r in rounds] for part in parts}
-    figure = _over_rounds("Effective number of centres", "centres", rounds, names, {}, effective)
+    figure = over_rounds("Effective number of centres", "centres", rounds, names, {}, effective)
     figure["layout"] |= LEGEND
     figure["layout"]["yaxis"]["rangemode"] = "tozero"
     return [f for f in (*figures, figure) if f["data"]]
@@ -126,7 +127,7 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     if not any(r["round"] for _, _, r in rounds):
         return []
     seconds = {name: [finite(r.get("centres", {}).get(name, {}).get("seconds")) for _, _, r in rounds] for name in names}
-    time = _over_rounds("Time a round (bars) and training at each centre (lines)", "time, s", rounds, names, seconds)
+    time = over_rounds("Time a round (bars) and training at each centre (lines)", "time, s", rounds, names, seconds)
     bar = {
         "type": "bar",
         "x": x,
@@ -135,7 +136,7 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     }
     bar |= {"customdata": [f"{html.escape(str(stage))}, round {r['round']}" for _, stage, r in rounds]}
     time["data"].insert(0, {**bar, "hovertemplate": "%{customdata}<br>%{y:.1f} s in all<extra></extra>"})
-    traffic = _over_rounds("Traffic of a round, all centres", "MB", rounds, names, {})
+    traffic = over_rounds("Traffic of a round, all centres", "MB", rounds, names, {})
     for key, label, colour in (("bytes_down", "to the centres", "var(--soft)"), ("bytes_up", "from the centres", "var(--accent)")):
         y = [r[key] / 1e6 if r["round"] and r.get(key) is not None else None for _, _, r in rounds]
         hover = f"%{{customdata}}<br>%{{y:.2f}} MB {label}<extra></extra>"
@@ -144,7 +145,60 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     return [time, traffic]
 
 
-def _over_rounds(
+def matrix_figures(matrix: Result, chosen: str, metric: str) -> list[Figure]:
+    """Heat maps of the local models (rows) at every centre (columns), one a task."""
+    figures = []
+    for task in sorted(matrix.get("tasks", {}), key=lambda name: name != chosen):
+        models = matrix["tasks"][task]
+        places = list(dict.fromkeys(place for row in models.values() for place in row))
+        shown = leading(metric, {name for row in models.values() for of in row.values() for name, v in of.items() if v is not None})
+        cells = [[models[model].get(place, {}) for place in places] for model in models]
+        value = [[finite(cell.get(shown)) for cell in row] for row in cells]
+        why = [[cell.get("reasons", {}).get(shown) or ("not asked" if not cell else "") for cell in row] for row in cells]
+        label = NAMES.get(shown, shown)
+        cellwise = {
+            "type": "heatmap",
+            "x": [html.escape(place) for place in places],
+            "y": [html.escape(model) for model in models],
+            "z": value,
+            "text": [["–" if v is None else f"{v:.3f}" for v in row] for row in value],
+            "texttemplate": "%{text}",
+            "customdata": [[html.escape(w and f"undefined: {w}") for w in row] for row in why],
+            "hovertemplate": f"trained at %{{y}}, scored at %{{x}}<br>{label} %{{text}} %{{customdata}}<extra></extra>",
+            "colorscale": [[0, "var(--wash)"], [1, "var(--accent)"]],
+            "showscale": False,
+            "hoverongaps": True,
+            "xgap": 2,
+            "ygap": 2,
+        }
+        layout = {
+            "xaxis": {"title": {"text": "scored at"}, "type": "category", "showgrid": False},
+            "yaxis": {"title": {"text": "trained at"}, "type": "category", "autorange": "reversed", "showgrid": False},
+        }
+        figures.append({"title": f"{task}: {label} of each centre's own model at every centre", "data": [cellwise], "layout": layout})
+    return figures
+
+
+def quality_figures(quality: Result, names: Sequence[str]) -> list[Figure]:
+    """Each centre's histogram of each measure."""
+    figures = []
+    for measure in quality.values():
+        edges = measure["edges"]
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+        data = []
+        for centre, shares in measure["centres"].items():
+            hover = f"{html.escape(centre)}<br>%{{x:.3g}}<br>%{{y:.1%}}<extra></extra>"
+            one = line_of(centre, names, middle, shares, hover, own=True, markers=False)
+            data.append({**one, "line": one["line"] | {"shape": "hvh"}})
+        layout = {
+            "xaxis": {"title": {"text": measure["unit"]}, "range": [edges[0], edges[-1]]},
+            "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "rangemode": "tozero"},
+        }
+        figures.append({"title": f"{measure['name'][:1].upper()}{measure['name'][1:]}", "data": data, "layout": layout})
+    return [figure for figure in figures if figure["data"]]
+
+
+def over_rounds(
     title: str,
     label: str,
     rounds: Rounds,
@@ -160,7 +214,7 @@ def _over_rounds(
         for k, (name, y) in enumerate(some.items()):
             if any(v is not None for v in y):
                 hover = f"{html.escape(name)}<br>%{{customdata}}<br>{label} %{{y:.4g}}<extra></extra>"
-                trace = _trace(name, names, x, y, hover, own)
+                trace = line_of(name, names, x, y, hover, own)
                 if not own and len(bold or {}) > 1:
                     trace["line"] |= {"dash": DASHES[k % len(DASHES)], "width": 1.5}
                     trace["marker"] |= {"symbol": SYMBOLS[k % len(SYMBOLS)]}
@@ -200,7 +254,7 @@ def _over_rounds(
     return {"title": title, "data": data, "layout": layout}
 
 
-def _trace(
+def line_of(
     name: str, names: Sequence[str], x: Iterable[Any], y: Iterable[Any], hover: str, own: bool, markers: bool = True
 ) -> dict[str, Any]:
     """A centre's line in its colour, dash and mark, or (not `own`) a bold one over all centres. The legend's buttons hide by `meta`."""

@@ -166,6 +166,14 @@ def about_grid(result: Result) -> Grid:
     return Grid([head], rows)
 
 
+def drift_grid(quality: Result) -> Grid:
+    """How unlike all the others' scans each centre's are."""
+    centres = dict.fromkeys(centre for of in quality.values() for centre in of["centres"])
+    rows = [Line([Cell(c), *(Cell(text_of(of["drift"].get(c), 2) or "–", "n") for of in quality.values())]) for c in centres]
+    caption = "Distance of each centre's histogram from all others' together (Jensen-Shannon: 0 alike, 1 nothing in common)"
+    return Grid([[Head("centre", False), *(Head(of["name"]) for of in quality.values())]], rows, caption)
+
+
 def cost_grid(rounds: Rounds) -> Grid:
     """Time and bytes by stage."""
     stages: dict[str, list[Result]] = {}

@@ -21,11 +21,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
+from common.chain import START, linked
 from common.errors import ConsiliumError
 from common.imbalance import effective_number
 from server import tables
 
-STATUS = ("started", "resumed", "paused", "finished", "failed")  # the kinds of event that are a run's status
+STATUS = ("started", "resumed", "paused", "stopped", "finished", "failed")  # the kinds of event that are a run's status
 Row = dict[str, Any]
 AWAY = 300.0  # seconds that a database which was there may be away
 log = logging.getLogger("consilium.server")
@@ -59,8 +60,7 @@ class Ledger:
             sa.event.listen(self._engine, "connect", _sqlite_connect)
             sa.event.listen(self._engine, "begin", _sqlite_begin)
         with self._open() as database:
-            if url.get_backend_name() == "postgresql":  # two coordinators starting at once
-                database.execute(sa.text("SELECT pg_advisory_xact_lock(20260403320)"))
+            _alone(database)  # two coordinators starting at once
             tables.schema.create_all(database)
             inspector = sa.inspect(database)
             for table in tables.schema.tables.values():
@@ -138,13 +138,56 @@ class Ledger:
             if rows := _scores(at, split, scores):
                 database.execute(tables.scores.insert(), rows)
 
+    def progress(self, run: str, stage: str, round: int, doing: str, **facts: Any) -> None:
+        """Who is asked (`asked`), or one centre's answer (`centre`, `seconds`, `reason`, `bytes_up`, `bytes_down`)."""
+        with self._open() as database:
+            at = {"run": run, "time": _now(), "stage": stage, "round": round, "doing": doing}
+            database.execute(tables.progress.insert(), at | facts)
+
+    def note(self, who: str, what: str, why: str, run: str = "", centre: str = "") -> None:
+        """An entry of the audit trail: what a person did. Orders to a run are among them (server/orders.py)."""
+        with self._open() as database:
+            _alone(database)
+            last = database.scalar(sa.select(tables.audit.c.hash).order_by(tables.audit.c.id.desc()).limit(1))
+            entry = {"time": _now().isoformat(), "who": who, "what": what, "run": run, "centre": centre, "why": why}
+            database.execute(tables.audit.insert(), linked(entry, last or START) | {"time": datetime.fromisoformat(entry["time"])})
+
+    def add_account(self, name: str, role: str, password: str | None) -> None:
+        """An account as it is from now on; `password` is its hash."""
+        with self._open() as database:
+            database.execute(tables.accounts.insert(), {"time": _now(), "name": name, "role": role, "password": password})
+
+    def add_evidence(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
+        """What was found once in a run rather than in each round: `quality`, `matrix`."""
+        with self._open() as database:
+            database.execute(tables.evidence.insert(), {"run": run, "time": _now(), "kind": kind, "body": dict(body)})
+
+    def copy(self, to: Ledger) -> int:
+        """Add all rows, as of one moment, to an empty ledger, which may be of the other kind of database. Returns how many; all or none."""
+        count = 0
+        with self._open(read=True) as mine, to._open() as theirs:
+            if mine.dialect.name == "postgresql":  # SQLite reads as of one moment anyway
+                mine.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+            for table in tables.schema.sorted_tables:
+                for rows in mine.execution_options(yield_per=1000).execute(sa.select(table).order_by(table.c.id)).mappings().partitions():
+                    theirs.execute(table.insert(), [dict(row) for row in rows])
+                    count += len(rows)
+                if theirs.dialect.name == "postgresql" and table is not tables.runs:  # where its own numbers go on
+                    highest = sa.select(sa.func.max(table.c.id)).scalar_subquery()
+                    theirs.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence(table.name, "id"), highest)))
+        return count
+
+    def close(self) -> None:
+        """Let go of the database: a SQLite ledger is one file then."""
+        self._engine.dispose()
+
     # ---- reading: rows as dicts in the order of writing
 
     def runs(self) -> list[Row]:
         """All runs with their `status` and when it was reached, `since`."""
         last = sa.select(sa.func.max(tables.events.c.id)).where(tables.events.c.kind.in_(STATUS)).group_by(tables.events.c.run)
         joined = tables.runs.join(tables.events, sa.and_(tables.events.c.run == tables.runs.c.id, tables.events.c.id.in_(last)))
-        return self._read(
+        return self.read(
             sa.select(tables.runs, tables.events.c.kind.label("status"), tables.events.c.time.label("since"))
             .select_from(joined)
             .order_by(tables.events.c.id)
@@ -153,30 +196,45 @@ class Ledger:
     def status(self, run: str) -> str | None:
         """The run's last status; None for an unknown run."""
         of_run = sa.and_(tables.events.c.run == run, tables.events.c.kind.in_(STATUS))
-        rows = self._read(sa.select(tables.events.c.kind).where(of_run).order_by(tables.events.c.id.desc()).limit(1))
+        rows = self.read(sa.select(tables.events.c.kind).where(of_run).order_by(tables.events.c.id.desc()).limit(1))
         return str(rows[0]["kind"]) if rows else None
 
     def events(self, run: str) -> list[Row]:
-        return self._read(_of(tables.events, run))
+        return self.read(_of(tables.events, run))
 
     def centres(self, run: str) -> list[Row]:
-        return self._read(_of(tables.centres, run))
+        return self.read(_of(tables.centres, run))
 
     def rounds(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.rounds, run) if all_attempts else _last_attempts(tables.rounds, run))
+        return self.read(_of(tables.rounds, run) if all_attempts else _last_attempts(tables.rounds, run))
 
     def contributions(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
+        return self.read(_of(tables.contributions, run) if all_attempts else _last_attempts(tables.contributions, run))
 
     def shares(self, run: str, *, all_attempts: bool = False) -> list[Row]:
-        return self._read(_of(tables.shares, run) if all_attempts else _last_attempts(tables.shares, run))
+        return self.read(_of(tables.shares, run) if all_attempts else _last_attempts(tables.shares, run))
 
     def scores(self, run: str, *, all_attempts: bool = False, centres: bool = True) -> list[Row]:
         """`centres=False` leaves out what is long: each centre's own."""
         rows = _of(tables.scores, run) if all_attempts else _last_attempts(tables.scores, run, "split")
-        return self._read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
+        return self.read(rows if centres else rows.with_only_columns(*(c for c in tables.scores.columns if c.name != "centres")))
 
-    def _read(self, query: sa.Select[Any]) -> list[Row]:
+    def audit(self, run: str | None = None, after: int = 0) -> list[Row]:
+        """The trail's entries after this id, of one run where it is named; checked as a whole by server/orders.py."""
+        query = sa.select(tables.audit).where(tables.audit.c.id > after).order_by(tables.audit.c.id)
+        return self.read(query if run is None else query.where(tables.audit.c.run == run))
+
+    def accounts(self) -> list[Row]:
+        """Every account as it is now."""
+        last = sa.select(sa.func.max(tables.accounts.c.id)).group_by(tables.accounts.c.name)
+        return self.read(sa.select(tables.accounts).where(tables.accounts.c.id.in_(last)).order_by(tables.accounts.c.name))
+
+    def evidence(self, run: str) -> dict[str, Any]:
+        """{kind: its last body}."""
+        return {row["kind"]: row["body"] for row in self.read(_of(tables.evidence, run))}
+
+    def read(self, query: sa.Select[Any]) -> list[Row]:
+        """The rows of any query on `server/tables.py`."""
         with self._open(read=True) as database:
             return [dict(row) for row in database.execute(query).mappings()]
 
@@ -227,6 +285,12 @@ def _scores(at: Mapping[str, Any], split: str, scores: Mapping[str, Mapping[str,
         }
         for task, views in scores.items()
     ]
+
+
+def _alone(database: sa.Connection) -> None:
+    """Writers that must not meet take turns; SQLite's do so anyway."""
+    if database.dialect.name == "postgresql":
+        database.execute(sa.text("SELECT pg_advisory_xact_lock(20260403320)"))
 
 
 def _last(database: sa.Connection, table: sa.Table, **where: Any) -> int:

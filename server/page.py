@@ -1,13 +1,13 @@
-"""The report's page: one Jinja template (HTML, style, script), filled by `server/report.py`.
+"""The report's page: one Jinja template (HTML, style, script), filled by `server/report.py`; its parts are the console's too (server/dashboard/).
 
-A string in a module, not a file beside it, because a Flower app bundle carries modules. Colours are CSS variables, also inside the plots:
+Strings in a module, not files beside it, because a Flower app bundle carries modules. Colours are CSS variables, also inside the plots:
 the script replaces ``var(--x)`` in the figures before it draws them, and draws again when the reader's colour scheme changes. Colours of
 centres follow Okabe and Ito's palette for the colour-blind; markers differ too.
 """
 
-PAGE = """\
+MACROS = """\
 {%- macro grid(t) -%}
-<div class="wide"><table>
+<div class="wide" tabindex="0"><table>
 {%- if t.caption %}<caption>{{ t.caption }}</caption>{% endif %}
 <thead>{% for row in t.head %}<tr>{% for h in row -%}
 <th{% if h.span > 1 %} colspan="{{ h.span }}" class="group"{% elif h.number %} class="n"{% endif %} scope="col">{{ h.text }}</th>
@@ -23,13 +23,9 @@ PAGE = """\
 <div class="plots">{% for f in figures %}<figure><figcaption>{{ f.title }}</figcaption>
 <div class="plot" id="{{ f.id }}" role="img" aria-label="{{ f.title }}"></div></figure>{% endfor %}</div>
 {%- endmacro -%}
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:">
-<title>{{ title }}</title>
-<style>
+"""
+
+STYLE = """\
 :root { color-scheme: light dark; --paper:#fff; --ink:#1b2026; --soft:#5c6670; --line:#dfe3e7; --wash:#f5f7f8; --accent:#0a64a4;
  --c0:#0072b2; --c1:#d55e00; --c2:#009e73; --c3:#b8558f; --c4:#d08c00; --c5:#45a5de; --c6:#7a6a4f; }
 @media (prefers-color-scheme: dark) { :root { --paper:#14181c; --ink:#e4e8eb; --soft:#9aa5af; --line:#2e353c; --wash:#1b2026;
@@ -77,7 +73,40 @@ figure { margin:8px 0 0; min-width:0 } figcaption { font-size:13px; overflow-wra
 pre { background:var(--wash); padding:12px 14px; overflow:auto; max-height:560px; font-size:12.5px; line-height:1.4 }
 summary { cursor:pointer; color:var(--accent) }
 @media print { .legend { position:static } body { max-width:none; padding:0 } }
-</style></head><body>
+"""
+
+DRAW = """\
+const merge = (a, b) => { for (const k in b) a[k] = b[k] && b[k].constructor === Object ? merge({...a[k]}, b[k]) : b[k]; return a };
+function draw(figures, hidden) {
+  const css = getComputedStyle(document.documentElement);
+  const axis = { gridcolor:"var(--line)", linecolor:"var(--soft)", zeroline:false, automargin:true, showline:true, ticks:"outside",
+    ticklen:3, tickcolor:"var(--soft)", title:{standoff:8, font:{size:12}} };
+  const base = { paper_bgcolor:"rgba(0,0,0,0)", plot_bgcolor:"rgba(0,0,0,0)", showlegend:false, margin:{l:48, r:12, t:12, b:40},
+    font:{family:"system-ui, -apple-system, Segoe UI, Liberation Sans, Arial, sans-serif", size:11.5, color:"var(--soft)"},
+    hoverlabel:{bgcolor:"var(--paper)", bordercolor:"var(--soft)", font:{color:"var(--ink)"}, namelength:30}, hovermode:"closest" };
+  for (const [id, figure] of Object.entries(figures)) {
+    const layout = merge({...base, xaxis:{...axis}, yaxis:{...axis}}, figure.layout);
+    const data = figure.data.map(t => ({...t, visible: !hidden.has(String(t.meta))}));
+    const text = JSON.stringify({data, layout}).replace(/var\\((--\\w+)\\)/g, (_, name) => css.getPropertyValue(name).trim());
+    const ready = JSON.parse(text);
+    Plotly.react(id, ready.data, ready.layout, {displayModeBar:false, responsive:true});
+  }
+}
+"""
+
+PAGE = (
+    MACROS
+    + """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:">
+<title>{{ title }}</title>
+<style>
+"""
+    + STYLE
+    + """</style></head><body>
 <header><h1>{{ heading }}</h1>
 <p class="meta"><span class="status {{ status }}">{{ status }}</span>{{ facts|join(" · ") }}</p></header>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
@@ -94,6 +123,9 @@ summary { cursor:pointer; color:var(--accent) }
 <noscript><p>The plots need JavaScript, which is part of this file; the tables do not.</p></noscript>
 {% if score_figures %}{{ plots(score_figures) }}<p class="note">Both from histograms of scores by true class, never from a scan's own score.
  Calibration: the larger the mark, the more scans.</p>{% endif %}
+{% if matrix_figures %}<h2>Every centre's own model at every centre</h2>
+<p>Validation scans; a local model is what the last round began from plus what one centre made of it.</p>
+{{ plots(matrix_figures) }}{% endif %}
 {% if stages.rows %}<h2>Stages and rounds</h2>{{ grid(stages) }}
 {%- if thinned %}<p class="note">{{ thinned }}</p>{% endif %}{{ plots(round_figures) }}{% endif %}
 {% if weight_figures %}<h2>Weights of the centres</h2>
@@ -102,6 +134,9 @@ summary { cursor:pointer; color:var(--accent) }
 <h2>Scans</h2>
 {% for t in labels %}{{ grid(t) }}{% else %}<p>No counts were reported.</p>{% endfor %}
 {% if about.rows %}<h3>The centres</h3>{{ grid(about) }}{% endif %}
+{% if drift.rows %}<h3>What the scans look like</h3>
+<p>Each centre's histogram over its scans, every scan counting as one.</p>
+{{ plots(quality_figures) }}{{ grid(drift) }}{% endif %}
 {% if cost_figures %}<h2>Time and traffic</h2>{{ plots(cost_figures) }}{{ grid(costs) }}{% endif %}
 {% if privacy.rows %}<h2>Privacy</h2>{{ grid(privacy) }}{% endif %}
 <h2>Left out</h2>
@@ -112,30 +147,17 @@ summary { cursor:pointer; color:var(--accent) }
 <script>{{ plotly }}</script>
 <script type="application/json" id="figures">{{ figures }}</script>
 <script>
-const figures = JSON.parse(document.getElementById("figures").textContent), hidden = new Set();
-const merge = (a, b) => { for (const k in b) a[k] = b[k] && b[k].constructor === Object ? merge({...a[k]}, b[k]) : b[k]; return a };
-function draw() {
-  const css = getComputedStyle(document.documentElement);
-  const axis = { gridcolor:"var(--line)", linecolor:"var(--soft)", zeroline:false, automargin:true, showline:true, ticks:"outside",
-    ticklen:3, tickcolor:"var(--soft)", title:{standoff:8, font:{size:12}} };
-  const base = { paper_bgcolor:"rgba(0,0,0,0)", plot_bgcolor:"rgba(0,0,0,0)", showlegend:false, margin:{l:48, r:12, t:12, b:40},
-    font:{family:"system-ui, -apple-system, Segoe UI, Liberation Sans, Arial, sans-serif", size:11.5, color:"var(--soft)"},
-    hoverlabel:{bgcolor:"var(--paper)", bordercolor:"var(--soft)", font:{color:"var(--ink)"}, namelength:30}, hovermode:"closest" };
-  for (const [id, figure] of Object.entries(figures)) {
-    const layout = merge({...base, xaxis:{...axis}, yaxis:{...axis}}, figure.layout);
-    const data = figure.data.map(t => ({...t, visible: !hidden.has(String(t.meta))}));
-    const text = JSON.stringify({data, layout}).replace(/var\\((--\\w+)\\)/g, (_, name) => css.getPropertyValue(name).trim());
-    const ready = JSON.parse(text);
-    Plotly.react(id, ready.data, ready.layout, {displayModeBar:false, responsive:true});
-  }
-}
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+"""
+    + DRAW
+    + """const figures = JSON.parse(document.getElementById("figures").textContent), hidden = new Set(), show = () => draw(figures, hidden);
+show();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
 document.querySelectorAll(".legend button").forEach(b => b.addEventListener("click", () => {
   const on = b.getAttribute("aria-pressed") === "false";
   b.setAttribute("aria-pressed", on);
   on ? hidden.delete(b.dataset.who) : hidden.add(b.dataset.who);
-  draw();
+  show();
 }));
 </script></body></html>
 """
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.schema import Config
 from common.tasks import columns_of
 from server import scores
 from server.broadcast import ask
+from server.orders import heed
 from server.soft_labels import cluster
 from server.state import Paused, Run, Unlabelled, by_reason, reason_of
 
@@ -57,7 +59,12 @@ def greet(run: Run) -> None:
 def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
     """Hear who is there, up to `wait` seconds; a centre that runs other code has no part. Returns {centre: why it was refused}."""
     refused: dict[str, str] = {}
+    began = time.monotonic()
+    run.ledger.progress(run.id, *run.at, "meet", asked=centres)
     for received in run.transport.greet(Hello(run.id, to_dict(run.config)), centres, wait):
+        if received is None:
+            heed(run)
+            continue
         reply = received.reply
         if not isinstance(reply, Presence):
             refused[received.centre] = reason_of(reply)
@@ -65,6 +72,8 @@ def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
             refused[received.centre] = f"runs other code ({reply.fingerprint}, here {fingerprint()}); install the same version"
         elif received.centre in centres:
             run.presence[received.centre] = reply
+        why_not, seconds = refused.get(received.centre), time.monotonic() - began
+        run.ledger.progress(run.id, *run.at, "meet", centre=received.centre, seconds=seconds, reason=why_not)
     run.refused |= refused
     for centre, why in refused.items():
         run.ledger.event(run.id, "refused", why, centre)
@@ -80,6 +89,7 @@ def count(run: Run, centres: list[str]) -> None:
         said = run.presence[centre]
         held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}
         facts = {"counts": held, "sources": said.sources, "versions": said.versions, "skipped": said.skipped, "device": said.device}
+        facts |= {"scans": said.scans, "policy": said.policy, "fingerprint": said.fingerprint}
         run.ledger.add_centre(run.id, centre, facts)
 
 

@@ -20,12 +20,27 @@ from rich.table import Table
 from rich.text import Text
 
 from common.metrics import leading
-from server.figures import COLOURS, COLUMNS, NAMES, Figure, Result, Rounds, cost_figures, dash, round_figures, score_figures, weight_figures
+from server.figures import (
+    COLOURS,
+    COLUMNS,
+    NAMES,
+    Figure,
+    Result,
+    Rounds,
+    cost_figures,
+    dash,
+    matrix_figures,
+    quality_figures,
+    round_figures,
+    score_figures,
+    weight_figures,
+)
 from server.grids import (
     VIEWS,
     about_grid,
     columns_of,
     cost_grid,
+    drift_grid,
     label_grids,
     left_out_grid,
     privacy_grid,
@@ -50,10 +65,10 @@ def write_report(path: Path, result: Result) -> None:
 
 def table(result: Result) -> Table:
     """The chosen task's test metrics by centre, for a terminal; of the run's last validation where there was no test."""
-    task, metric = _chosen(result)
+    task, metric = chosen(result)
     split, scores = "test", result.get("test", {}).get(task)
     if not scores:
-        split, scores = "validation", next((r["val"][task] for _, _, r in reversed(_rounds(result)) if task in r.get("val", {})), {})
+        split, scores = "validation", next((r["val"][task] for _, _, r in reversed(rounds_of(result)) if task in r.get("val", {})), {})
     columns = [name for name in columns_of(scores) if name == metric or (name in COLUMNS and COLUMNS[name].short)] if scores else []
     grid = score_grid(task, scores, columns)
     drawn = Table(title=f"{task}, {split}: run {result.get('run', '')}", caption="\n".join(grid.notes) or None, caption_justify="left")
@@ -73,7 +88,7 @@ def table(result: Result) -> Table:
 
 def side_by_side(results: Mapping[str, Result]) -> Table:
     """Several runs' chosen test metric by centre, one column a run (`make compare`), with the steps and seconds that each took."""
-    task, metric = _chosen(next(iter(results.values())))
+    task, metric = chosen(next(iter(results.values())))
     scores = [result.get("test", {}).get(task, {}) for result in results.values()]
     drawn = Table(title=Text(f"{task}, test {NAMES.get(metric, metric)}"))
     drawn.add_column("centre")
@@ -88,7 +103,7 @@ def side_by_side(results: Mapping[str, Result]) -> Table:
         shown = [(v.get("value"), v.get("centre") or "") if isinstance(v, Mapping) else (v, "") for v in values]
         drawn.add_row(label, *(Text("\n".join(filter(None, (text_of(v) or "–", who)))) for v, who in shown))
     drawn.add_section()
-    replies = [[reply for _, _, r in _rounds(result) for reply in r["centres"].values()] for result in results.values()]
+    replies = [[reply for _, _, r in rounds_of(result) for reply in r["centres"].values()] for result in results.values()]
     drawn.add_row("optimiser steps, all centres", *(text_of(sum(reply.get("steps") or 0 for reply in of), 0) for of in replies))
     drawn.add_row("time, s", *(text_of(result.get("seconds"), 0) or "–" for result in results.values()))
     return drawn
@@ -96,9 +111,9 @@ def side_by_side(results: Mapping[str, Result]) -> Table:
 
 def _context(result: Result) -> dict[str, Any]:
     """All that the page shows."""
-    rounds = _rounds(result)
-    names = _names(result, rounds)
-    task, metric = _chosen(result)
+    rounds = rounds_of(result)
+    names = names_in(result, rounds)
+    task, metric = chosen(result)
     test = result.get("test", {})
     tasks = sorted(test, key=lambda name: name != task)  # the chosen one first
     drawn_of, step = thinned(rounds, len(names))
@@ -107,6 +122,8 @@ def _context(result: Result) -> dict[str, Any]:
         "round_figures": round_figures(drawn_of, names, task, metric),
         "weight_figures": weight_figures(drawn_of, names),
         "cost_figures": cost_figures(drawn_of, names),
+        "matrix_figures": matrix_figures(result.get("matrix", {}), task, metric),
+        "quality_figures": quality_figures(result.get("quality", {}), names),
     }
     drawn = [figure for some in figures.values() for figure in some]
     for i, figure in enumerate(drawn):
@@ -123,7 +140,7 @@ def _context(result: Result) -> dict[str, Any]:
         f"seed {result.get('seed', '?')}",
     ]
     facts += [f"started {result['started']}"] if result.get("started") else []
-    facts += [f"took {_duration(result['seconds'])}"] if result.get("seconds") is not None else []
+    facts += [f"took {duration(result['seconds'])}"] if result.get("seconds") is not None else []
     styles = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}
     return {
         "title": f"{recipe} · {run}",
@@ -139,6 +156,7 @@ def _context(result: Result) -> dict[str, Any]:
         "weights": weights_grid(rounds, names),
         "labels": label_grids(result),
         "about": about_grid(result),
+        "drift": drift_grid(result.get("quality", {})),
         "costs": cost_grid(rounds),
         "privacy": privacy_grid(rounds, result.get("config", {}).get("privacy", {})),
         "left_out": left_out_grid(result),
@@ -176,7 +194,7 @@ def _headline(result: Result, task: str, metric: str) -> dict[str, Any]:
 # ---- small things
 
 
-def _rounds(result: Result) -> Rounds:
+def rounds_of(result: Result) -> Rounds:
     """(number over all stages from 1, stage, round)."""
     flat = [(stage["name"], r) for stage in result.get("stages", []) for r in stage.get("rounds", [])]
     return [(i, stage, r) for i, (stage, r) in enumerate(flat, 1)]
@@ -190,7 +208,7 @@ def thinned(rounds: Rounds, names: int) -> tuple[Rounds, int]:
     return [one for i, one in enumerate(rounds) if i % step == 0 or i in ends], step
 
 
-def _names(result: Result, rounds: Rounds) -> list[str]:
+def names_in(result: Result, rounds: Rounds) -> list[str]:
     """Every centre that is named anywhere, in the order of the federation."""
     named = dict.fromkeys(result.get("centres", {}))
     for _, _, r in rounds:
@@ -201,10 +219,10 @@ def _names(result: Result, rounds: Rounds) -> list[str]:
     return list(named)
 
 
-def _chosen(result: Result) -> tuple[str, str]:
+def chosen(result: Result) -> tuple[str, str]:
     """The task and metric to show first: what the run was judged by, if its last scores have it, else what they have."""
     task, metric = _judged_by(result)
-    scores: Result = result.get("test") or next((r["val"] for _, _, r in reversed(_rounds(result)) if r.get("val")), {})
+    scores: Result = result.get("test") or next((r["val"] for _, _, r in reversed(rounds_of(result)) if r.get("val")), {})
     if scores and task not in scores:
         task = next((name for name, views in scores.items() if views.get("macro", {}).keys() - {"loss"}), next(iter(scores)))
     return task, leading(metric, scores.get(task, {}).get("macro", {}))
@@ -224,7 +242,8 @@ def _get(scores: Result, view: str, metric: str) -> Any:
     return scores.get(view, {}).get(metric)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: `1 h 2 min`, `2 min 3 s`, `3.4 s`."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

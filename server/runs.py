@@ -22,7 +22,7 @@ from common.schema import Config
 from server.coordinator import conduct
 from server.ledger import Ledger
 from server.report import write_report
-from server.state import Paused, Run
+from server.state import Paused, Run, Stopped
 from server.transport import Transport
 
 log = logging.getLogger("consilium.server")
@@ -78,8 +78,13 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
     if (folder / "metrics.json").exists():
         raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
     config = config_of(folder)
-    ended = ledger.status(folder.name) in ("paused", "failed")
-    ledger.event(folder.name, "resumed", "" if ended else "the coordinator's process had ended without a word")
+    said = [] if ledger.status(folder.name) in ("paused", "stopped", "failed") else ["the coordinator's process had ended without a word"]
+    said += [
+        f"by code {fingerprint()}, begun by {row['code']}"
+        for row in ledger.runs()
+        if row["id"] == folder.name and row["code"] != fingerprint()
+    ]
+    ledger.event(folder.name, "resumed", "; ".join(said))
     return _carry_out(Run(folder.name, config, folder, transport, ledger))
 
 
@@ -89,9 +94,10 @@ def _carry_out(run: Run) -> dict[str, Any]:
             result = conduct(run)
         _write_results(run, result)
     except Paused as pause:
-        run.ledger.event(run.id, "paused", str(pause))
+        status = "stopped" if isinstance(pause, Stopped) else "paused"
+        run.ledger.event(run.id, status, str(pause))
         raise ConsiliumError(
-            f"run '{run.id}' is paused: {pause}; go on with `consilium-server resume {run.id}` (deployed: `run --resume {run.id}`)"
+            f"run '{run.id}' is {status}: {pause}; go on with `consilium-server resume {run.id}` (deployed: `run --resume {run.id}`)"
         ) from None
     except Exception as error:
         with contextlib.suppress(ConsiliumError):  # it may be the ledger that cannot be used: that is the error to tell

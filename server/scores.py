@@ -124,18 +124,23 @@ def line(scores: Table, task: str, metric: str) -> str:
     return f"{task} {metric}  macro {macro:.3f}  worst {worst['value']:.3f} ({worst['centre']})"
 
 
+def by_class(counts: Mapping[str, list[float]], config: Config) -> dict[str, dict[str, dict[str, float]]]:
+    """{split: {task: {class or "unlabelled": scans}}} from {"cohort/split/task": [K + 1]}, all cohorts together."""
+    held: dict[str, dict[str, dict[str, float]]] = {}
+    for key, n in counts.items():
+        _, split, task = key.split("/")
+        names = [*cells_of(task, config.tasks[task]), "unlabelled"]
+        cell = held.setdefault(split, {}).setdefault(task, dict.fromkeys(names, 0.0))
+        for name, value in zip(names, n, strict=True):
+            cell[name] += value
+    return held
+
+
 def new_result(run: str, config: Config, presence: Mapping[str, Presence], counts: Sums) -> dict[str, Any]:
     """The skeleton of `metrics.json`, with who takes part and what they hold."""
     centres = {}
     for centre, said in presence.items():
-        held: dict[str, dict[str, dict[str, float]]] = {}
-        for key, n in counts.items():
-            cohort, split, task = key.split("/")
-            if cohort in said.cohorts:
-                names = [*cells_of(task, config.tasks[task]), "unlabelled"]
-                cell = held.setdefault(split, {}).setdefault(task, dict.fromkeys(names, 0.0))
-                for name, value in zip(names, n.tolist(), strict=True):
-                    cell[name] += value
+        held = by_class({key: n.tolist() for key, n in counts.items() if key.split("/")[0] in said.cohorts}, config)
         centres[centre] = {
             "counts": held,
             "sources": said.sources,

@@ -41,24 +41,24 @@ QUIET = {
 console = Console(width=max(Console().width, 110))  # a table per centre needs the room, also in a CI log
 
 
-def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0) -> Path:
+def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0, run: str = "") -> Path:
     """Run to the end and print the table per centre; returns the run's folder. Raises ConsiliumError when the run did not finish."""
     folder = runs_folder(runs)
-    config, settings = settings_of(recipe, overrides, folder, resume)
+    config, settings = settings_of(recipe, overrides, folder, resume, run)
     nodes = 1 if config.federation.mode == "central" else len(config.federation.centres)
     federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus}"
     with superlink() as (home, environment):
         return submit(config, settings, folder, home, environment, ["--federation-config", federation])
 
 
-def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "") -> tuple[Config, dict[str, str]]:
+def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "", run: str = "") -> tuple[Config, dict[str, str]]:
     """The configuration of a run to be started or resumed, and the run's settings for `flwr run -c`. Raises ConsiliumError."""
     if resume:
         kept = find(runs, resume)
         return config_of(kept), {"resume": kept.name, "runs": str(runs)}
     config = compose([f"recipe={recipe}", *overrides])
     known(config.backbone)  # refused here, at once, rather than by the server in twenty seconds
-    return config, {"recipe": recipe, "overrides": " ".join(overrides), "run": new_id(config), "runs": str(runs)}
+    return config, {"recipe": recipe, "overrides": " ".join(overrides), "run": run or new_id(config), "runs": str(runs)}
 
 
 def submit(

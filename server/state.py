@@ -26,6 +26,10 @@ class Paused(ConsiliumError):
     """Too few centres, again and again: the run waits for a person and can be resumed."""
 
 
+class Stopped(Paused):
+    """A person ended it; it can be resumed like one that was paused."""
+
+
 class Unlabelled(ConsiliumError):
     """No centre that may train has a label for a task."""
 
@@ -50,9 +54,17 @@ class Run:
     counts: Sums = field(default_factory=dict)  # {"cohort/split/task": [K + 1]}
     result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
 
+    at: tuple[str, int] = ("", 0)  # stage and round in progress
+    # Orders (server/orders.py):
+    heard: int = 0  # id of the last order read, ...
+    looked: float = -math.inf  # ... when,
+    ordered: tuple[str, str] = ("", "")  # what is still to be done, and by whose order
+    excluded: dict[str, str] = field(default_factory=dict)  # {centre: by whose order and why}
+
     @property
     def expected(self) -> list[str]:
-        return ["pooled"] if self.config.federation.mode == "central" else self.config.federation.centres
+        federation = self.config.federation
+        return ["pooled"] if federation.mode == "central" else [c for c in federation.centres if c not in self.excluded]
 
     @property
     def quorum(self) -> int:

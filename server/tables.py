@@ -1,4 +1,4 @@
-"""The ledger's tables: facts about a run, added and never changed.
+"""The ledger's tables: facts about runs, and what people did and may do; added and never changed.
 
 `id` counts in the order of writing. Triggers refuse UPDATE and DELETE in the database itself, so that no later program, ours or another,
 edits history unseen.
@@ -71,7 +71,7 @@ centres = _table(
     "centres",
     sa.Column("time", _Time, nullable=False),
     sa.Column("centre", sa.String, nullable=False),
-    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device
+    sa.Column("facts", _JSON, nullable=False),  # counts, sources, versions, failed scans, device, policy
 )
 rounds = _table(
     "rounds",
@@ -113,6 +113,53 @@ scores = _table(
     sa.Column(
         "centres", _JSON, nullable=False
     ),  # {centre: {metric: value, ..., "reasons": {metric: why it is undefined}}}; last, as it is long
+)
+
+# What is going on right now, one short row a request or reply: `centre` is null in the row that says who was asked for what.
+progress = _table(
+    "progress",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("stage", sa.String, nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("doing", sa.String, nullable=False),  # meet | train | scores | counts | moments | clusters
+    sa.Column("asked", _JSON),  # of the first row: the centres
+    sa.Column("centre", sa.String),
+    sa.Column("seconds", sa.Float),  # from the question to the answer, with all that lies between
+    sa.Column("reason", sa.String),  # why there is no good answer
+    sa.Column("bytes_up", sa.BigInteger),
+    sa.Column("bytes_down", sa.BigInteger),
+    sa.Index("progress_of_centre", "run", "centre"),
+)
+# What people did, each entry chained to the one before (common/chain.py). Orders to a run are entries that its coordinator reads.
+audit = sa.Table(
+    "audit",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("who", sa.String, nullable=False),
+    sa.Column("what", sa.String, nullable=False),
+    sa.Column("run", sa.String, nullable=False, index=True),  # "": none; the run of a `start` is not there yet
+    sa.Column("centre", sa.String, nullable=False),
+    sa.Column("why", sa.String, nullable=False),
+    sa.Column("previous", sa.String, nullable=False, unique=True),  # no fork
+    sa.Column("hash", sa.String, nullable=False),
+)
+# Who may use the console: the last row of a name holds.
+accounts = sa.Table(
+    "accounts",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("role", sa.String, nullable=False),  # viewer | operator | none
+    sa.Column("password", sa.String),  # Argon2id's encoded hash; null: only by a trusted proxy
+)
+# What was found once in a run rather than in each round.
+evidence = _table(
+    "evidence",
+    sa.Column("time", _Time, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),  # quality (server/quality.py) | matrix (server/matrix.py)
+    sa.Column("body", _JSON, nullable=False),
 )
 
 _REFUSE = "the ledger is append-only"

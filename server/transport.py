@@ -20,12 +20,12 @@ class Received:
 
 
 class Transport(Protocol):
-    """Sends requests to centres by name and yields each reply as it arrives."""
+    """Sends requests to centres by name and yields each reply as it arrives; None now and then while there is none, so that the asker can act."""
 
-    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
+    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received | None]:
         """Ask every node who it is, until `expected` centres are there or `wait` seconds have passed."""
         ...
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
+    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received | None]:
         """Yield exactly one Received for each request, at the latest after `deadline` seconds."""
         ...

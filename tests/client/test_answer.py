@@ -297,7 +297,7 @@ def test_wrong_requests_are_refused_and_never_raise(hospital: Path) -> None:
     ]
     for request in requests:
         assert reason(answer(site, request))
-    assert reason(answer(site, requests[0])) == "query 'pixels' is not one this centre answers: counts, scores, moments, clusters"
+    assert reason(answer(site, requests[0])) == "query 'pixels' is not one this centre answers: counts, scores, moments, clusters, quality"
     assert "is for simulation only" in reason(answer(site, requests[-2]))
     assert "is not a name for a run or a stage" in reason(answer(site, requests[-1]))
     assert "shows no GPU" in reason(answer(replace(site, device="cuda"), train(config))) or torch.cuda.is_available()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from client import egress
+from common.chain import linked
 from common.errors import ConsiliumError, Refused
 from common.messages import Answer, Query
 
@@ -44,7 +45,7 @@ def test_a_line_that_was_tampered_with_is_named(tmp_path: Path, harm: str) -> No
         lines[1], lines[2] = lines[2], lines[1]
     else:  # rewritten with a hash of its own: the next line does not follow from it
         entry = json.loads(lines[1]) | {"bytes": 0}
-        lines[1] = json.dumps(entry | {"hash": egress._hash(entry)}, sort_keys=True)
+        lines[1] = json.dumps(linked(entry, entry["previous"]), sort_keys=True)
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ConsiliumError, match=f"line {3 if harm == 'forged' else 2} was changed, or lines before it were removed"):
         list(egress.read(tmp_path))

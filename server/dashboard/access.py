@@ -1,0 +1,155 @@
+"""Who is asking, and may they? One gate before every page: a page is closed unless it is named in OPEN, and every POST is an operator's unless it is
+named in OWN, with the session's own token in its form (CSRF)."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import ConsiliumError
+from server import accounts
+from server.ledger import Ledger
+
+OPEN = ("/login", "/health", "/metrics")
+OWN = ("/logout", "/password")  # POSTs that every person may send
+IDLE, LONGEST = 2 * 3600, 12 * 3600  # seconds of a session without a request, and in all
+PER_NAME, PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
+EMPTY = "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="  # of the empty style element that plotly fills by its own hand
+CONTENT = (
+    f"default-src 'none'; script-src 'self'; style-src 'self' '{EMPTY}'; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Login(Exception):
+    """The person must log in first."""
+
+
+class Forbidden(ConsiliumError):
+    """The person may not."""
+
+
+class Person(NamedTuple):
+    """Whose session it is; `csrf` stands in every form of theirs."""
+
+    name: str
+    role: str
+    csrf: str
+
+
+@dataclass
+class Trust:
+    """A reverse proxy that has logged people in: from these addresses, and from no other, this header names the person."""
+
+    header: str = ""
+    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
+
+    @classmethod
+    def of(cls, header: str, networks: list[str]) -> Trust:
+        """Raises ConsiliumError."""
+        if header and not networks:
+            raise ConsiliumError("--trust-header needs --proxy ADDRESS: from any other address the header could be anybody's")
+        try:
+            return cls(header, tuple(ipaddress.ip_network(n) for n in networks))
+        except ValueError as error:
+            raise ConsiliumError(f"--proxy: {error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24") from None
+
+    def name(self, request: Request) -> str:
+        """The person that the proxy names; "" where none does."""
+        address = ipaddress.ip_address(request.client.host) if self.header and request.client else None
+        return request.headers.get(self.header, "") if address and any(address in n for n in self.networks) else ""
+
+
+class Gate:
+    """The dependency of every route. Sessions are signed cookies, by a key that lives as long as this process."""
+
+    def __init__(self, ledger: Ledger, trust: Trust) -> None:
+        self.ledger, self.trust = ledger, trust
+        self.ended: dict[str, float] = {}  # {session logged out: when it would have ended}
+        self.failed = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, request: Request) -> None:
+        """Raises Login or Forbidden; else `request.state.person` is known, None on an open page."""
+        path = request.url.path
+        request.state.person = None
+        if path in OPEN:
+            return
+        person = self.person(request)
+        request.state.person = person
+        if request.method == "POST":
+            token = str((await request.form()).get("csrf", ""))
+            if not secrets.compare_digest(token, person.csrf):
+                raise Forbidden("this form is of another session, or older than your log-in; go back, reload the page and try again")
+            if person.role != "operator" and path not in OWN:
+                raise Forbidden("only an operator may do this; you are a viewer")
+
+    def person(self, request: Request) -> Person:
+        """Raises Login where nobody is logged in, Forbidden where the proxy's person has no account."""
+        session: dict[str, Any] = request.session
+        if name := self.trust.name(request):
+            account = accounts.of(self.ledger, name)
+            if account is None:
+                raise Forbidden(f"'{name}' has no account here; an operator can make one: consilium-server account add {name} --by-proxy")
+            return Person(name, account["role"], session.setdefault("csrf", secrets.token_urlsafe()))
+        account = accounts.of(self.ledger, session.get("name", ""))
+        now = time.time()
+        alive = session.get("id") not in self.ended and now - session.get("began", 0) < LONGEST
+        if account is None or account["id"] != session.get("account") or not alive:  # another id: its password or role has changed
+            session.clear()
+            raise Login
+        return Person(account["name"], account["role"], session["csrf"])
+
+    def log_in(self, request: Request, name: str, password: str) -> None:
+        """Begin a session. Raises ConsiliumError, the same for a wrong name and a wrong password."""
+        address = request.client.host if request.client else ""
+        keys = (PER_NAME, name[:64], address), (PER_ADDRESS, address)
+        if not all(self.failed.test(*key) for key in keys):
+            raise Forbidden("too many attempts; wait a minute")
+        account = accounts.authentic(self.ledger, name, password)
+        if account is None:
+            for key in keys:
+                self.failed.hit(*key)
+            raise ConsiliumError("name or password is wrong")
+        request.session.clear()
+        request.session.update(
+            name=name, account=account["id"], id=secrets.token_urlsafe(), csrf=secrets.token_urlsafe(), began=time.time()
+        )
+        self.ledger.note(name, "login", f"from {address}")
+
+    def log_out(self, request: Request) -> None:
+        """End the session: its cookie is worth nothing any more, whoever has a copy."""
+        now = time.time()
+        self.ended = {key: until for key, until in self.ended.items() if until > now} | {request.session.get("id", ""): now + LONGEST}
+        request.session.clear()
+
+
+class Headers:
+    """What every answer tells the browser: nothing but our own files, no frame around it, no copy kept."""
+
+    def __init__(self, app: ASGIApp, secure: bool) -> None:
+        self.app, self.secure = app, secure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Content-Security-Policy", CONTENT)
+                headers.setdefault("Cache-Control", "no-store")
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "same-origin"
+                headers["Cross-Origin-Opener-Policy"] = "same-origin"
+                if self.secure:
+                    headers["Strict-Transport-Security"] = "max-age=31536000"
+            await send(message)
+
+        await self.app(scope, receive, told if scope["type"] == "http" else send)

@@ -1,0 +1,265 @@
+"""What the pages show, read from the ledger: a run's state at this moment and its history, in as few and as small rows as will do."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from common.compose import config_from
+from common.metrics import leading
+from common.schema import Config
+from common.tasks import cells_of
+from server import tables
+from server.figures import Rounds
+from server.ledger import Ledger, Row
+from server.orders import RUNNING, out
+from server.presence import with_sources
+
+DOING = {
+    "meet": "joining",
+    "train": "training",
+    "scores": "scoring",
+    "counts": "counting",
+    "moments": "fitting heads",
+    "clusters": "clustering",
+}
+MEDIAN_OF = 10  # rounds
+SLOW = 2.0  # times its own median: a straggler
+
+
+def run_of(ledger: Ledger, run: str) -> Row | None:
+    """A run with its status."""
+    return next((row for row in ledger.runs() if row["id"] == run), None)
+
+
+def latest(ledger: Ledger) -> Row | None:
+    """The run to show first: the youngest that is going on, else the youngest."""
+    runs = ledger.runs()
+    return next((row for row in reversed(runs) if row["status"] in RUNNING), runs[-1] if runs else None)
+
+
+def centres_of(row: Mapping[str, Any]) -> list[str]:
+    """Those that a run expects."""
+    return ["pooled"] if row["mode"] == "central" else list(row["config"]["federation"]["centres"])
+
+
+def stages_of(row: Mapping[str, Any]) -> dict[str, int]:
+    """{stage: its rounds}, in their order."""
+    return {name: stage["rounds"] for name, stage in row["config"]["stages"].items() if stage["rounds"]}
+
+
+def config_of(row: Mapping[str, Any], said: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A run's configuration with the sources, which the ledger's does not know yet, as the classes of a task that names none. `said`: facts by
+    centre."""
+    sources = sorted({s for of in said.values() for s in of.get("sources", [])} | (set(centres_of(row)) - said.keys()))
+    return with_sources(config_from(row["config"]), sources)
+
+
+def counts_of(said: Mapping[str, Any], config: Config) -> dict[str, list[float]]:
+    """A centre's counts, of the tasks whose classes are known (those of a clustering are not)."""
+    held = {}
+    for key, n in said.get("counts", {}).items():
+        task = key.split("/")[2]
+        if task in config.tasks and len(n) == len(cells_of(task, config.tasks[task])) + 1:
+            held[key] = n
+    return held
+
+
+# ---- this moment
+
+
+def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
+    """Where a run is: stage, round, who has been asked for what and how it went, how long it takes, how long it will take.
+
+    Times are seconds; `centres` holds a dict for each: phase (waiting | done | refused | excluded | idle), what, seconds, median, slow, reason.
+    """
+    run, names = row["id"], centres_of(row)
+    of, now = tables.progress.c, datetime.now(UTC)
+    asks = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
+    going = row["status"] in RUNNING
+    excluded = out(ledger.audit(run))
+    found: dict[str, Any] = {
+        "going": going,
+        "stage": "",
+        "round": 0,
+        "doing": "",
+        "since": row["since"],
+        "last": row["since"],  # sign of life
+        "waiting": [],
+        "good": 0,
+        "asked": 0,
+        "quorum": None,
+        "deadline": row["config"]["federation"]["deadline"],
+        "excluded": excluded,
+        "centres": {},
+    }
+    blank = {"what": "", "seconds": None, "median": None, "slow": False}
+    for name in names:
+        found["centres"][name] = {**blank, "phase": "excluded" if name in excluded else "idle", "reason": excluded.get(name, "")}
+    if not asks:
+        return found
+    (ask,) = asks
+    recent = ledger.read(
+        sa.select(of.id, of.doing, of.centre, of.seconds, of.reason, of.time)
+        .where(of.run == run, of.centre.is_not(None))
+        .order_by(of.id.desc())
+        .limit(3 * MEDIAN_OF * len(names))
+    )
+    own: dict[str, list[float]] = {}
+    for said in recent:
+        if said["doing"] == ask["doing"] and not said["reason"] and said["id"] < ask["id"]:
+            own.setdefault(said["centre"], []).append(said["seconds"])
+    answered = {said["centre"]: said for said in reversed(recent) if said["id"] > ask["id"]}
+    elapsed = (now - ask["time"]).total_seconds()
+    for name in ask["asked"]:
+        at = found["centres"].setdefault(name, {**blank, "phase": "idle", "reason": ""})
+        answer, median = answered.get(name), statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None
+        if at["phase"] == "excluded" and not answer:
+            continue
+        at |= {"what": DOING.get(ask["doing"], ask["doing"]), "median": median}
+        if answer:
+            at |= {"phase": "refused" if answer["reason"] else "done", "seconds": answer["seconds"], "reason": answer["reason"] or ""}
+        elif going:
+            at |= {"phase": "waiting", "seconds": elapsed, "slow": median is not None and elapsed > max(SLOW * median, median + 5)}
+    waiting = [name for name, at in found["centres"].items() if at["phase"] == "waiting"]
+    last = max([ask["time"], *(said["time"] for said in answered.values())])
+    return found | {
+        "stage": ask["stage"],
+        "round": ask["round"],
+        "doing": DOING.get(ask["doing"], ask["doing"]) if waiting or not going else "adding up at the coordinator",
+        "since": ask["time"] if waiting or not going else last,
+        "last": last,
+        "waiting": waiting,
+        "good": sum(at["phase"] == "done" for at in found["centres"].values()),
+        "asked": len(ask["asked"]),
+        "quorum": max(1, math.ceil(row["config"]["federation"]["quorum"] * len(ask["asked"]))),
+    }
+
+
+def pace(ledger: Ledger, row: Row, at: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounds done and to be done, the median round's seconds, and the seconds left by it (None where nothing can be said)."""
+    of, stages = tables.rounds.c, stages_of(row)
+    played = ledger.read(
+        sa.select(of.stage, sa.func.max(of.round).label("round"), sa.func.count(sa.distinct(of.round)).label("count"))
+        .where(of.run == row["id"], of.round > 0)
+        .group_by(of.stage)
+    )
+    lasted = ledger.read(
+        sa.select(of.stage, of.seconds).where(of.run == row["id"], of.round > 0).order_by(of.id.desc()).limit(2 * MEDIAN_OF)
+    )
+    here = [r["seconds"] for r in lasted if r["stage"] == at["stage"]] or [r["seconds"] for r in lasted]
+    median = statistics.median(here) if here else None
+    done = sum(r["count"] for r in played)
+    before = list(stages).index(at["stage"]) if at["stage"] in stages else 0
+    last = {r["stage"]: r["round"] for r in played}
+    left = sum(rounds - last.get(name, 0) for k, (name, rounds) in enumerate(stages.items()) if k >= before)
+    return {"done": done, "all": done + left, "median": median, "left": median * left if median is not None and at["going"] else None}
+
+
+# ---- history
+
+
+def judged_by(row: Row, known: Mapping[str, Any]) -> tuple[str, str]:
+    """(task, metric) to show first: what the run is judged by, else what its scores have. `known`: {task: views}."""
+    evaluation = row["config"]["evaluation"]
+    task = evaluation["task"] if evaluation["task"] in known else next(iter(known), evaluation["task"])
+    return task, leading(evaluation["metric"], known.get(task, {}).get("macro", {}))
+
+
+def course(ledger: Ledger, row: Row) -> dict[str, Any]:
+    """Validation over all rounds by the run's own measure: {"task", "metric", "points": [{stage, round, macro, pooled, worst, centre, spread}]}.
+
+    Values are None where they are undefined.
+    """
+    rows = [r for r in ledger.scores(row["id"], centres=False) if r["split"] == "val"]
+    last = {r["task"]: r["views"] for r in rows}
+    task, metric = judged_by(row, last)
+    points = []
+    for r in rows:
+        if r["task"] == task:
+            views = r["views"]
+            worst = views.get("worst", {}).get(metric) or {}
+            flat = {view: views.get(view, {}).get(metric) for view in ("macro", "pooled", "spread")}
+            points.append({"stage": r["stage"], "round": r["round"], **flat, "worst": worst.get("value"), "centre": worst.get("centre")})
+    return {"task": task, "metric": metric, "points": points}
+
+
+def rounds_of(ledger: Ledger, row: Row, most: int) -> tuple[Rounds, int]:
+    """(server.figures.Rounds, every how manieth): the first and last round of each stage and so many between that about `most` are read whole."""
+    run, every = row["id"], ledger.rounds(row["id"])
+    step = max(1, math.ceil(len(every) / most))
+    ends = {k for i in range(1, len(every)) if every[i - 1]["stage"] != every[i]["stage"] for k in (i - 1, i)} | {0, len(every) - 1}
+    chosen = {(r["stage"], r["round"]): (i, r) for i, r in enumerate(every) if i % step == 0 or i in ends}
+    made: dict[tuple[str, int], dict[str, Any]] = {}
+    for at, (_, r) in chosen.items():
+        made[at] = {"round": r["round"], "seconds": r["seconds"], "because": r["closed_because"], "val": {}, "weights": {}, "effective": {}}
+        made[at] |= {"centres": {}, "bytes_up": 0, "bytes_down": 0}
+
+    def rows(table: sa.Table) -> list[tuple[dict[str, Any], Row]]:
+        """Of the chosen rounds' last attempts."""
+        wanted = [(stage, number) for stage, number in chosen]
+        query = sa.select(table).where(table.c.run == run).order_by(table.c.id)
+        if step > 1:
+            query = query.where(sa.or_(*(_of_stage(table, name, wanted) for name in {s for s, _ in wanted})))
+        found = [r for r in ledger.read(query) if (r["stage"], r["round"]) in chosen]
+        attempts = {at: r["attempt"] for at, (_, r) in chosen.items()}
+        own = table is tables.scores  # scores have attempts of their own
+        return [(made[r["stage"], r["round"]], r) for r in found if own or r["attempt"] == attempts[r["stage"], r["round"]]]
+
+    for entry, r in rows(tables.contributions):
+        entry["centres"][r["centre"]] = r
+        entry["bytes_up"], entry["bytes_down"] = entry["bytes_up"] + (r["bytes_up"] or 0), entry["bytes_down"] + (r["bytes_down"] or 0)
+    for entry, r in rows(tables.shares):
+        entry["weights"][r["part"]], entry["effective"][r["part"]] = r["weights"], r["effective"]
+    for entry, r in rows(tables.scores):
+        if r["split"] == "val":
+            entry["val"][r["task"]] = {**r["views"], "centres": r["centres"]}
+    return [(i + 1, stage, made[stage, number]) for (stage, number), (i, _) in chosen.items()], step
+
+
+def last_contributions(ledger: Ledger, run: str) -> list[Row]:
+    """Of the last round that closed."""
+    of = tables.contributions.c
+    last = ledger.read(sa.select(of.stage, of.round, of.attempt).where(of.run == run).order_by(of.id.desc()).limit(1))
+    same = [of[key] == value for key, value in (last[0] if last else {}).items()]
+    return ledger.read(sa.select(tables.contributions).where(of.run == run, *same).order_by(of.id)) if last else []
+
+
+def last_events(ledger: Ledger, run: str, most: int) -> list[Row]:
+    """In the order of writing."""
+    of = tables.events.c
+    return ledger.read(sa.select(tables.events).where(of.run == run).order_by(of.id.desc()).limit(most))[::-1]
+
+
+def _of_stage(table: sa.Table, stage: str, wanted: list[tuple[str, int]]) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.stage == stage, table.c.round.in_([number for s, number in wanted if s == stage]))
+
+
+def tested(ledger: Ledger, run: str) -> dict[str, Any]:
+    """{task: scores} on the test split, as in metrics.json; empty before the run's end."""
+    of = tables.scores.c
+    rows = ledger.read(sa.select(tables.scores).where(of.run == run, of.split == "test").order_by(of.id))
+    return {r["task"]: {**r["views"], "centres": r["centres"]} for r in rows}
+
+
+def spent(ledger: Ledger, run: str) -> list[Row]:
+    """By centre, over all attempts: rounds, used, bytes up and down, and the last epsilon."""
+    of = tables.contributions.c
+    return ledger.read(
+        sa.select(
+            of.centre,
+            sa.func.count().label("rounds"),
+            sa.func.sum(sa.case((of.accepted, 1), else_=0)).label("used"),
+            sa.func.sum(of.bytes_up).label("bytes_up"),
+            sa.func.sum(of.bytes_down).label("bytes_down"),
+            sa.func.max(of.epsilon).label("epsilon"),
+        )
+        .where(of.run == run)
+        .group_by(of.centre)
+        .order_by(of.centre)
+    )

@@ -1,0 +1,133 @@
+"""What a run leaves for others' hands: its weights, an ONNX file that needs nothing of ours, and its metrics as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import saved
+from common.errors import ConsiliumError
+from common.model import Model, make_model
+from common.schema import Task
+from common.weights import layout_of, load
+from server.ledger import Ledger
+
+NAME = "model.safetensors"
+CLOSE = 1e-4  # how far ONNX and PyTorch may be apart
+HEADER = ["run", "stage", "round", "split", "task", "over", "centre", "metric", "value", "undefined because"]
+
+
+def safetensors(folder: Path, out: Path) -> None:
+    """A copy of the run's model, its configuration inside. Raises ConsiliumError."""
+    saved.read(_model(folder))
+    shutil.copyfile(_model(folder), out)
+
+
+def _model(folder: Path) -> Path:
+    if not (folder / NAME).is_file():
+        raise ConsiliumError(f"run '{folder.name}' has no {NAME}: it is not finished, or every centre kept its own model")
+    return folder / NAME
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """Slices uint8 [B, S, H, W], as a centre's store keeps them, to what is predicted: {task: probabilities, or a regression's values}."""
+
+    def __init__(self, model: Model, tasks: Mapping[str, Task]) -> None:
+        super().__init__()
+        self.model, self.kinds = model, {name: task.kind for name, task in tasks.items()}
+
+    def forward(self, slices: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(slices.float() / 255)
+        return tuple(_predicted(kind, outputs[name]) for name, kind in self.kinds.items())
+
+
+def _predicted(kind: str, z: Tensor) -> Tensor:
+    return z if kind == "regression" else z.softmax(1) if kind == "multiclass" else z.sigmoid()
+
+
+def onnx(folder: Path, out: Path) -> float:
+    """Write the run's model as ONNX: input `slices` uint8 [batch, S, H, W] with any batch, an output for each task. Returns the largest difference
+    from PyTorch that onnxruntime finds. Raises ConsiliumError, and leaves no file, where it is more than `CLOSE`."""
+    try:
+        import onnx as format
+        import onnxruntime
+        import onnxscript  # noqa: F401  PyTorch's exporter wants it
+    except ModuleNotFoundError as error:
+        raise ConsiliumError(f"ONNX needs {error.name}: pip install 'consilium[onnx]'") from None
+    named, config = saved.read(_model(folder))
+    tasks = saved.predicting(_model(folder), config)
+    model = make_model(config.backbone, tasks, 0)
+    layout = layout_of(model)
+    load(model, layout, layout.flat(named))
+    predictor = Predictor(model, tasks).eval()
+    size = (config.preprocess.slices if config.preprocess.modality != "XR" else 1, config.preprocess.size, config.preprocess.size)
+    draw = np.random.default_rng(0)
+    pictures = [torch.from_numpy(draw.integers(0, 256, (batch, *size), np.uint8)) for batch in (2, 1, 5)]
+    with tempfile.TemporaryDirectory(dir=out.parent) as place, torch.inference_mode():
+        part = Path(place) / "model.onnx"
+        try:
+            torch.onnx.export(
+                predictor, (pictures[0],), part, input_names=["slices"], output_names=list(tasks), dynamo=True, external_data=False,
+                dynamic_shapes={"slices": {0: torch.export.Dim("batch")}}, verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            why = next((line for line in str(error).splitlines() if "No ONNX function" in line), type(error).__name__)
+            raise ConsiliumError(
+                f"run '{folder.name}': its model has a part that ONNX cannot say ({why[:200]}); use safetensors"
+            ) from error
+        written = format.load(part)
+        about = {"run": folder.name, "recipe": config.recipe, "classes": {n: t.classes for n, t in tasks.items() if t.classes}}
+        about |= {"preprocess": vars(config.preprocess), "outputs": {n: t.kind for n, t in tasks.items()}}
+        format.helper.set_model_props(written, {"consilium": json.dumps(about)})
+        format.save(written, part)
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        apart = 0.0
+        for slices in pictures:
+            theirs = session.run(list(tasks), {"slices": slices.numpy()})
+            apart = max(apart, *(float(np.abs(a.numpy() - b).max()) for a, b in zip(predictor(slices), theirs, strict=True)))
+        if not apart <= CLOSE:
+            raise ConsiliumError(
+                f"run '{folder.name}': its ONNX file differs from PyTorch by {apart:.2g}, more than {CLOSE:g}; it is not kept"
+            )
+        shutil.move(part, out)
+    return apart
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------------------------
+
+
+def table(ledger: Ledger, run: str) -> str:
+    """Every score of a run as CSV, one value a line: centres, then views over them. A value that is undefined is empty, with the reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    for row in ledger.scores(run):
+        at = [run, row["stage"], row["round"], row["split"], row["task"]]
+        writer.writerows([*at, *rest] for rest in _values(row))
+    return text.getvalue()
+
+
+def _values(row: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any, str]]:
+    """(over, centre, metric, value, why there is none)."""
+    for centre, values in row["centres"].items():
+        reasons = values.get("reasons", {})
+        yield from (("centre", centre, metric, value, reasons.get(metric, "")) for metric, value in values.items() if metric != "reasons")
+    for view, values in row["views"].items():
+        for metric, value in values.items() if isinstance(values, Mapping) else [(view, values)]:
+            if metric == "reasons":
+                continue
+            centre, number = (value.get("centre") or "", value.get("value")) if isinstance(value, Mapping) else ("", value)
+            yield ("macro" if metric == view else view), centre, metric, number, ""

@@ -1,0 +1,46 @@
+"""The model card: the result's own numbers and warnings, in Markdown that no name can break, and the same as a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.compose import compose, to_dict
+from server.card import card, page
+from server.quality import described
+from tests.server.test_quality import SUMS
+from tests.server.test_report import CENTRES, Page, sample
+
+
+def result(centres: tuple[str, ...] = CENTRES, *overrides: str) -> dict[str, Any]:
+    config = to_dict(compose([f"federation.centres={list(CENTRES)}", *overrides]))
+    return {**sample(centres), "config": config, "quality": described(SUMS)}
+
+
+def test_the_card_says_what_the_run_found_and_where_it_fails() -> None:
+    found = result()
+    text = card(found, "4ac5b058", "ab" * 32)
+    scores = found["test"]["covid"]
+    assert f"Worst centre: {scores['worst']['auc']['centre']}, ROC-AUC {scores['worst']['auc']['value']:.3f}" in text
+    assert "- At south ROC-AUC is undefined: one class only" in text  # never a number
+    assert f"| {scores['centres']['north']['auc']:.3f} |" in text
+    assert "code 4ac5b058" in text
+    assert "abababab" in text
+    assert "no differential privacy" in text
+    assert "Contributions of east, west were left out" in text
+    assert "Output `covid`" in text
+    assert "Output `source`" not in text  # its head serves training only
+    rows = Page(page(text)).rows
+    cells = next(row for row in rows if row[0] == "north" and len(row) > 5)
+    assert "338" in cells
+    assert any(row[0] == "a" and row[1] == "1.00" for row in rows)  # drift
+
+
+def test_differential_privacy_and_hostile_names() -> None:
+    evil = "<img src=x onerror=alert(1)>|`x`"
+    found = result((evil, "east", "south", "west"), "privacy=patient", "privacy.epsilon=3")
+    found["stages"][-1]["rounds"][-1]["centres"][evil]["epsilon"] = 2.5
+    text = card(found)
+    assert "differentially private" in text
+    shown = Page(page(text))
+    assert not {tag for tag, _ in shown.elements} & {"img", "script", "code "}
+    assert any(row[:2] == [evil, "2.50"] for row in shown.rows)
