@@ -26,9 +26,11 @@ from client.predict import load_model
 from client.scans import read_scans
 from client.site import Site
 from client.trainer import infer
+from common.compose import config_from
 from common.messages import Contribution, Reply, Request, Train
-from common.model import Model
+from common.model import Model, make_model
 from common.schema import Config
+from common.weights import Layout, layout_of
 from tests.inprocess import InProcess, sites
 
 # --- a hostile centre -------------------------------------------------------------------------------------------------------------------
@@ -57,14 +59,16 @@ def trapped(scans: Scans) -> Scans:
     return both
 
 
-def times(factor: float) -> Callable[[Contribution], None]:
-    def change(reply: Contribution) -> None:
-        reply.delta = reply.delta * np.float32(factor)
+def times(factor: float) -> Callable[[Contribution, Layout], None]:
+    """The parameters' change multiplied; batch-norm statistics are left alone, as a negative variance would give the liar away."""
+
+    def change(reply: Contribution, layout: Layout) -> None:
+        reply.delta = np.where(layout.parameters(), reply.delta * np.float32(factor), reply.delta)
 
     return change
 
 
-Attack = tuple[Callable[[Scans], Scans] | None, Callable[[Contribution], None] | None]
+Attack = tuple[Callable[[Scans], Scans] | None, Callable[[Contribution, Layout], None] | None]
 ATTACKS: dict[str, Attack] = {  # what the centre trains on, what it sends of it
     "none": (None, None),
     "label flip": (flipped, None),
@@ -93,7 +97,8 @@ class Hostile(InProcess):
         with patch.object(centre_side, "read_scans", read):
             reply = super()._call(site, request)
         if isinstance(reply, Contribution) and self.weights:
-            self.weights(reply)
+            config = config_from(request.config)
+            self.weights(reply, layout_of(make_model(config.backbone, config.tasks, 0)))
         return reply
 
 

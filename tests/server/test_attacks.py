@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.model import make_model
-from common.schema import Backbone, Task
 from server.runs import begin, open_ledger
-from tests.attacks import Hostile, inverted, membership, psnr, ssim, stamped, trapped
+from tests.attacks import Hostile, membership, psnr, ssim, stamped, trapped
 from tests.inprocess import phantom_config
 
 ROOT = Path(__file__).resolve().parents[2]
