@@ -157,6 +157,10 @@ def refuse_unprotected(config: Config) -> None:
             told.append(f"task '{name}' sends class moments of the features without noise; set its head: local or anchored")
         if task.clusters:
             told.append(f"task '{name}' sends sums of features for its clusters without noise; give it classes")
+        if config.privacy.queries and task.kind not in ("binary", "multiclass"):
+            told.append(
+                f"task '{name}' ({task.kind}) is scored by sums that one patient can change without bound; set privacy.queries to 0"
+            )
         if task.prior == "local":
             told.append(f"task '{name}' has the centre's own class counts in the loss of every patient; set its prior: global or none")
     for name, stage in config.stages.items():
