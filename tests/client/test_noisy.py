@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.dataset import Scans
-from client.noisy import asked, limited, non_negative, noised
+from client.noisy import asked, limited, noised, non_negative
 from client.queries import Question, counts
 from common.accountant import noise_for
 from common.compose import compose
