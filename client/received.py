@@ -33,7 +33,7 @@ def completed(folder: Path, config: Config, request: Query | Train) -> Query | T
     if request.base:
         try:
             held = np.load(place / f"{safe(request.base)}.npy", mmap_mode="c")  # nothing is read before it is used
-            weights = Weights(changed(held, request.change, layout_for(config.backbone, config.tasks), codec), weights.integers)
+            weights = Weights(changed(held, request.change, layout_for(config), codec), weights.integers)
         except (OSError, EOFError, KeyError, ValueError) as error:
             raise Missing from error
         if weights.digest != request.digest:

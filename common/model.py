@@ -24,7 +24,7 @@ from common.backbones import PAPERS
 from common.decoder import Decoder, make_decoder
 from common.errors import ConsiliumError, nearest
 from common.pyramid import CELLS, pyramid_pool
-from common.schema import Backbone, Task
+from common.schema import Backbone, Config, Task
 from common.tasks import DENSE, needs_decoder, outputs_of, reads_map
 from common.weights import Layout, layout_of
 
@@ -226,7 +226,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def layout_for(backbone: Backbone, tasks: Mapping[str, Task]) -> Layout:
-    """The layout of the model that `make_model` would make, without a weight of it."""
+def layout_for(config: Config) -> Layout:
+    """The layout of the run's model, without a weight of it."""
     with torch.device("meta"):
-        return layout_of(make_model(backbone, tasks, 0))
+        return layout_of(make_model(config.backbone, config.tasks, 0))

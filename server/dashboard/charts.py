@@ -13,7 +13,7 @@ from common.compose import config_from
 from common.metrics import leading
 from common.tasks import cells_of
 from server.dashboard import facts
-from server.figures import NAMES, Figure, Rounds, cost_figures, finite, line_of, over_rounds, round_figures, weight_figures
+from server.figures import NAMES, Figure, Rounds, cost_figures, finite, over_rounds, quality_figures, round_figures, weight_figures
 from server.grids import Cell, Grid, Head, Line, columns_of, label_grids, score_grid, text_of, weights_grid
 from server.ledger import Ledger, Row
 from server.scores import by_class
@@ -185,23 +185,15 @@ def quality(ledger: Ledger, row: Row) -> dict[str, Any]:
     surveyed = ledger.evidence(row["id"]).get("quality") or {}
     said = {r["centre"]: r["facts"] for r in ledger.centres(row["id"])}
     names = facts.centres_of(row)
-    figures = []
-    for of in surveyed.values():
-        far = sorted(of["drift"], key=lambda c, of=of: -of["drift"][c])  # type: ignore[misc]
-        shown = far[:WORST] if len(of["centres"]) > LINES else names
-        edges = np.array(of["edges"])
-        middles = ((edges[1:] + edges[:-1]) / 2).round(4).tolist()
-        data = []
-        for c, shares in of["centres"].items():
-            if c in shown:
-                hover = f"%{{x:.3g}} {of['unit']}<br>%{{y:.1%}} of {text_of(of['scans'][c], 0)}<extra>{c}</extra>"
-                trace = line_of(c, names, middles, shares, hover, True, markers=False)
-                data.append({**trace, "line": {**trace["line"], "shape": "hvh"}})
-        axis = f"{of['name']}, {of['unit']}" if of["unit"] else of["name"]
-        layout = {"xaxis": {"title": {"text": axis}}, "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "rangemode": "tozero"}}
-        if data:
-            figures.append(legended({"title": f"{of['name']} by centre", "data": data, "layout": layout}))
+    figures = [legended(f) for f in quality_figures({name: fewer(of) for name, of in surveyed.items()}, names)]
     config = facts.config_of(row, said)
     labels = {"centres": {c: {"counts": by_class(facts.counts_of(of, config), config)} for c, of in said.items()}}
     drift = [(of["name"], of["drift"]) for of in surveyed.values() if of["drift"]]
     return {"figures": figures, "drift": drift, "names": names, "said": said, "labels": label_grids(labels), "surveyed": bool(surveyed)}
+
+
+def fewer(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """Of many centres those that lie farthest from the others."""
+    drift = measure["drift"]
+    kept = sorted(drift, key=lambda c: -drift[c])[:WORST] if len(measure["centres"]) > LINES else measure["centres"]
+    return {**measure, "centres": {c: shares for c, shares in measure["centres"].items() if c in kept}}

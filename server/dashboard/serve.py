@@ -6,12 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import uvicorn
 
 from common.errors import ConsiliumError
 from common.logs import set_up
+from server.authority import read_certificate
 from server.dashboard.access import Trust
 from server.dashboard.app import make
 from server.dashboard.launch import Launcher
@@ -30,6 +32,7 @@ def serve(
     key: Path | None,
     proxies: list[str],
     header: str,
+    watchers: list[str],
     superlink: str,
     ca: Path,
 ) -> None:
@@ -42,9 +45,9 @@ def serve(
     reach = ["--superlink", superlink, "--ca", str(ca)] if superlink else []
     address = ledger or os.environ.get("CONSILIUM_LEDGER", "")
     book = open_ledger(runs, ledger)
-    app = make(
-        book, runs, Launcher(runs, address, reach), Trust.of(header, proxies), secure, known_nodes(superlink, ca) if superlink else None
-    )
+    trust = Trust.of(header, proxies, watchers)
+    deployed = (known_nodes(superlink, ca), expiring(ca)) if superlink else (None, None)
+    app = make(book, runs, Launcher(runs, address, reach), trust, secure, *deployed)
     if not any(row["role"] == "operator" for row in book.accounts()):
         log.warning("nobody can log in yet: consilium-server account add NAME --role operator")
     if not secure and host not in ("127.0.0.1", "localhost", "::1"):
@@ -79,3 +82,9 @@ def known_nodes(superlink: str, ca: Path) -> Callable[[], list[Node]]:
         return known
 
     return of
+
+
+def expiring(ca: Path) -> dict[str, datetime]:
+    """When the federation's certificates end, of those that lie here."""
+    known = {"authority": ca, "coordinator": ca.with_name("server.crt")}
+    return {name: read_certificate(path).not_valid_after_utc for name, path in known.items() if path.is_file()}
