@@ -98,6 +98,7 @@ def answers(run: Run, requests: Mapping[str, Request], again: bool) -> Iterator[
             took = {"seconds": time.monotonic() - began, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down}
             run.ledger.progress(run.id, stage, round, doing, centre=received.centre, reason=reason, **took)
         yield received
+        del received  # as above
     for centre in waiting:  # all of them excluded
         yield Received(centre, Refusal(centre, run.excluded[centre], declined=True))
 
