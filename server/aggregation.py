@@ -98,7 +98,8 @@ def group_weights(
         weights[task] = centre_weights(whole, settings.tau)
     labelled = [t for t in tasks if sum(weights[t].values()) > 0]
     parts = {c: part_weights({t: weights[t][c] for t in labelled}, tasks) for c in counts}
-    return {shared: {c: parts[c][shared] for c in counts} for shared in ("backbone", "decoder")} | weights
+    shared = [name for name in ("backbone", "decoder") if all(name in of for of in parts.values())]
+    return {name: {c: parts[c][name] for c in counts} for name in shared} | weights
 
 
 def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:
