@@ -64,7 +64,7 @@ def mass(cells: ArrayLike, settings: Aggregation) -> float:
 
 
 def part_weights(weights: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str, float]:
-    """{"backbone", "decoder" (where a task reads its map) or head: weight} of a centre, from its weight for each task that any centre has labels for.
+    """{"backbone", "decoder" or head: weight} of a centre, from its weight for each task that any centre has labels for.
 
     What tasks share goes by the mean of their weights, each task counting as much as in the loss: the backbone by all of them, the decoder by
     those that read its map.
@@ -76,8 +76,7 @@ def part_weights(weights: Mapping[str, float], tasks: Mapping[str, Task]) -> dic
             having = dict.fromkeys(having, 1.0)
         return sum(v * weights[t] for t, v in having.items()) / (sum(having.values()) or 1.0)
 
-    drawn = [t for t in weights if reads_map(tasks[t])]
-    return {"backbone": shared(list(weights)), **({"decoder": shared(drawn)} if drawn else {}), **weights}
+    return {"backbone": shared(list(weights)), "decoder": shared([t for t in weights if reads_map(tasks[t])]), **weights}
 
 
 def effective_number(weights: Mapping[str, float]) -> float:
