@@ -28,6 +28,7 @@ from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.store import Store
 from client.trainer import train
+from common.accountant import Charge, epsilon, noise_for
 from common.codec import codec_of
 from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
@@ -249,7 +250,7 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         arrays,
     )
     if account:
-        contribution.epsilon = budget.epsilon(budget.charge(account, price, request), config.privacy.delta)
+        contribution.epsilon = epsilon(budget.charge(account, price, request), config.privacy.delta)
         budget.keep(account, request, contribution)
     return contribution
 
@@ -261,7 +262,7 @@ def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
     return budget.Account(home(site, config) / "budget", marks, policy.epsilon, policy.delta)
 
 
-def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[budget.Charge, private.Protection]:
+def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[Charge, private.Protection]:
     """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
     for a configuration that protects nobody."""
     try:
@@ -271,7 +272,7 @@ def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[bu
         raise Refused(str(error)) from error
     paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
     plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
-    noise = config.privacy.noise or budget.noise_for(config.privacy.epsilon, config.privacy.delta, plan)
+    noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan)
     patients, odds, steps = paces[request.stage]
     return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
 

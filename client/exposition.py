@@ -21,6 +21,7 @@ from client import budget, egress
 from client.cohort import load_cohort
 from client.policy import load_policy
 from client.site import Site, state_folder
+from common.accountant import epsilon
 from common.errors import ConsiliumError
 from common.fingerprint import fingerprint
 
@@ -53,7 +54,7 @@ def _site(site: Site) -> Iterator[Metric]:
     yield scans
     marks = budget.marks_of(str(patient) for patient in table["patient"])
     charges = budget.charges(budget.Account(folder / "budget", marks))
-    yield _value("privacy_epsilon", "what the patients lost in all runs, at the policy's delta", budget.epsilon(charges, policy.delta))
+    yield _value("privacy_epsilon", "what the patients lost in all runs, at the policy's delta", epsilon(charges, policy.delta))
     if policy.epsilon:
         yield _value("privacy_epsilon_limit", "the loss that the policy allows", policy.epsilon)
     if folder.is_dir():

@@ -13,7 +13,6 @@ Opacus's noise and sampler are built: on CPUs it takes 32 bits of its seed, few 
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,31 +25,12 @@ from torch import Tensor, nn
 from client.dataset import Scans, batch_of, steps_in_round
 from client.objective import Batch, Objective
 from common.model import Model
+from common.noise import normals
 from common.schema import Stage, Task
 from common.seeds import derive
 from common.tasks import labelled_rows
 
 Patients = Mapping[str, Batch]  # those drawn in a step, each with all of their scans; may be empty
-
-
-def normals(count: int, chunk: int = 1 << 16) -> Tensor:
-    """[count] standard normal float32, by Box & Muller (1958): the radius from 63 bits, so that the tail is there, the angle from 32.
-
-    The bits are AES-CTR's under a key of the operating system's, four times as fast as the operating system itself. In chunks that stay in the cache.
-    """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # a machine that trains plainly need not have it
-
-    stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-    out = torch.empty(-(-count // 2) * 2)
-    for part in torch.split(out, chunk):
-        half = len(part) // 2
-        bits = bytearray(stream.update(bytes(12 * half)))
-        uniform = torch.frombuffer(bits, dtype=torch.int64, count=half).bitwise_and_(2**63 - 1).double().add_(0.5).mul_(2.0**-63)
-        angle = torch.frombuffer(bits, dtype=torch.int32, offset=8 * half).float().mul_(math.pi * 2.0**-31)
-        radius = uniform.log_().mul_(-2).sqrt_().float()
-        torch.cos(angle, out=part[:half]).mul_(radius)
-        torch.sin(angle, out=part[half:]).mul_(radius)
-    return out[:count]
 
 
 @dataclass(frozen=True)

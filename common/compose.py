@@ -125,11 +125,11 @@ def check(config: Config) -> Config:
             raise ConsiliumError(
                 f"stages.{name}.personal=[all] exchanges nothing, but task '{anchored[0]}' has a head the server moves; set its head: local"
             )
+    refuse_together(config)
     if config.privacy.kind == "patient":
         refuse_unprotected(config)
-        config = dataclasses.replace(
-            config, backbone=dataclasses.replace(config.backbone, norm="group")
-        )  # the one architecture of all centres
+    if config.privacy.kind != "none":  # batch norms tell of the batch; the one architecture of all centres
+        config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, norm="group"))
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
         raise ConsiliumError(
             "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; use federated or central"
@@ -176,6 +176,35 @@ def refuse_unprotected(config: Config) -> None:
             told.append(f"stages.{name}.precision=fp16 drops a step when one patient's gradient overflows; use bf16 or fp32")
     if told:
         raise ConsiliumError(f"privacy=patient: {told[0]}")
+
+
+def refuse_together(config: Config) -> None:
+    """Raises ConsiliumError for defences that this federation, or each other, make impossible."""
+    robust, federation, told = config.aggregation.robust, config.federation, []
+    teaching = len(federation.centres) - len(federation.unseen) - (federation.evaluation == "loco") if federation.mode == "federated" else 1
+    if robust != "none" and teaching < config.aggregation.fewest:
+        raise ConsiliumError(
+            f"aggregation.robust={robust} against aggregation.hostile={config.aggregation.hostile} needs {config.aggregation.fewest} contributions "
+            f"in a round, and here there are {teaching}; take part with more centres, or choose another rule"
+        )
+    if config.privacy.kind != "central":
+        return
+    if federation.mode != "federated":
+        told.append(
+            f"federation.mode={federation.mode} has no contributions of several centres, so that there is none to hide among others"
+        )
+    if robust != "none":
+        told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    for name, task in config.tasks.items():
+        if task.head == "moments" or task.clusters:
+            told.append(
+                f"task '{name}' is made from sums of features, which get no noise; set its head: local or anchored, give it classes"
+            )
+    for name, stage in config.stages.items():
+        if "all" in stage.personal or "batch_norm" in stage.personal:
+            told.append(f"stages.{name}.personal={stage.personal} keeps weights at the centres that are not there or all; leave it out")
+    if told:
+        raise ConsiliumError(f"privacy=central: {told[0]}")
 
 
 def named(name: str, task: Task) -> Task:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """All of it under this name, or nothing, even when the power fails. Raises OSError."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which gets the name `path` when the block ends, even when the power fails; never when the block does. Raises
+    OSError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        yield part
+        _flush(part)
+        part.replace(path)
     finally:
-        os.close(folder)
+        part.unlink(missing_ok=True)
+    _flush(path.parent)  # the new name itself
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """All of it under this name, or nothing. Raises OSError."""
+    with whole(path) as part:
+        part.write_bytes(data)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file or a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,4 +1,8 @@
-"""Our messages in Flower's records: arrays in an ArrayRecord, facts as one JSON text in a ConfigRecord."""
+"""Our messages in Flower's records: arrays in an ArrayRecord, facts as one JSON text in a ConfigRecord.
+
+An array's bytes are the array's own memory on both ways: a model of 256 MB is not copied to be sent, and not copied when it has come. So nothing
+may write to an array that has been sent or received.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ import json
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from common.messages import Reply, Request, facts_json, pack, unpack
+
+RAW = "consilium.raw"  # in place of Flower's "numpy.ndarray", a whole .npy file
 
 
 def to_records(message: Request | Reply) -> RecordDict:
     """A fresh RecordDict (Flower shares and mutates records between messages when they are reused)."""
     arrays, facts = pack(message)
-    return RecordDict(
-        {
-            "arrays": ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()}),
-            "facts": ConfigRecord({"json": facts_json(facts)}),
-        }
-    )
+    record = ArrayRecord()  # not made of them all at once: that insists on bytes
+    for name, array in arrays.items():
+        record[name] = _wrapped(np.ascontiguousarray(array))
+    return RecordDict({"arrays": record, "facts": ConfigRecord({"json": facts_json(facts)})})
 
 
 def from_records(content: RecordDict) -> Request | Reply:
@@ -27,4 +32,16 @@ def from_records(content: RecordDict) -> Request | Reply:
     arrays, facts = content["arrays"], content["facts"]
     if not isinstance(arrays, ArrayRecord) or not isinstance(facts, ConfigRecord):
         raise TypeError("its records are of other kinds")
-    return unpack({name: array.numpy() for name, array in arrays.items()}, json.loads(str(facts["json"])))
+    return unpack({name: _unwrapped(array) for name, array in arrays.items()}, json.loads(str(facts["json"])))
+
+
+def _wrapped(array: NDArray[np.generic]) -> Array:
+    wrapped = Array(str(array.dtype), array.shape, RAW, b"")
+    wrapped.data = array.reshape(-1).view(np.uint8)  # type: ignore[assignment]  # any buffer will do
+    return wrapped
+
+
+def _unwrapped(wrapped: Array) -> NDArray[np.generic]:
+    if wrapped.stype != RAW:
+        raise ValueError(f"an array as {wrapped.stype} instead of {RAW}")
+    return np.frombuffer(wrapped.data, np.dtype(wrapped.dtype)).reshape(wrapped.shape)

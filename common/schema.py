@@ -265,6 +265,8 @@ class Aggregation:
     eps: float = 1e-3
     codec: Codec = "int8"  # of the changes that centres send (common/codec.py); fp32: as they are
     outlier: float = 10.0  # a contribution is left out when its norm exceeds this multiple of the others' median
+    robust: Literal["none", "median", "trimmed", "krum"] = "none"  # against centres that lie (server/robust.py); none: the weighted mean
+    hostile: int = 1  # ... how many of them there may be
 
     def __post_init__(self) -> None:
         _require(0 <= self.tau <= 2, f"aggregation.tau is {self.tau}; it must be in [0, 2]")
@@ -272,23 +274,32 @@ class Aggregation:
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "aggregation.beta1 and beta2 must be in [0, 1)")
         _require(self.eps > 0, f"aggregation.eps is {self.eps}; it must be above 0")
         _require(self.outlier > 1, f"aggregation.outlier is {self.outlier}; it must be above 1")
+        _require(self.hostile >= 1, f"aggregation.hostile is {self.hostile}; it must be 1 or more")
+
+    @property
+    def fewest(self) -> int:
+        """The contributions that the rule needs to be worth anything: an honest majority; Krum's own condition is n > 2f + 2."""
+        return {"none": 1, "krum": 2 * self.hostile + 3}.get(self.robust, 2 * self.hostile + 1)
 
 
 @settings
 class Privacy:
-    """Differential privacy of the weights that a centre sends; the unit is the patient (client/private.py)."""
+    """Differential privacy. `patient`: of the weights that a centre sends, the unit is the patient (client/private.py). `central`: of the weights
+    that the coordinator makes of them, the unit is the centre (server/central.py)."""
 
-    kind: Literal["none", "patient"] = "none"
+    kind: Literal["none", "patient", "central"] = "none"
     epsilon: float = 0.0  # the loss that all rounds of this run together shall come to; the noise follows from it. Or ...
     noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
     delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
-    clip: float = 1.0  # largest L2 norm of one patient's gradient
+    clip: float = 1.0  # largest L2 norm of one patient's gradient, or of one centre's change of the weights
+    quantile: float = 0.0  # central: the clip follows this quantile of the changes' norms, from `clip` on; 0: it stays
 
     def __post_init__(self) -> None:
         _require(0 <= self.epsilon <= 50, f"privacy.epsilon is {self.epsilon}; it must be above 0 and at most 50")
         _require(self.noise == 0 or 0.3 <= self.noise <= 1000, f"privacy.noise is {self.noise}; it must be 0.3 to 1000, or 0")
         _require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
         _require(0 < self.clip <= 1e6, f"privacy.clip is {self.clip}; it must be above 0")
+        _require(0 <= self.quantile < 1, f"privacy.quantile is {self.quantile}; it must be in [0, 1)")
         _require(
             self.kind == "none" or (self.epsilon > 0) != (self.noise > 0),
             f"privacy.epsilon is {self.epsilon} and privacy.noise {self.noise}: one follows from the other; give one, set the other to 0",

@@ -156,4 +156,4 @@ def load(model: nn.Module, layout: Layout, weights: Weights) -> None:
     state = model.state_dict()
     for entries, buffer in ((layout.floats, weights.floats), (layout.integers, weights.integers)):
         for e in entries:
-            state[e.name].copy_(torch.from_numpy(np.ascontiguousarray(buffer[e.where]).reshape(e.shape)))
+            state[e.name].copy_(torch.from_numpy(buffer[e.where].copy().reshape(e.shape)))  # torch warns of what may not be written to

@@ -15,14 +15,18 @@ RUN --mount=type=secret,id=ca \
     && pip install -c constraints.txt -r wanted.txt \
     && python3 -m venv /tmp/sbom && /tmp/sbom/bin/pip install -q cyclonedx-bom==7.5.0 \
     && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
-# Up to here as the client's, so that the packages are installed once for both.
+# Up to here as the client's, so that packages are installed, kept and sent once for both; what only the coordinator has lies above them.
+FROM build AS ledger
 RUN --mount=type=secret,id=ca \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
     && pip install -c constraints.txt "psycopg[binary]" \
-    && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
+    && pip install -c constraints.txt --no-deps --target /opt/ledger psycopg psycopg-binary \
+    && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/sbom.json
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv
+COPY --from=ledger /opt/ledger /opt/venv/lib/python3.11/site-packages
+COPY --from=ledger /opt/sbom.json /opt/venv/sbom.json
 # The app that a run is: its fingerprint is what the centres approve. Nothing of `client` is imported here.
 COPY LICENSE pyproject.toml /opt/consilium/
 COPY common /opt/consilium/common
@@ -30,13 +34,14 @@ COPY client /opt/consilium/client
 COPY server /opt/consilium/server
 COPY configs /opt/consilium/configs
 COPY deploy /opt/consilium/deploy
-COPY deploy/image/healthy deploy/image/consilium-server /opt/consilium/bin/
+COPY deploy/image/healthy deploy/image/consilium-server deploy/image/flower-superlink /opt/consilium/bin/
 # Where volumes come, for whichever user owns the secrets.
 RUN mkdir -m 1777 /state /runs
+# The last one: memory of large arrays goes back to the system as soon as they are gone; a round needs 2.5 models, not 3.3 (tests/benchmarks/README.md).
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost,superlink,postgres \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
-    HF_HUB_DISABLE_TELEMETRY=1
+    HF_HUB_DISABLE_TELEMETRY=1 MALLOC_MMAP_THRESHOLD_=131072
 USER 10001:10001
 WORKDIR /tmp
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["healthy", "127.0.0.1:8081"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from common.codec import decode
 from common.imbalance import centre_weights
@@ -108,25 +109,41 @@ def group_weights(
 
 
 def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:
-    """`sum_c w_c delta_c` in float32 [P], each group of weights by its own w. A group without weights does not move.
+    """`sum_c w_c delta_c` in float32 [P], each group of weights by its own w."""
 
-    Block by block, so that every contribution is read once, where it lies on disk, and the sum is written once.
+    def add(out: Tensor, deltas: list[Tensor], shares: list[float]) -> None:
+        out.zero_()
+        for delta, share in zip(deltas, shares, strict=True):
+            out.add_(delta, alpha=share)
+
+    return by_blocks(spooled, weights, layout, add, BLOCK)
+
+
+def by_blocks(
+    spooled: list[Spooled],
+    weights: Mapping[str, Mapping[str, float]],
+    layout: Layout,
+    combine: Callable[[Tensor, list[Tensor], list[float]], None],
+    block: int,
+) -> NDArray[np.float32]:
+    """Float32 [P], each part of which `combine(out [B], the centres' [B], their weights above 0)` writes. A group without weights does not move.
+
+    Block by block, so that every contribution is read once, where it lies on disk, and the result is written once.
     """
     total = np.empty(layout.size, np.float32)  # NumPy asks the system for large pages, which spares half the time
     deltas = {one.centre: torch.from_numpy(one.delta()) for one in sorted(spooled, key=lambda s: s.centre)}
     shares = {group: {c: share for c in deltas if (share := by.get(c, 0.0))} for group, by in weights.items()}
     runs = [(group, run) for group, some in layout.groups().items() for run in some]
-    blocks = [(group, slice(at, min(at + BLOCK, run.stop))) for group, run in runs for at in range(run.start, run.stop, BLOCK)]
+    blocks = [(group, slice(at, min(at + block, run.stop))) for group, run in runs for at in range(run.start, run.stop, block)]
 
-    def add(job: tuple[str, slice]) -> None:
-        group, block = job
-        summed = torch.from_numpy(total[block]).zero_()
-        for centre, share in shares.get(group, {}).items():
-            summed.add_(deltas[centre][block], alpha=share)
+    def work(job: tuple[str, slice]) -> None:
+        group, part = job
+        out, of = torch.from_numpy(total[part]), shares.get(group, {})
+        combine(out, [deltas[c][part] for c in of], list(of.values())) if of else out.zero_()
 
     before = torch.get_num_threads()
     with ThreadPoolExecutor(min(before, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        deque(pool.map(add, blocks), maxlen=0)  # for what they raise
+        deque(pool.map(work, blocks), maxlen=0)  # for what they raise
     torch.set_num_threads(before)
     return total
 

@@ -102,16 +102,23 @@ class FlowerTransport:
         while pending and (looked := time.monotonic()) < until:
             came = False
             for message_id, centre in list(pending.items()):
-                for message in self._pull(message_id):
+                if received := self._received(message_id, centre, down[centre]):
                     del pending[message_id]
-                    reply = _reply(message)
                     came = True
-                    yield Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down[centre])
+                    yield received
+                    del received  # before the next is pulled: its memory is wanted
             if not came:  # looking costs a request a centre: at most half of the time, and the less often the longer it takes, by 1 %
                 yield None
                 time.sleep(max(0.05, time.monotonic() - looked, min(2.0, 0.01 * (looked - asked))))
         for centre in pending.values():
             yield Received(centre, Refusal(centre, f"no reply within {deadline:.0f} s"))
+
+    def _received(self, message_id: str, centre: str, down: int) -> Received | None:
+        """The reply to a message, if it is there."""
+        for message in self._pull(message_id):
+            reply = _reply(message)
+            return Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down)
+        return None
 
     def _push(self, request: Request, node: int, ttl: float) -> str:
         kind = MessageType.TRAIN if isinstance(request, Train) else MessageType.QUERY

@@ -31,8 +31,9 @@ def rounded(run: Run, after: Weights) -> Weights:
     left = run.moments.get("left")
     if not isinstance(left, np.memmap):  # a model's size, wanted once a round: on disk, from where a checkpoint takes it
         forget_left(run)
-        np.save(run.folder / LEFT, np.zeros_like(after.floats) if left is None else left)
-        left = np.load(run.folder / LEFT, mmap_mode="r+")
+        kept, left = left, np.lib.format.open_memmap(run.folder / LEFT, "w+", np.float32, after.floats.shape)
+        if kept is not None:
+            left[:] = kept
     codes, run.moments["left"] = encode(after.floats, run.layout, codec, left)
     reached = Weights(changed(run.weights.floats, codes, run.layout, codec, after.floats), after.integers)
     run.change = run.weights.digest, reached.digest, codes
@@ -70,6 +71,7 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
             elif not isinstance(reply, Answer | Contribution):
                 run.held.pop(centre, None)
             yield received
+            del received, reply  # before the next is taken: its memory is wanted
         short = lacking
 
 

@@ -8,7 +8,6 @@ each, so that going back by one never finds its best gone. What the run has been
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,11 +19,10 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load as tensors_from_bytes
-from safetensors.numpy import save as tensors_to_bytes
+from safetensors.numpy import load_file, save_file
 
 from common.errors import ConsiliumError
-from common.files import write_whole
+from common.files import digest, whole, write_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -59,12 +57,11 @@ def save(run_dir: Path, state: State) -> Path:
         known = _headers(folder)
         sums = {}
         for suffix, arrays in ((WEIGHTS, state.weights), (OPTIMISER, state.optimiser)):
-            data = tensors_to_bytes({key: np.asarray(value, order="C") for key, value in arrays.items()})
-            sums[suffix] = hashlib.sha256(data).hexdigest()
-            if name in known and known[name]["sha256"][suffix] != sums[suffix]:
-                (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
-            write_whole(folder / f"{name}{suffix}", data)
-            del data  # a model's size: the next one's place
+            with whole(folder / f"{name}{suffix}") as part:  # straight to the file: a model's size in memory is another's place
+                save_file({key: np.asarray(value, order="C") for key, value in arrays.items()}, part)
+                sums[suffix] = digest(part)
+                if name in known and known[name]["sha256"][suffix] != sums[suffix]:
+                    (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
         last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
         entries = len(state.history)
         for k in range(
@@ -75,8 +72,8 @@ def save(run_dir: Path, state: State) -> Path:
         header["facts"] = state.facts
         write_whole(folder / f"{name}.json", json.dumps(header).encode())
         _tidy(folder, {**known, name: header})
-    except OSError as error:
-        raise ConsiliumError(f"the checkpoint cannot be written to {folder}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise ConsiliumError(f"the checkpoint cannot be written to {folder}: {getattr(error, 'strerror', error)}") from error
     return weights
 
 
@@ -105,9 +102,9 @@ def load_latest(run_dir: Path) -> State | None:
 def load_weights(path: Path) -> Arrays:
     """The arrays of a safetensors file by name. Raises ConsiliumError."""
     try:
-        return tensors_from_bytes(Path(path).read_bytes())
+        return load_file(path)
     except OSError as error:
-        raise ConsiliumError(f"the weights {path} cannot be read: {error.strerror}") from error
+        raise ConsiliumError(f"the weights {path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise ConsiliumError(f"the weights {path} are no intact safetensors file: {error}") from error
 
@@ -130,10 +127,9 @@ def _entry(folder: Path, number: int) -> Path:
 
 
 def _verified(path: Path, sha256: str) -> Arrays:
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if digest(path) != sha256:
         raise ValueError("checksum")
-    return tensors_from_bytes(data)
+    return load_file(path)
 
 
 def _tidy(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -27,7 +27,8 @@ from server.simulate import simulate as simulate_run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The coordinator: simulate, resume, compare, report, runs, show, watch, export, metrics, dashboard, provision, admit, run, doctor.",
+    help="The coordinator: simulate, resume, compare, report, runs, show, watch, dashboard, account, export, metrics, backup, restore, provision, "
+    "admit, run, doctor.",
 )
 Id = Annotated[str, typer.Option("--id", help="the new run's id; empty: made from the time and the recipe")]
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
@@ -145,6 +146,26 @@ def export_run(
     if to not in export.FORMATS:
         raise ConsiliumError(f"--to {to} is no format{nearest(to, export.FORMATS)}")
     typer.echo(export.FORMATS[to](folder, book, out))
+
+
+@app.command()
+def backup(file: Annotated[Path, typer.Argument(help="a tar; -: standard output")], runs: Runs = "", ledger: str = "") -> None:
+    """Write all runs and the ledger to one file; runs may be on meanwhile."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.backup(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
+
+
+@app.command()
+def restore(file: Annotated[Path, typer.Argument(help="what backup wrote; -: standard input")], runs: Runs = "", ledger: str = "") -> None:
+    """Put what `backup` wrote into an empty folder and a new ledger; its runs can be resumed there."""
+    from server import backup as backups
+
+    folder = runs_folder(runs)
+    for sentence in backups.restore(file, folder, open_ledger(folder, ledger)):
+        typer.echo(sentence, err=True)
 
 
 @app.command()

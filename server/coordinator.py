@@ -26,9 +26,10 @@ from common.model import make_model
 from common.schema import Evaluation, Stage
 from common.weights import NONE, Weights, flatten, layout_of
 from server import checkpoint, matrix, scores
-from server.aggregation import Spooled, decoded, fault, group_weights, outliers, spool, step, weighted_sum
-from server.broadcast import ask, forget_left, rounded, send
-from server.counts import counted, global_counts, training
+from server.aggregation import Spooled, decoded, fault, spool
+from server.broadcast import ask, forget_left, send
+from server.combine import combine, screened
+from server.counts import global_counts, training
 from server.initial import initial_model
 from server.orders import heed
 from server.presence import filled, greet, readmit
@@ -181,13 +182,15 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
-        for centre, why in outliers({c: s.norm for c, s in arrived.items()}, run.config.aggregation.outlier).items():
+            del received  # before the next is taken: its memory is wanted
+        for centre, why in screened(run, arrived).items():
             facts[centre].update(accepted=False, reason=why)
             del arrived[centre]
         for centre, said in facts.items():
             if not said["accepted"]:
                 leave_out(run, name, round, centre, said["reason"])
-        quorum = max(1, math.ceil(run.config.federation.quorum * (len(taught) - declined)))  # who declines is not waited for
+        waited = math.ceil(run.config.federation.quorum * (len(taught) - declined))  # who declines is not waited for
+        quorum = max(1 if place["personal"] else run.config.aggregation.fewest, waited)
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
@@ -195,15 +198,11 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     else:
         why = by_reason({c: said["reason"] for c, said in sorted(facts.items()) if not said["accepted"]})
         raise Paused(f"stage '{name}' round {round}: {len(arrived)} contributions, {quorum} needed ({why}); mend it, then resume")
-    weights: dict[str, dict[str, float]] = {}
-    if not place["personal"]:
-        counts = {c: {t: counted(run, c, t) for t in run.config.tasks} for c in arrived}
-        weights = group_weights(counts, run.config.aggregation, {t: run.config.tasks[t] for t in active(run.config, stage)})
-        matrix.keep(run, name, round, list(arrived.values()))
-        update = weighted_sum(list(arrived.values()), weights, run.layout)
-        run.weights = rounded(run, step(run.weights, update, list(arrived.values()), run.config.aggregation, run.layout, run.moments))
-    shutil.rmtree(folder, ignore_errors=True)
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
+    if not place["personal"]:
+        matrix.keep(run, name, round, list(arrived.values()))
+    weights = {} if place["personal"] else combine(run, name, stage, round, arrived, facts)
+    shutil.rmtree(folder, ignore_errors=True)
     effective = {group: effective_number(w) for group, w in weights.items()}
     return {
         "round": round,

@@ -190,7 +190,7 @@ def cost_grid(rounds: Rounds) -> Grid:
 
 
 def privacy_grid(rounds: Rounds, privacy: Result) -> Grid:
-    """What each centre's patients have lost so far, in this and earlier runs, by the last round that each contributed to."""
+    """What each centre's patients (in this and earlier runs), or each centre (in this run), have lost by the last round each contributed to."""
     spent: dict[str, list[tuple[int, float]]] = {}
     for number, _, r in rounds:
         for centre, said in r.get("centres", {}).items():
@@ -201,7 +201,9 @@ def privacy_grid(rounds: Rounds, privacy: Result) -> Grid:
         for centre, of in spent.items()
     ]
     heads = ("epsilon, first round", "epsilon, last round", "rounds")
-    caption = f"Patients' privacy loss at delta {privacy.get('delta', 0):g}, clipped at {privacy.get('clip', 0):g}"
+    central = privacy.get("kind") == "central"
+    whose = "Centres' privacy loss, to those who see the models but not to the coordinator," if central else "Patients' privacy loss"
+    caption = f"{whose} at delta {privacy.get('delta', 0):g}, clipped at {privacy.get('clip', 0):g}"
     return Grid([[Head("centre", False), *map(Head, heads)]], rows, caption)
 
 

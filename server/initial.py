@@ -20,7 +20,7 @@ def initial_model(config: Config) -> Model:
     Raises ConsiliumError when the weights cannot be had or do not fit.
     """
     model = make_model(config.backbone, config.tasks, derive(config.seed, "initial"))
-    if config.privacy.kind == "patient":
+    if config.privacy.kind != "none":
         refuse_batch_norm(model)
     source = config.backbone.weights
     if source == "random":

@@ -162,6 +162,25 @@ class Ledger:
         with self._open() as database:
             database.execute(tables.evidence.insert(), {"run": run, "time": _now(), "kind": kind, "body": dict(body)})
 
+    def copy(self, to: Ledger) -> int:
+        """Add all rows, as of one moment, to an empty ledger, which may be of the other kind of database. Returns how many; all or none."""
+        count = 0
+        with self._open(read=True) as mine, to._open() as theirs:
+            if mine.dialect.name == "postgresql":  # SQLite reads as of one moment anyway
+                mine.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+            for table in tables.schema.sorted_tables:
+                for rows in mine.execution_options(yield_per=1000).execute(sa.select(table).order_by(table.c.id)).mappings().partitions():
+                    theirs.execute(table.insert(), [dict(row) for row in rows])
+                    count += len(rows)
+                if theirs.dialect.name == "postgresql" and table is not tables.runs:  # where its own numbers go on
+                    highest = sa.select(sa.func.max(table.c.id)).scalar_subquery()
+                    theirs.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence(table.name, "id"), highest)))
+        return count
+
+    def close(self) -> None:
+        """Let go of the database: a SQLite ledger is one file then."""
+        self._engine.dispose()
+
     # ---- reading: rows as dicts in the order of writing
 
     def runs(self) -> list[Row]:

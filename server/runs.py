@@ -78,8 +78,13 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
     if (folder / "metrics.json").exists():
         raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
     config = config_of(folder)
-    ended = ledger.status(folder.name) in ("paused", "stopped", "failed")
-    ledger.event(folder.name, "resumed", "" if ended else "the coordinator's process had ended without a word")
+    said = [] if ledger.status(folder.name) in ("paused", "stopped", "failed") else ["the coordinator's process had ended without a word"]
+    said += [
+        f"by code {fingerprint()}, begun by {row['code']}"
+        for row in ledger.runs()
+        if row["id"] == folder.name and row["code"] != fingerprint()
+    ]
+    ledger.event(folder.name, "resumed", "; ".join(said))
     return _carry_out(Run(folder.name, config, folder, transport, ledger))
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from client import budget, scans
 from client.answer import answer
-from client.budget import Account, Charge, afford, charge, charges, epsilon, marks_of, noise_for
+from client.budget import Account, afford, charge, charges, marks_of
 from client.phantom import write_centre
 from client.site import Site
+from common.accountant import Charge, epsilon, noise_for
 from common.compose import compose, to_dict
 from common.errors import Declined, Refused
 from common.messages import Contribution, Query, Refusal, Train

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from client.dataset import Scans
 from client.objective import Batch, Objective
-from client.private import Patients, Protection, clipped_sum, drawn, hide, normals, pace
+from client.private import Patients, Protection, clipped_sum, drawn, hide, pace
 from client.trainer import train
 from common.model import Model, make_model
+from common.noise import normals
 from common.schema import Augment, Backbone, Optimiser, Stage, Task
 
 STILL = Augment(p_flip=0, p_affine=0, p_brightness=0, p_value=0, p_holes=0)

@@ -33,9 +33,10 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
     commands = home / "bin"
     commands.mkdir(parents=True, exist_ok=True)
-    body = (ROOT / "deploy" / "image" / "flwr-clientapp").read_text().partition("\n")[2]
-    (commands / "flwr-clientapp").write_text(f"#!{sys.executable}\n{body}")
-    (commands / "flwr-clientapp").chmod(0o755)
+    for name in ("flwr-clientapp", "flower-superlink"):
+        body = (ROOT / "deploy" / "image" / name).read_text().partition("\n")[2]
+        (commands / name).write_text(f"#!{sys.executable}\n{body}")
+        (commands / name).chmod(0o755)
     if more.pop("WARM", ""):  # its processes are forked from a loaded one
         (commands / "flwr-clientapp").replace(commands / "image.py")
         warm = f"#!{sys.executable} -S\nimport sys\nsys.path[0] = {str(Path(__file__).parent)!r}\nfrom warm import ask\n"
@@ -49,6 +50,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         | more
     )
@@ -113,6 +115,27 @@ def started(folder: Path) -> Iterator[Started]:
                 os.killpg(process.pid, signal.SIGTERM)
         for name in list(processes.processes):
             processes.stop(name)
+
+
+def federation(processes: Started, centres: list[str], drawn: list[str], **more: str) -> tuple[str, int]:
+    """A running coordinator, and in `hospitals/` each centre's folder, let in and with phantom scans, not started yet. Returns the operator's address
+    and the hospitals' port."""
+    folder, port = processes.folder, free_port()
+    settings = [part for o in [*drawn, f"federation.centres=[{','.join(centres)}]"] for part in ("-s", o)]
+    wanted = {"address": f"localhost:{port}", "centres": {name: {"device": "cpu"} for name in centres}}
+    (folder / "federation.yaml").write_text(yaml.safe_dump(wanted))
+    made = folder / "made"
+    for done in (
+        centre("phantom", str(folder / "data"), *settings, "--no-prepare"),
+        server("provision", str(folder / "federation.yaml"), "--out", str(made)),
+    ):
+        assert done.returncode == 0, done.stderr
+    operator = start_coordinator(processes, made, folder / "runs", port, **more)
+    admitted = server("admit", str(made / "coordinator/centres"), "--superlink", operator, "--ca", str(made / "ca.crt"))
+    assert admitted.returncode == 0, admitted.stderr
+    for name in centres:
+        unpack(made / "kits" / f"{name}.tar.gz", folder / "hospitals", folder / "data" / name)
+    return operator, port
 
 
 def start_coordinator(processes: Started, made: Path, runs: Path, port: int, **more: str) -> str:
@@ -213,6 +236,18 @@ def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
             yield f"postgresql://consilium@/postgres?host={folder}", do
         finally:
             call("pg_ctl", "-m", "immediate", "stop")
+
+
+def children(parent: int, name: str) -> list[int]:
+    """Processes of this name in the session that `parent` leads."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(state[3]) == parent and state[0] != "Z" and name in (entry / "cmdline").read_bytes().decode().replace("\0", " "):
+                    found.append(int(entry.name))
+    return found
 
 
 def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 240) -> None:

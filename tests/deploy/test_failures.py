@@ -12,176 +12,27 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from server.ledger import Ledger
 from tests.deploy import processes as p
+from tests.deploy.harm import BUSY, CENTRES, DEADLINE, Federation, deployed
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
-CENTRES = ["north", "east", "south", "west"]
-PHANTOM = ["federation.phantom.scale=0.03", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=32"]
-RUN = [
-    "federation=folder",
-    f"federation.centres=[{','.join(CENTRES)}]",
-    "stage.epochs=1",
-    "stage.batch=4",
-    "preprocess.size=32",
-]
-BUSY = float(os.environ.get("CONSILIUM_BUSY", "1"))  # how much slower than two idle cores this machine is
-DEADLINE = 90.0 * BUSY
-
-
-@dataclass
-class Federation:
-    """A running one, and what the tests need to harm and mend it."""
-
-    processes: p.Started
-    folder: Path
-    port: int  # of the proxy
-    relay: int  # west's way to it
-    operator: str  # address of the SuperLink
-    ledger: str
-    database: Callable[[str], None]  # starts and kills the ledger's server
-    runs: list[str] = field(default_factory=list)
-    books: list[Ledger] = field(default_factory=list)
-
-    def start(self, *overrides: str, resume: str = "", wait: float = 400) -> str:
-        """`consilium-server run`, in the background. Returns the run's id once the ledger has it."""
-        before = self.events(resume)
-        number = sum(name.startswith("command") for name in self.processes.processes)
-        self.processes.start(
-            f"command-{number}-{time.monotonic_ns()}",
-            *(sys.executable, "-c", "from server.cli import main; main()", "run", "--superlink", self.operator),
-            *("--ca", str(self.folder / "made/ca.crt"), "--runs", str(self.folder / "runs"), *RUN, *overrides),
-            *(["--resume", resume] if resume else []),
-        )
-        if resume:
-            self.until("", "the run is taken up", wait, lambda: len(self.events(resume)) > len(before))
-            return resume
-        ids = lambda: [row["id"] for row in self.book().runs() if row["id"] not in self.runs]  # noqa: E731
-        self.until("", "the run begins", wait, lambda: bool(ids()))
-        self.runs += ids()
-        return self.runs[-1]
-
-    def book(self) -> Ledger:
-        if not self.books:
-            self.books.append(Ledger(self.ledger))
-        return self.books[0]
-
-    def events(self, run: str) -> list[dict[str, Any]]:
-        return self.book().events(run)
-
-    def kinds(self, run: str) -> list[str]:
-        return [event["kind"] for event in self.events(run)]
-
-    def said(self, run: str, centre: str) -> str:
-        """What the ledger has of a centre: every event's detail."""
-        return "; ".join(str(event["detail"]) for event in self.events(run) if event["centre"] == centre)
-
-    def rounds(self, run: str) -> int:
-        """The last round that closed; -1 before the stage's start."""
-        return max((row["round"] for row in self.book().rounds(run)), default=-1)
-
-    def replies(self, run: str, round: int) -> dict[str, dict[str, Any]]:
-        return {row["centre"]: row for row in self.book().contributions(run) if row["round"] == round}
-
-    def until(self, run: str, what: str, seconds: float, true: Callable[[], bool]) -> float:
-        """Wait; returns for how long. Fails at once when the run has ended without it."""
-        began = time.monotonic()
-        while time.monotonic() - began < seconds * BUSY:
-            if true():
-                return time.monotonic() - began
-            if run and self.book().status(run) in ("paused", "failed", "finished") and not true():
-                break
-            time.sleep(0.1)
-        logs = "\n".join(f"== {name}\n{self.processes.log(name)[-800:]}" for name in self.processes.processes)
-        raise AssertionError(f"not within {seconds * BUSY:.0f} s: {what}; {[(e['kind'], e['detail']) for e in self.events(run)]}\n{logs}")
-
-    def training(self, run: str, centre: str) -> int:
-        """Waits until a centre works on a round's training; returns the round."""
-        after = self.rounds(run)
-        self.until(run, "the round closes", 600, lambda: self.rounds(run) > after)
-        self.until(run, f"{centre} works on round {after + 2}", 300, lambda: bool(self.apps(centre)))
-        return self.rounds(run) + 1
-
-    def back(self, run: str, centre: str, after: int, seconds: float = 600) -> float:
-        """Waits until a contribution of the centre is accepted in a round after `after`; returns for how long."""
-        there = lambda: any(row["accepted"] for r in range(after + 1, self.rounds(run) + 1) if (row := self.replies(run, r).get(centre)))  # noqa: E731
-        return self.until(run, f"{centre} takes part again", seconds, there)
-
-    def hospital(self, centre: str) -> Path:
-        return self.folder / "hospitals" / centre
-
-    def apps(self, centre: str) -> list[int]:
-        """The processes that a centre's SuperNode has started for messages."""
-        return children(self.processes.processes[centre].pid, "flwr-clientapp")
-
-    def everything(self, centre: str, how: signal.Signals) -> None:
-        """To the SuperNode of a centre and all it has started."""
-        os.killpg(self.processes.processes[centre].pid, how)
-
-    def centre(self, name: str, **more: str) -> None:
-        """Start a centre as Docker does, with `restart: unless-stopped`: again after a wait that doubles, up to a minute."""
-        address = f"localhost:{self.relay if name == 'west' else self.port}"
-        if name in self.processes.processes:
-            self.processes.stop(name, signal.SIGKILL)
-        p.start_centre(self.processes, self.hospital(name), address, restart=True, WARM="yes", **more)
-
-    def note(self, failure: str, outcome: str, seconds: float) -> None:
-        """A row for deploy/README.md."""
-        with (self.folder / "table.txt").open("a") as table:
-            table.write(f"| {failure} | {outcome} | {seconds:.0f} s |\n")
-
-
-def children(parent: int, name: str) -> list[int]:
-    """Processes of this name in the session that `parent` leads."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(state[3]) == parent and state[0] != "Z" and name in (entry / "cmdline").read_bytes().decode().replace("\0", " "):
-                    found.append(int(entry.name))
-    return found
+ROUNDS = 60  # of the long run: it goes on while a centre is away, a few seconds a round on a quick machine
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.skip("no PostgreSQL server is installed")
-    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("failures")
-    settings = [part for o in [*PHANTOM, f"federation.centres=[{','.join(CENTRES)}]"] for part in ("-s", o)]
-    made = p.centre("phantom", str(data), *settings, "--no-prepare")
-    assert made.returncode == 0, made.stderr
-    port, relay = p.free_port(), p.free_port()
-    (folder / "federation.yaml").write_text(
-        yaml.safe_dump({"address": f"localhost:{port}", "centres": {c: {"device": "cpu"} for c in CENTRES}})
-    )
-    made = p.server("provision", str(folder / "federation.yaml"), "--out", str(folder / "made"))
-    assert made.returncode == 0, made.stderr
-    with p.postgresql() as (address, database), p.started(folder) as processes:
-        operator = p.start_coordinator(processes, folder / "made", folder / "runs", port, CONSILIUM_LEDGER=address)
-        admitted = p.server("admit", str(folder / "made/coordinator/centres"), "--superlink", operator, "--ca", str(folder / "made/ca.crt"))
-        assert admitted.returncode == 0, admitted.stderr
-        there = Federation(processes, folder, port, relay, operator, address, database)
-        processes.start("relay", sys.executable, str(Path(__file__).with_name("relay.py")), str(relay), str(port))
-        for name in CENTRES:
-            p.unpack(folder / "made" / "kits" / f"{name}.tar.gz", folder / "hospitals", data / name)
-            there.centre(name)
-        p.wait_until("every centre is warm", 240 * BUSY, lambda: all((folder / f"home-{c}" / "warm.sock").exists() for c in CENTRES))
+    with deployed(tmp_path_factory.mktemp("failures")) as there:
         yield there
-        if (folder / "table.txt").exists():
-            print("\n" + (folder / "table.txt").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +47,7 @@ def test_the_coordinators_app_is_killed_and_the_superlink_away_for_long(federati
     """Twice resumed in two rounds: once its process was gone, once the SuperLink had given it up. The weights are those of the undisturbed run."""
     run = federation.start("stage.rounds=2")
     federation.training(run, "south")  # the stage's start is round 0
-    [app] = children(federation.processes.processes["superexec"].pid, "flwr-serverapp")
+    [app] = p.children(federation.processes.processes["superexec"].pid, "flwr-serverapp")
     os.kill(app, signal.SIGKILL)
     killed = time.monotonic()
     assert federation.kinds(run) == ["started"]  # it could say nothing any more
@@ -236,7 +87,7 @@ def long(federation: Federation) -> Iterator[str]:
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(federation.folder / "disk")], check=False)
         subprocess.run(["mount", "-o", "loop", str(federation.folder / "disk"), str(disk)], check=False)
     waits = (f"federation.deadline={DEADLINE}", "federation.quorum=0.5", "federation.retries=2", "federation.wait=60")
-    yield federation.start("stage.rounds=20", "stage.epochs=5", "evaluation.choose=last", *waits)
+    yield federation.start(f"stage.rounds={ROUNDS}", "stage.epochs=5", "evaluation.choose=last", *waits)
     if os.path.ismount(federation.hospital("south") / "state"):
         subprocess.run(["umount", "-l", str(federation.hospital("south") / "state")], check=False)
 
@@ -279,7 +130,7 @@ def test_the_superlink_is_killed_and_back_at_once(federation: Federation, long: 
 
 def test_a_centre_is_slower_than_the_deadline(federation: Federation, long: str) -> None:
     round = federation.training(long, "east")
-    for process in [*federation.apps("east"), *children(federation.processes.processes["east"].pid, "warm.py")]:
+    for process in [*federation.apps("east"), *p.children(federation.processes.processes["east"].pid, "warm.py")]:
         os.kill(process, signal.SIGSTOP)
     federation.until(long, "east is left out", DEADLINE + 200, lambda: "no reply within" in federation.said(long, "east"))
     federation.everything("east", signal.SIGCONT)
@@ -293,8 +144,7 @@ def test_a_centre_is_cut_off(federation: Federation, long: str) -> None:
     time.sleep(120)
     federation.until(long, "west is left out", 200, lambda: any(w in federation.said(long, "west") for w in ("connect", "no reply")))
     before = federation.processes.log("west").count("Starting Flower SuperNode")
-    relay = (str(federation.relay), str(federation.port))
-    federation.processes.start("relay", sys.executable, str(Path(__file__).with_name("relay.py")), *relay)
+    federation.connect()
     federation.note(
         "a centre cut off for 2 minutes", "rounds close without it; it comes back by itself", federation.back(long, "west", round)
     )
@@ -344,7 +194,7 @@ def test_strangers_disturb_nobody(federation: Federation, long: str, tmp_path: P
     (tmp_path / "guess").write_text("guess")
     p.start_superexec(federation.processes, federation.folder / "made", tmp_path / "guess", federation.operator, tmp_path, name="thief")
     assert node.wait(200 * BUSY) != 0
-    assert "register" in federation.processes.log("stranger").lower()
+    assert "Failed to activate SuperNode" in federation.processes.log("stranger")
     refused = lambda: "SuperExec authentication failed" in federation.processes.log("superlink")  # noqa: E731
     federation.until(long, "the stranger's SuperExec is refused", 200, refused)
     federation.until(long, "the run goes on", 300, lambda: federation.rounds(long) > round)
@@ -382,8 +232,8 @@ def test_the_certificate_expires(federation: Federation, long: str) -> None:
 def test_the_long_run_finishes(federation: Federation, long: str) -> None:
     """To its last round, with all four centres in it; every centre's egress log is whole."""
     federation.until(long, "the long run finishes", 1500, lambda: federation.book().status(long) == "finished")
-    assert federation.rounds(long) == 20
-    assert {c: row["accepted"] for c, row in federation.replies(long, 20).items()} == dict.fromkeys(CENTRES, True)
+    assert federation.rounds(long) == ROUNDS
+    assert {c: row["accepted"] for c, row in federation.replies(long, ROUNDS).items()} == dict.fromkeys(CENTRES, True)
     for centre in CENTRES:
         assert p.centre("egress", str(federation.hospital(centre) / "state"), "--verify").returncode == 0
 

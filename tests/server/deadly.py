@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from common.messages import Reply, Request, Train
-from server import checkpoint, coordinator
+from server import checkpoint, combine
 from server.runs import begin, open_ledger, resume
 from tests.inprocess import InProcess, phantom_config, sites
 
@@ -31,7 +31,7 @@ def main() -> None:
             strike("training")  # after a centre trained, before its contribution arrives
         return reply
 
-    before_save, before_step = checkpoint.save, coordinator.step
+    before_save, before_step = checkpoint.save, combine.step
 
     def saving(*args: object) -> object:
         strike("checkpoint")  # the ledger has the round, the checkpoint has not
@@ -41,7 +41,7 @@ def main() -> None:
         strike("aggregation")
         return before_step(*args)  # type: ignore[arg-type]
 
-    checkpoint.save, coordinator.step = saving, stepping  # type: ignore[assignment]
+    checkpoint.save, combine.step = saving, stepping  # type: ignore[assignment]
     folder = Path(runs)
     transport = InProcess(sites(), hook)
     if how == "begin":

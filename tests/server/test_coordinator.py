@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from common.errors import ConsiliumError
+from common.fingerprint import fingerprint
 from common.messages import Contribution, Presence, Refusal, Reply, Request, Train
 from common.schema import Config, Evaluation, Optimiser, Stage
 from server.coordinator import plateau
@@ -166,6 +167,41 @@ def test_other_code_has_no_part(phantom: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ConsiliumError, match=r"3 of 4 centres.*east: runs other code \(0123456789abcdef"):
         run(phantom_config(phantom), tmp_path, Old(sites()))
+
+
+def test_an_upgrade_hospital_by_hospital(phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run paused, the coordinator replaced: the old centres are refused by name until enough have followed; then the run goes on with those, and
+    the last ones come back in a later round. The ledger tells which code did what."""
+    upgraded: list[str] = []
+
+    class Upgraded(InProcess):
+        def greet(self, request, expected, wait):  # type: ignore[no-untyped-def]
+            for received in super().greet(request, expected, wait):
+                if isinstance(received.reply, Presence) and received.centre in upgraded:
+                    received.reply.fingerprint = "the next"
+                yield received
+
+    def away(centre: str, request: Request, reply: Reply) -> Reply | None:
+        if isinstance(request, Train) and request.round == 2:
+            upgraded.extend({"south", "west"} - set(upgraded))  # these follow while the next run of the round is on
+        return None if isinstance(request, Train) and request.round == 1 and not upgraded else reply
+
+    was = fingerprint()
+    with pytest.raises(ConsiliumError, match="is paused"):
+        run(phantom_config(phantom, "stage.rounds=3", "federation.quorum=0.5"), tmp_path, Upgraded(sites(), away))
+    for module in ("server.runs", "server.presence"):
+        monkeypatch.setattr(f"{module}.fingerprint", lambda: "the next")
+    ledger = open_ledger(tmp_path)
+    upgraded.append("north")
+    with pytest.raises(
+        ConsiliumError, match=rf"1 of 4 centres.*east, south, west: runs other code \({was}, here the next\); install the same"
+    ):
+        resume("r", Upgraded(sites(), away), tmp_path, ledger)
+    upgraded.append("east")
+    resume("r", Upgraded(sites(), away), tmp_path, ledger)
+    took_part = {n: {row["centre"] for row in ledger.contributions("r") if row["round"] == n and row["accepted"]} for n in (1, 2, 3)}
+    assert took_part == {1: {"north", "east"}, 2: {"north", "east"}, 3: {"north", "east", "south", "west"}}
+    assert [e["detail"] for e in ledger.events("r") if e["kind"] == "resumed"] == [f"by code the next, begun by {was}"] * 2
 
 
 @pytest.mark.parametrize("head", ["local", "anchored", "moments"])

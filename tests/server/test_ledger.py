@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import pwd
 import sqlite3
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,41 +35,11 @@ SCORES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """A server of our own on a unix socket in a temporary folder; its processes end with the test."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("no PostgreSQL server is installed")
-    programs = found[-1].parent
-    user = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name  # the server refuses to run as root
-    account = user if os.getuid() == 0 else None
-
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # short: a socket's path has at most 107 characters
-        if account:
-            os.chown(folder, pwd.getpwnam(account).pw_uid, -1)
-
-        def call(program: str, *arguments: str) -> None:
-            subprocess.run(
-                [str(programs / program), "-D", f"{folder}/data", *arguments], check=True, capture_output=True, user=account, cwd=folder
-            )
-
-        call("initdb", "-A", "trust", "-U", "consilium", "--no-sync")
-        call("pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses= -c fsync=off -k {folder}", "start")
-        try:
-            yield f"postgresql://consilium@/postgres?host={folder}"
-        finally:
-            call("pg_ctl", "-m", "immediate", "stop")
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/new folder/ledger.db"
     address: str = request.getfixturevalue("postgresql")
-    engine = sa.create_engine(address.replace("postgresql:", "postgresql+psycopg:"))
-    schema.drop_all(engine)
-    engine.dispose()
     return address
 
 

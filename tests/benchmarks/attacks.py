@@ -1,0 +1,223 @@
+"""What each defence buys against each attack, and what it costs: a hostile centre, membership inference, gradient inversion.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.attacks [--only hostile|membership|inversion] [--out DIR] [--seeds 1]
+
+Phantom hospitals in small (tests/attacks.py says how each attack goes); what is finished is kept in DIR and not done again. README.md has the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.dataset import Scans, batches, in_order, joined
+from client.objective import Batch
+from client.private import Protection, drawn
+from client.scans import read_scans
+from client.trainer import infer, train
+from common.accountant import noise_for
+from common.codec import decode, encode
+from common.compose import compose
+from common.errors import ConsiliumError
+from common.model import make_model
+from common.schema import Augment, Backbone, Codec, Config, Optimiser, Stage, Task
+from common.weights import flatten, layout_of
+from server.runs import begin, open_ledger
+from tests.attacks import ATTACKS, Hostile, damage, inverted, membership, psnr, ssim
+from tests.inprocess import sites
+
+SMALL = [
+    "federation.phantom.scale=0.2", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=48", "preprocess.slices=4",
+    "stage.rounds=6", "stage.epochs=2", "stage.batch=8", "stage.precision=fp32", "stage.tasks=[covid]", "evaluation.choose=last",
+    "aggregation.codec=fp32", "federation.retries=0", "federation.quorum=0.5",
+]  # fmt: skip
+OPEN = "aggregation.outlier=1e9"
+FIVE = "federation.centres=[north,east,south,west,harbour]"
+DEFENCES = {
+    "none": [OPEN],
+    "norm screening": [],
+    "median": [OPEN, "aggregation.robust=median"],
+    "trimmed mean": [OPEN, "aggregation.robust=trimmed"],
+    "screening + median": ["aggregation.robust=median"],
+    "none, five centres": [OPEN, FIVE],
+    "Krum, five centres": [OPEN, FIVE, "aggregation.robust=krum"],
+    "none, group norm": [OPEN, "backbone.norm=group"],
+    "patient, epsilon 8": [OPEN, "privacy=patient"],
+    "central, epsilon 50": [OPEN, "privacy=central", "privacy.epsilon=50", "privacy.quantile=0.5"],
+}
+
+
+def config_of(out: Path, *more: str) -> Config:
+    return compose([*SMALL, f"federation.root={out}/data", *more])
+
+
+def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
+    """One federation of four (or five) centres, of which `east` attacks."""
+    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), f"{attack}-{defence}-{seed}".replace(" ", "-").replace(",", "")
+    for book in out.glob("data/*/.consilium/budget/*"):
+        book.unlink()  # each run's privacy is counted alone
+    try:
+        shutil.rmtree(out / "runs", ignore_errors=True)
+        result = begin(config, Hostile(len(config.federation.centres), attack), out / "runs", open_ledger(out / "runs"), run)
+    except ConsiliumError as error:  # the model is spoilt: no centre can score it
+        return {"worst": None, "fooled": None, "why": str(error)[:120]}
+    worst, fooled = damage(result, out / "runs" / result["run"] / "model.safetensors", config)
+    return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
+
+
+def pool(out: Path, scans: int = 96) -> tuple[Config, Scans]:
+    """All centres' phantom scans together."""
+    config = config_of(out)
+    held = [part for site in sites(4) for part in read_scans(site, config)[0].values()]
+    whole = joined(held)
+    return config, whole.take(np.random.default_rng(1).permutation(len(whole))[:scans])
+
+
+def members(out: Path, seed: int, target: float, models: int = 12, epochs: int = 25) -> dict[str, Any]:
+    """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for group norm alone."""
+    config, scans = pool(out)
+    backbone = replace(config.backbone, norm="group" if target else "batch")
+    tasks = {"covid": config.tasks["covid"]}
+    stage = Stage(batch=12, augment=Augment(), optimiser=Optimiser(lr=3e-3))
+    rng = np.random.default_rng(seed)
+    # each scan in half of the models: the likelihood ratio wants both kinds of shadow
+    inside = np.stack([rng.permutation(models) < models // 2 for _ in range(len(scans))], axis=1)
+    y, confidence, right = scans.targets["covid"], np.zeros((models, len(scans))), []
+    for k in range(models):
+        own = scans.take(np.flatnonzero(inside[k]))
+        steps, odds = epochs * -(-len(own) // stage.batch), stage.batch / len(own)
+        model = make_model(backbone, tasks, k)
+        if target > 0:
+            noise = noise_for(target, 1e-5, ((odds, steps),))
+            own.patients = [str(i) for i in range(len(own))]
+            train(
+                model,
+                drawn(own, tasks, odds, steps, k),
+                stage,
+                tasks,
+                {},
+                steps=steps,
+                seed=k,
+                protection=Protection(1.0, noise, stage.batch),
+            )
+        else:
+            train(model, batches(own, tasks, stage, steps, k), stage, tasks, {}, steps=steps, seed=k)
+        z = infer(model, in_order(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0].double().numpy()
+        confidence[k] = np.where(y == 1, z, -z)
+        right.append([np.mean(confidence[k][inside[k]] > 0), np.mean(confidence[k][~inside[k]] > 0)])
+    auc, found = membership(confidence, inside)
+    return {"auc": auc, "tpr": found, "right inside": float(np.mean(right, 0)[0]), "right outside": float(np.mean(right, 0)[1])}
+
+
+MEMBERS = {"none": 0.0, "none, group norm": -1.0, "patient, epsilon 8": 8.0, "patient, epsilon 1": 1.0}
+
+
+def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 600) -> dict[str, Any]:
+    """One contribution of one picture of 32 x 32 by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
+    tasks = {"covid": Task()}
+    stage = Stage(batch=1, optimiser=Optimiser("sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"), augment=off())
+    backbone = Backbone("test_resnet", norm="group")
+    _, scans = pool(out)
+    torch.manual_seed(seed)
+    model = make_model(backbone, tasks, seed, channels_last=False)
+    layout = layout_of(model)
+    before = flatten(model, layout)
+    count = 8 if defence == "eight scans a step" else 1
+    pictures = torch.stack([shrunk(scans.slices[seed + i], size) for i in range(count)])  # [B, 1, H, W] uint8
+    labels = torch.from_numpy(scans.targets["covid"][seed : seed + count])
+    made = make_model(backbone, tasks, seed, channels_last=False)
+    if defence == "patient, epsilon 8":
+        noise = noise_for(8.0, 1e-5, ((1.0, 6),))
+        patients = {"one": Batch(pictures, {"covid": labels})}
+        train(made, [patients], stage, tasks, {}, seed=seed, protection=Protection(1.0, noise, 1.0))
+    else:
+        rounds = 5 if defence == "five steps" else 1
+        train(made, [Batch(pictures, {"covid": labels})] * rounds, stage, tasks, {}, steps=rounds, seed=seed)
+    delta = flatten(made, layout).floats - before.floats
+    codecs: dict[str, Codec] = {"int8": "int8", "int4": "int4"}
+    if codec := codecs.get(defence):
+        delta = decode(encode(delta, layout, codec)[0], layout, codec)
+    where = {e.name: e for e in layout.floats}
+    parts = [torch.from_numpy(delta[where[n].where].reshape(where[n].shape).copy()) for n, p in model.named_parameters() if p.requires_grad]
+    found = inverted(model.eval(), parts, labels[:1].float(), (1, 1, size, size), steps, seed)
+    best = max(range(count), key=lambda i: psnr(found[0, 0], pictures[i, 0] / 255))
+    true = pictures[best, 0] / 255
+    return {"psnr": psnr(found[0, 0], true), "ssim": ssim(found[0, 0], true), "flat": psnr(torch.full_like(true, float(true.mean())), true)}
+
+
+INVERSIONS = ["none", "int8", "int4", "five steps", "eight scans a step", "patient, epsilon 8"]
+
+
+def off() -> Augment:
+    return Augment(p_flip=0, p_affine=0, p_brightness=0, p_value=0, p_holes=0)
+
+
+def shrunk(slices: np.ndarray, size: int) -> torch.Tensor:
+    """The first slice of a scan [S, H, W] as uint8 [1, size, size]."""
+    x = torch.from_numpy(np.array(slices[:1]))[None].float()
+    return torch.nn.functional.interpolate(x, (size, size), mode="area")[0].round().byte()
+
+
+def kept(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result from its file, or made now; its line goes to the screen."""
+    path = out / "results" / f"{name}.json"
+    if not path.exists():
+        began, cpu = time.perf_counter(), time.process_time()
+        found = make() | {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    found = json.loads(path.read_text())
+    print(f"{name:48} " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
+    return found
+
+
+def cell(found: list[dict[str, Any]], key: str, spoilt: str) -> str:
+    values = [f[key] for f in found if f[key] is not None]
+    return spoilt if not values else f"{np.mean(values):.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path, default=Path("data/attacks"))
+    parser.add_argument("--seeds", type=int, default=1)
+    given = parser.parse_args()
+    out, seeds = given.out.resolve(), range(1, given.seeds + 1)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    logging.basicConfig(filename=out / "log.txt", level=logging.WARNING)
+    parts = [given.only] if given.only else ["inversion", "hostile", "membership"]
+    text = []
+    if "inversion" in parts:
+        text.append("\n| inversion | PSNR, dB | of a flat picture | SSIM |\n|---|---|---|---|")
+        for d in INVERSIONS:
+            some = [kept(out, f"inversion {d} {s}", lambda d=d, s=s: inversion(out, s, d)) for s in seeds]  # type: ignore[misc]
+            text.append(f"| {d} | {cell(some, 'psnr', '')} | {cell(some, 'flat', '')} | {cell(some, 'ssim', '')} |")
+    if "hostile" in parts:
+        text.append(
+            f"\n| worst honest centre's AUC / fooled by the trigger | {' | '.join(ATTACKS)} |\n" + "|---" * (len(ATTACKS) + 1) + "|"
+        )
+        for d in DEFENCES:
+            row = [[kept(out, f"hostile {a} {d} {s}", lambda a=a, d=d, s=s: hostile(out, s, a, d)) for s in seeds] for a in ATTACKS]  # type: ignore[misc]
+            text.append(f"| {d} | " + " | ".join(f"{cell(r, 'worst', 'spoilt')} / {cell(r, 'fooled', '–')}" for r in row) + " |")
+    if "membership" in parts:
+        text.append("\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|")
+        for d, target in MEMBERS.items():
+            some = [kept(out, f"membership {d} {s}", lambda t=target, s=s: members(out, s, t)) for s in seeds]  # type: ignore[misc]
+            text.append(f"| {d} | " + " | ".join(cell(some, k, "") for k in ("auc", "tpr", "right inside", "right outside")) + " |")
+    (out / "table.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""A real PostgreSQL for the tests that want one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from server.tables import schema
+from tests.deploy import processes
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[str]:
+    """The address of a server of our own; its processes end with the tests."""
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("no PostgreSQL server is installed")
+    with processes.postgresql() as (address, _):
+        yield address
+
+
+@pytest.fixture
+def postgresql(database: str) -> str:
+    """The same, without a table."""
+    engine = sa.create_engine(database.replace("postgresql:", "postgresql+psycopg:"))
+    schema.drop_all(engine)
+    engine.dispose()
+    return database
