@@ -108,7 +108,8 @@ def attention(
     """(level, sentence) of what is not well, the worst first."""
     if row["status"] not in (*RUNNING, "finished"):
         last = [e for e in facts.last_events(ledger, row["id"], 5) if e["kind"] == row["status"]]
-        found.append(("fault", f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
+        level = "fault" if row["status"] == "failed" else "warning"
+        found.append((level, f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
     excluded = at["excluded"]
     away = [h for h in people if h.state != "online" and h.centre not in excluded]
     found += [("fault" if h.state == "offline" else "warning", f"{h.centre} is {h.state}: {h.reason}") for h in away]

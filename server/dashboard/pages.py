@@ -52,7 +52,7 @@ def federation(request: Request) -> Response:
         return page(request, "federation.html", shown | overview.nobody(ledger, shared.nodes))
     course = course_of(shared, row)
     figures = charts.course_figures(course)
-    found = overview.of(ledger, row, course, shared.nodes, shared.certificates)
+    found = overview.of(ledger, row, course, shared.nodes, shared.certificates())
     return page(request, "federation.html", shown | found | {"course": course, "names": NAMES}, figures=figures)
 
 
@@ -181,7 +181,7 @@ def card_of(folder: Path, code: str) -> str:
 def metrics(request: Request) -> Response:
     """For Prometheus."""
     shared = console(request)
-    return Response(exposition(shared.ledger, shared.nodes, shared.certificates), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(exposition(shared.ledger, shared.nodes, shared.certificates()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/compare")
