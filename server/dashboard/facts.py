@@ -23,6 +23,7 @@ from server.presence import with_sources
 DOING = {
     "meet": "joining",
     "train": "training",
+    "secure sum": "adding up in secret",
     "scores": "scoring",
     "counts": "counting",
     "moments": "fitting heads",
