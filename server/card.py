@@ -145,6 +145,9 @@ def _limits(result: Result, rounds: Rounds) -> Iterator[str]:
 
 def _privacy(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:
     privacy = config.get("privacy", {})
+    if secagg := privacy.get("secagg"):
+        hidden = "changes of the weights" if secagg["hide"] == "model" else "changes of the weights, counts and scores"
+        yield f"Centres' {hidden} were added up by secure aggregation: the coordinator saw sums over centres only.\n"
     yield "## Privacy\n"
     yield f"What left the hospitals: {LEAVES}\n"
     if privacy.get("kind") == "patient":
