@@ -136,9 +136,8 @@ def main() -> None:
                 rows.append((str(count), f"in the open, {codec}", in_the_open(config, layout, place / codec, codec)))
             rows.append((str(count), "secure sum", secret(config, layout, place / "all")))
             rows.append((str(count), f"secure sum, {count // 4} lost", secret(config, layout, place / "lost", count // 4)))
-    print(
-        f"| centres | round ({layout.size / 1e6:.2f} M values) | up, MB | down, MB | a centre, CPU s | the coordinator, CPU s |\n|---|---|---|---|---|---|"
-    )
+    print(f"| centres | a round's change, {layout.size / 1e6:.2f} M values | up, MB | down, MB | a centre, CPU s | coordinator, CPU s |")
+    print("|---|---|---|---|---|---|")
     for count_, how, (up, down, centre, server) in rows:
         print(f"| {count_} | {how} | {up / 1e6:.3f} | {down / 1e6:.3f} | {centre:.3f} | {server:.2f} |")
     print(f"\n{big()}.")
