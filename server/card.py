@@ -150,6 +150,9 @@ def _limits(result: Result, rounds: Rounds) -> Iterator[str]:
 
 def _privacy(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:
     privacy = config.get("privacy", {})
+    if secagg := privacy.get("secagg"):
+        hidden = "changes of the weights" if secagg["hide"] == "model" else "changes of the weights, counts and scores"
+        yield f"Centres' {hidden} were added up by secure aggregation: the coordinator saw sums over centres only.\n"
     yield "## Privacy\n"
     looks = ", histograms of what the scans look like" if result.get("quality") else ""
     yield f"What left the hospitals: {LEAVES}{looks}, facts about the centre's software. No image, no identifier, no score of a single scan.\n"
