@@ -56,7 +56,7 @@ def nodes(address: str, authority: Path) -> list[Node]:
         client.close()
     except (httpx.HTTPError, OSError) as error:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
-    return [_node(node) for node in known]
+    return [understood(node) for node in known]
 
 
 def certificates(address: str, authority: Path) -> dict[str, datetime]:
@@ -72,7 +72,8 @@ def certificates(address: str, authority: Path) -> dict[str, datetime]:
     return found
 
 
-def _node(node: NodeInfo) -> Node:
+def understood(node: NodeInfo) -> Node:
+    """What the SuperLink says of a node."""
     online = node.status == "online"
     since = node.last_activated_at if online else node.last_deactivated_at
     now = datetime.now(UTC)
