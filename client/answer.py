@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, personal, private, received, secagg, soft_labels, wire
+from client import budget, egress, noisy, personal, private, received, secagg, soft_labels, wire
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
@@ -93,7 +93,7 @@ def _answer(site: Site, request: Request) -> Reply:
             return release(policy, secagg.step(folder, config, centre, request, policy))
         request = received.completed(folder, config, request)
         if isinstance(request, Query):
-            said = release(policy, query(site, config, request), request.name)
+            said = release(policy, query(site, config, request, policy), request.name)
             return secagg.masked_answer(folder, config, request, said) if masked(config, request) else said
         if not masked(config, request):
             return release(policy, train_round(site, config, request, policy))
@@ -137,7 +137,7 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
         fingerprint=fingerprint(),
         sources=sources,
         columns=columns,
-        scans={} if hidden else {split: len(scans) for split, scans in held.items()},
+        scans={} if hidden or config.privacy.queries else {split: len(scans) for split, scans in held.items()},
         skipped={} if hidden else dict(Counter(s.reason for s in skipped)),
         versions=versions,
         device=str(site.torch_device()),
@@ -145,8 +145,8 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
     )
 
 
-def query(site: Site, config: Config, request: Query) -> Answer:
-    """One additive query (client/queries.py)."""
+def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
+    """One additive query (client/queries.py), with the noise that `privacy.queries` asks for, charged before it leaves."""
     if request.name not in QUERIES:
         raise Refused(f"query '{request.name}' is not one this centre answers: {', '.join(QUERIES)}")
     if config.privacy.kind == "patient" and (
@@ -166,6 +166,9 @@ def query(site: Site, config: Config, request: Query) -> Answer:
             personal.note(personal_folder(site, config), request.run, request.personal, request.weights)
     if request.split not in scans or (request.task and request.task not in config.tasks):
         raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
+    told = config.privacy.queries
+    if told:
+        scans = {split: noisy.limited(some, config.privacy.scans) for split, some in scans.items()}
     features = home(site, config) / "features" / safe(request.run)
     stores = {centre: Store(state_folder(site, path) / "slices") for centre, path in holdings(site, config).items()}
     question = Question(
@@ -175,7 +178,7 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         stage,
         model,
         request.task,
-        site.smallest_cell,
+        1 if told else site.smallest_cell,  # noise comes first: one scan more may add 1 to a cell and no more
         site.torch_device(),
         request.centroids,
         features,
@@ -188,6 +191,9 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         if request.clustering:
             soft_labels.keep(home(site, config), request.clustering, question)
             shutil.rmtree(features, ignore_errors=True)
+    if told:
+        budget.charge(account_of(site, config, policy), (told, 1.0, 1), request)
+        sums = noisy.noised(sums, config, request.name, site.smallest_cell)
     return Answer(name_of(site, config), sums, time.perf_counter() - began)
 
 
@@ -287,14 +293,15 @@ def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
 def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[Charge, private.Protection]:
     """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
     for a configuration that protects nobody."""
+    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
+    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
+    answers = ((config.privacy.queries, 1.0, noisy.asked(config)),) if config.privacy.queries else ()
     try:
         refuse_unprotected(config)
         refuse_batch_norm(model)
+        noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan, answers)
     except ConsiliumError as error:
         raise Refused(str(error)) from error
-    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
-    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
-    noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan)
     patients, odds, steps = paces[request.stage]
     return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
 

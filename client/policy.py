@@ -42,10 +42,11 @@ class Policy:
     smallest_federation: int = 0  # a run, and a secure sum, of fewer centres is not answered
     epsilon: float = 0.0  # the largest privacy loss of a cohort, over all runs (client/budget.py); any limit requires differential privacy
     delta: float = 1e-5  # ... at this delta, whatever a run's own is
+    noise: float = 0.0  # the least noise multiplier of counts and scores (`privacy.queries`); 0: they may be exact
 
     def __post_init__(self) -> None:
-        if self.smallest_cell < 1 or min(self.max_bytes, self.gpu_memory, self.epsilon, self.smallest_federation) < 0:
-            raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory, epsilon and smallest_federation 0 or more")
+        if self.smallest_cell < 1 or min(self.max_bytes, self.gpu_memory, self.epsilon, self.noise, self.smallest_federation) < 0:
+            raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory, epsilon, noise and smallest_federation 0 or more")
         if not 0 < self.delta <= 0.01:
             raise ValueError(f"delta is {self.delta}; it must be above 0 and at most 0.01")
         if self.hours:
@@ -106,6 +107,11 @@ def permit(policy: Policy, request: Request, config: Config, now: datetime) -> N
         raise Refused(
             f"this hospital's policy requires differential privacy (epsilon at most {policy.epsilon:g}), which this run does not use; "
             "use privacy=patient"
+        )
+    if policy.noise > config.privacy.queries:
+        raise Refused(
+            f"this hospital's policy requires noise of {policy.noise:g} on counts and scores, and this run has {config.privacy.queries:g}; "
+            f"use privacy=patient privacy.queries={policy.noise:g}"
         )
     if policy.hours and isinstance(request, Train | Query):
         begin, end = span(policy.hours)

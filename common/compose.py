@@ -150,6 +150,8 @@ def refuse_unprotected(config: Config) -> None:
     told = []
     if config.federation.mode == "local":
         told.append("federation.mode=local exchanges no weights, so there is nothing to protect")
+    if config.privacy.queries and config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} asks for more scores than the epsilon is planned for; leave it out")
     for name, task in config.tasks.items():
         if task.kind == "contrast":
             told.append(
@@ -159,6 +161,10 @@ def refuse_unprotected(config: Config) -> None:
             told.append(f"task '{name}' sends class moments of the features without noise; set its head: local or anchored")
         if task.clusters:
             told.append(f"task '{name}' sends sums of features for its clusters without noise; give it classes")
+        if config.privacy.queries and task.kind not in ("binary", "multiclass"):
+            told.append(
+                f"task '{name}' ({task.kind}) is scored by sums that one patient can change without bound; set privacy.queries to 0"
+            )
         if task.prior == "local":
             told.append(f"task '{name}' has the centre's own class counts in the loss of every patient; set its prior: global or none")
     for name, stage in config.stages.items():
@@ -198,6 +204,8 @@ def refuse_unhidden(config: Config, settings: SecureSums) -> None:
         )
     if config.privacy.kind == "central":
         told.append("privacy.kind=central clips each centre's change at the coordinator, which sees none; use privacy.kind=patient")
+    if config.privacy.queries:
+        told.append("privacy.queries puts noise on counts, but the weights in a secure sum are made of exact ones; set it to 0")
     if config.evaluation.matrix != "none":
         told.append(f"evaluation.matrix={config.evaluation.matrix} needs each centre's own model, which nobody sees; leave it out")
     if settings.hide == "all":
@@ -228,6 +236,8 @@ def refuse_together(config: Config) -> None:
         )
     if robust != "none":
         told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} shows each centre's own model to the others as it is; leave it out")
     for name, task in config.tasks.items():
         if task.head == "moments" or task.clusters:
             told.append(

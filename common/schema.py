@@ -307,6 +307,10 @@ class Privacy:
     noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
     delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
     clip: float = 1.0  # largest L2 norm of one patient's gradient, or of one centre's change of the weights
+    queries: float = (
+        0.0  # patient: noise multiplier of each answer with counts or scores, from the same epsilon; 0: they are exact (client/noisy.py)
+    )
+    scans: int = 1  # ... of one patient, at most as many count in such an answer
     quantile: float = 0.0  # central: the clip follows this quantile of the changes' norms, from `clip` on; 0: it stays
     secagg: SecureSums | None = None  # not with `central`
 
@@ -315,6 +319,11 @@ class Privacy:
         _require(self.noise == 0 or 0.3 <= self.noise <= 1000, f"privacy.noise is {self.noise}; it must be 0.3 to 1000, or 0")
         _require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
         _require(0 < self.clip <= 1e6, f"privacy.clip is {self.clip}; it must be above 0")
+        _require(
+            self.queries == 0 or (self.kind == "patient" and 0.3 <= self.queries <= 1000),
+            f"privacy.queries is {self.queries}; it must be 0.3 to 1000 with privacy=patient, or 0",
+        )
+        _require(self.scans >= 1, f"privacy.scans is {self.scans}; it must be 1 or more")
         _require(0 <= self.quantile < 1, f"privacy.quantile is {self.quantile}; it must be in [0, 1)")
         _require(
             self.kind == "none" or (self.epsilon > 0) != (self.noise > 0),

@@ -30,7 +30,7 @@ class _Time(TypeDecorator[datetime]):
 
 
 schema = sa.MetaData()
-_JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+_JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
@@ -128,7 +128,7 @@ progress = _table(
     sa.Column("reason", sa.String),  # why there is no good answer
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
-    sa.Index("progress_of_centre", "run", "centre"),
+    sa.Index("progress_of_centre", "run", "centre", "doing", "bytes_up"),  # all that sums over a long run read
 )
 # What people did, each entry chained to the one before (common/chain.py). Orders to a run are entries that its coordinator reads.
 audit = sa.Table(

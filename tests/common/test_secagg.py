@@ -138,6 +138,7 @@ def test_more_than_half_and_at_least_three_must_stay(began: int, needed: int) ->
         (["aggregation.outlier=5"], "compares single contributions"),
         (["aggregation.robust=median"], "compares single contributions"),
         (["evaluation.matrix=last"], "each centre's own model"),
+        (["privacy.kind=patient", "privacy.epsilon=8", "privacy.queries=4"], "made of exact ones"),
         (["privacy.kind=central", "privacy.epsilon=8"], "use privacy.kind=patient"),
         (["privacy.secagg.hide=all"], "set evaluation.over=pooled"),
         (["privacy.secagg.hide=all", "evaluation.over=pooled", "federation.evaluation=loco"], "use hide=model"),
