@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.errors import ConsiliumError
+from server import card, export, latest
 from server.dashboard import charts, facts, overview
 from server.dashboard.app import Console, console
 from server.dashboard.live import changes, version
 from server.dashboard.render import page
+from server.exposition import exposition
 from server.figures import NAMES
 from server.ledger import Row
 from server.orders import broken
@@ -46,7 +52,7 @@ def federation(request: Request) -> Response:
         return page(request, "federation.html", shown | overview.nobody(ledger, shared.nodes))
     course = course_of(shared, row)
     figures = charts.course_figures(course)
-    found = overview.of(ledger, row, course, shared.nodes)
+    found = overview.of(ledger, row, course, shared.nodes, shared.certificates())
     return page(request, "federation.html", shown | found | {"course": course, "names": NAMES}, figures=figures)
 
 
@@ -75,8 +81,8 @@ def one_run(request: Request, run: str) -> Response:
     found = {
         "at": at,
         "pace": facts.pace(ledger, row, at),
-        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: facts.spent(ledger, run))},
-        "last": {r["centre"]: r for r in facts.last_contributions(ledger, run)},
+        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: latest.totals(ledger, run))},
+        "last": {r["centre"]: r for r in latest.closed(ledger, run).get("contributions", [])},
         "events": list(reversed(facts.last_events(ledger, run, 40))),
         "stages": facts.stages_of(row),
     }
@@ -123,8 +129,9 @@ def evidence(request: Request, run: str) -> Response:
     shared = console(request)
     row, folder = known(shared, run), shared.runs / run
     files = [(name, (folder / name).stat().st_size) for name in FILES if (folder / name).is_file()]
-    trail = list(reversed(shared.ledger.audit(run)))
-    shown = {"row": row, "seen": version(shared.ledger, run), "live": run, "files": files, "trail": trail, "about": FILES}
+    trail = shared.ledger.audit(run)[::-1]
+    made = MADE if (folder / "metrics.json").is_file() else {"scores.csv": MADE["scores.csv"]}
+    shown = {"row": row, "seen": version(shared.ledger, run), "live": run, "files": files, "trail": trail, "about": FILES, "made": made}
     return page(request, "evidence.html", shown)
 
 
@@ -134,17 +141,47 @@ FILES = {
     "model.safetensors": "the model's weights; `consilium-centre predict` reads it",
     "config.yaml": "the configuration, resolved",
 }
+MADE = {  # when they are asked for
+    "model-card.html": "the model card: data, metrics by centre, intended use, limits, privacy, software",
+    "model-card.md": "the same as Markdown",
+    "scores.csv": "every score, one value a line; what is undefined is empty, with the reason",
+    "model.onnx": "the model as ONNX, checked against PyTorch; making it takes a while",
+}
 
 
 @router.get("/runs/{run}/files/{name}")
 def file(request: Request, run: str, name: str) -> Response:
     """One of the run's files, to be kept."""
     shared = console(request)
-    known(shared, run)
+    row = known(shared, run)
     path = shared.runs / run / name
-    if name not in FILES or not path.is_file():
+    saved = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
+    if name == "scores.csv":
+        return Response(export.table(shared.ledger, run), media_type="text/csv", headers=saved)
+    if name in ("model-card.html", "model-card.md"):
+        markdown = card_of(path.parent, row["code"])
+        html = name.endswith("html")
+        return Response(card.page(markdown) if html else markdown, media_type="text/html" if html else "text/markdown", headers=saved)
+    if name == "model.onnx" and not path.is_file() and path.parent.is_dir():
+        export.onnx(path.parent, path)
+    if name not in (*FILES, "model.onnx") or not path.is_file():
         raise ConsiliumError(f"run '{run}' has no {name} (yet)")
-    return FileResponse(path, filename=f"{run}-{name}")
+    return FileResponse(path, headers=saved)
+
+
+def card_of(folder: Path, code: str) -> str:
+    """Raises ConsiliumError for a run that is not finished."""
+    metrics, model = folder / "metrics.json", folder / "model.safetensors"
+    if not metrics.is_file():
+        raise ConsiliumError(f"run '{folder.name}' is not finished: a model card is of what a run has come to")
+    return card.card(json.loads(metrics.read_text()), code, sha256(model.read_bytes()).hexdigest() if model.is_file() else "")
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    shared = console(request)
+    return Response(exposition(shared.ledger, shared.nodes, shared.certificates()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/compare")
