@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, personal, private, received, soft_labels, wire
+from client import budget, egress, noisy, personal, private, received, secagg, soft_labels, wire
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
@@ -33,11 +33,12 @@ from common.codec import codec_of
 from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
-from common.imbalance import logit_adjustment
+from common.imbalance import logit_adjustment, mass
 from common.logs import about
 from common.messages import Answer, Contribution, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
 from common.model import Model, make_model, refuse_batch_norm
 from common.schema import Config, Stage
+from common.secagg import ALL, hides_all, masked
 from common.seeds import derive
 from common.tasks import cells_of, columns_of
 from common.weights import Weights, flatten, layout_of, load
@@ -87,10 +88,18 @@ def _answer(site: Site, request: Request) -> Reply:
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
             return hello(site, config, policy)
-        request = received.completed(home(site, config), config, request)
-        if isinstance(request, Train):
+        folder = home(site, config)
+        if not isinstance(request, Train | Query):
+            return release(policy, secagg.step(folder, config, centre, request, policy))
+        request = received.completed(folder, config, request)
+        if isinstance(request, Query):
+            said = release(policy, query(site, config, request, policy), request.name)
+            return secagg.masked_answer(folder, config, request, said) if masked(config, request) else said
+        if not masked(config, request):
             return release(policy, train_round(site, config, request, policy))
-        return release(policy, query(site, config, request), request.name)
+        return secagg.kept(folder, request) or secagg.masked_change(
+            folder, config, request, train_round(site, config, request, policy), masses(site, config)
+        )
     except received.Missing:
         return Lacking(centre)
     except Refused as refused:
@@ -120,6 +129,7 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
     for name, task in config.tasks.items():
         if missing := [c for c in columns_of(name, task) if own and c not in columns]:
             log.warning("no column '%s' for task '%s': this centre adds nothing to it", ", ".join(missing), name)
+    hidden = hides_all(config)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "flwr")} | {"python": platform.python_version()}
     return Presence(
         centre=name_of(site, config),
@@ -127,16 +137,16 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
         fingerprint=fingerprint(),
         sources=sources,
         columns=columns,
-        scans={split: len(scans) for split, scans in held.items()},
-        skipped=dict(Counter(s.reason for s in skipped)),
+        scans={} if hidden or config.privacy.queries else {split: len(scans) for split, scans in held.items()},
+        skipped={} if hidden else dict(Counter(s.reason for s in skipped)),
         versions=versions,
         device=str(site.torch_device()),
         policy=dict(describe(policy)),
     )
 
 
-def query(site: Site, config: Config, request: Query) -> Answer:
-    """One additive query (client/queries.py)."""
+def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
+    """One additive query (client/queries.py), with the noise that `privacy.queries` asks for, charged before it leaves."""
     if request.name not in QUERIES:
         raise Refused(f"query '{request.name}' is not one this centre answers: {', '.join(QUERIES)}")
     if config.privacy.kind == "patient" and (
@@ -145,6 +155,7 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         raise Refused(f"query '{request.name}' would tell of training scans without noise, which privacy=patient does not allow")
     if request.split == "test":
         wire.forget(home(site, config), request.run)
+        secagg.forget(home(site, config), request.run)
     began = time.perf_counter()
     scans, _ = read_scans(site, config)
     stage = config.stages[request.stage] if request.stage else next(iter(config.stages.values()))
@@ -155,6 +166,9 @@ def query(site: Site, config: Config, request: Query) -> Answer:
             personal.note(personal_folder(site, config), request.run, request.personal, request.weights)
     if request.split not in scans or (request.task and request.task not in config.tasks):
         raise Refused(f"there is no split '{request.split}' or no task '{request.task}' to answer for")
+    told = config.privacy.queries
+    if told:
+        scans = {split: noisy.limited(some, config.privacy.scans) for split, some in scans.items()}
     features = home(site, config) / "features" / safe(request.run)
     stores = {centre: Store(state_folder(site, path) / "slices") for centre, path in holdings(site, config).items()}
     question = Question(
@@ -164,7 +178,7 @@ def query(site: Site, config: Config, request: Query) -> Answer:
         stage,
         model,
         request.task,
-        site.smallest_cell,
+        1 if told else site.smallest_cell,  # noise comes first: one scan more may add 1 to a cell and no more
         site.torch_device(),
         request.centroids,
         features,
@@ -172,9 +186,14 @@ def query(site: Site, config: Config, request: Query) -> Answer:
     )
     with Threads(site.threads):
         sums = QUERIES[request.name](question)
+        if request.name == "counts" and masked(config, request):
+            sums |= {f"{ALL}/mass/{t}": np.array([value]) for t, value in masses(site, config).items()}
         if request.clustering:
             soft_labels.keep(home(site, config), request.clustering, question)
             shutil.rmtree(features, ignore_errors=True)
+    if told:
+        budget.charge(account_of(site, config, policy), (told, 1.0, 1), request)
+        sums = noisy.noised(sums, config, request.name, site.smallest_cell)
     return Answer(name_of(site, config), sums, time.perf_counter() - began)
 
 
@@ -186,7 +205,9 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
     held = read_scans(site, config)[0]["train"]
     scans = held.with_label(list(tasks)) if len(held) else held
     if not len(scans):
-        raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
+        raise (Declined if hides_all(config) else Refused)(  # the coordinator cannot know, and shall not wait for it
+            f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns"
+        )
     account = account_of(site, config, policy) if config.privacy.kind == "patient" else None
     if account and (again := budget.kept(account, request)):
         return again
@@ -237,7 +258,7 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         if "all" in stage.personal:
             delta = np.empty(0, np.float32)
     arrays: dict[str, np.ndarray] = {}
-    if len(delta) and (codec := codec_of(config)) != "fp32":
+    if len(delta) and (codec := codec_of(config)) != "fp32" and not masked(config, request):
         arrays, delta = wire.coded(home(site, config), request, delta, layout, codec), np.empty(0, np.float32)
     contribution = Contribution(
         centre,
@@ -255,6 +276,13 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
     return contribution
 
 
+def masses(site: Site, config: Config) -> dict[str, float]:
+    """{task: what this site's training scans weigh, before it is divided by all centres' sum}."""
+    scans = read_scans(site, config)[0]["train"]
+    cells = {t: class_counts(scans.targets[t], len(cells_of(t, task)), site.smallest_cell)[:-1] for t, task in config.tasks.items()}
+    return {t: mass(n, config.aggregation) for t, n in cells.items()}
+
+
 def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
     """The privacy budget of this site's patients: all in its tables, whichever of them a run takes."""
     tables = [load_cohort(path, centre) for centre, path in holdings(site, config).items()]
@@ -265,14 +293,15 @@ def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
 def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[Charge, private.Protection]:
     """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
     for a configuration that protects nobody."""
+    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
+    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
+    answers = ((config.privacy.queries, 1.0, noisy.asked(config)),) if config.privacy.queries else ()
     try:
         refuse_unprotected(config)
         refuse_batch_norm(model)
+        noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan, answers)
     except ConsiliumError as error:
         raise Refused(str(error)) from error
-    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
-    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
-    noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan)
     patients, odds, steps = paces[request.stage]
     return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
 

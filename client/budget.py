@@ -24,7 +24,7 @@ from client.egress import digest_of
 from common.accountant import Charge, epsilon
 from common.errors import Declined, Refused
 from common.files import write_whole
-from common.messages import Contribution, Train, facts_json, pack, unpack
+from common.messages import Contribution, Query, Train, facts_json, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def afford(account: Account, price: Charge) -> None:
     _afford(account, charges(account), price)
 
 
-def charge(account: Account, price: Charge, request: Train) -> tuple[Charge, ...]:
+def charge(account: Account, price: Charge, request: Train | Query) -> tuple[Charge, ...]:
     """Write the price down before what it paid for leaves; returns all that is charged now. Raises Declined; Refused where it cannot be written."""
     with _alone(account.folder):
         book = _read(account.folder)
@@ -65,7 +65,7 @@ def charge(account: Account, price: Charge, request: Train) -> tuple[Charge, ...
         _afford(account, before, price)  # another run may have spent meanwhile
         book["cohorts"][account.cohort] = sorted(account.marks)
         noise, odds, steps = price
-        line = {"cohort": account.cohort, "run": request.run, "stage": request.stage, "round": request.round}
+        line = {"cohort": account.cohort, "run": request.run, "stage": request.stage, "round": getattr(request, "round", 0)}
         line |= {"noise": noise, "odds": odds, "steps": steps, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         book["charges"].append(line)
         _write(account.folder / "spent.json", json.dumps(book, indent=1).encode())

@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
+from common.errors import ConsiliumError
+
 logging.getLogger("opacus.accountants.analysis.rdp").setLevel(logging.ERROR)  # it warns of every order that it can do without
 
 Charge = tuple[float, float, int]  # (noise multiplier, each one's odds in a step, steps)
@@ -37,11 +39,18 @@ def epsilon(charges: tuple[Charge, ...], delta: float, error: float = FINE) -> f
 
 
 @lru_cache(maxsize=64)
-def noise_for(target: float, delta: float, plan: tuple[tuple[float, int], ...]) -> float:
-    """The smallest noise multiplier, to 1 %, with which the (odds, steps) of `plan` cost no more than `target`."""
+def noise_for(target: float, delta: float, plan: tuple[tuple[float, int], ...], besides: tuple[Charge, ...] = ()) -> float:
+    """The smallest noise multiplier, to 1 %, with which the (odds, steps) of `plan` and what is charged `besides` cost no more than `target`.
+
+    Raises ConsiliumError when `besides` leaves nothing."""
 
     def cost(noise: float) -> float:
-        return epsilon(tuple((noise, odds, steps) for odds, steps in plan), delta, COARSE)
+        return epsilon((*((noise, odds, steps) for odds, steps in plan), *besides), delta, COARSE)
+
+    if besides and (alone := epsilon(besides, delta, COARSE)) > 0.95 * target:
+        raise ConsiliumError(
+            f"the answers of a run alone cost an epsilon of {alone:.2f} of {target:g}; raise privacy.queries or privacy.epsilon, or take fewer rounds"
+        )
 
     low, high = 0.3, 0.6
     while cost(high) > target and high < 1e5:

@@ -283,22 +283,47 @@ class Aggregation:
 
 
 @settings
+class SecureSums:
+    """Secure aggregation (common/secagg.py): the coordinator sees sums over centres, no centre's own numbers."""
+
+    hide: Literal["model", "all"] = "model"  # model: changes of weights; all: counts, metrics and every other query as well
+    clip: float = 4.0  # largest change of a parameter in a round, times the centre's weight; more is cut off, and counted in the sum
+    bits: int = 26  # of a parameter: its grid is 2 clip / 2^bits; log2(centres) bits more travel, in whole bytes
+    threshold: float = 0.66  # share of the centres that began a sum who must stay to its end
+
+    def __post_init__(self) -> None:
+        _require(0 < self.clip <= 1e6, f"privacy.secagg.clip is {self.clip}; it must be above 0 and at most 1e6")
+        _require(8 <= self.bits <= 32, f"privacy.secagg.bits is {self.bits}; it must be 8 to 32")
+        _require(0.5 <= self.threshold <= 1, f"privacy.secagg.threshold is {self.threshold}; it must be in [0.5, 1]")
+
+
+@settings
 class Privacy:
     """Differential privacy. `patient`: of the weights that a centre sends, the unit is the patient (client/private.py). `central`: of the weights
-    that the coordinator makes of them, the unit is the centre (server/central.py)."""
+    that the coordinator makes of them, the unit is the centre (server/central.py). Beside either or none: secure aggregation."""
 
     kind: Literal["none", "patient", "central"] = "none"
     epsilon: float = 0.0  # the loss that all rounds of this run together shall come to; the noise follows from it. Or ...
     noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
     delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
     clip: float = 1.0  # largest L2 norm of one patient's gradient, or of one centre's change of the weights
+    queries: float = (
+        0.0  # patient: noise multiplier of each answer with counts or scores, from the same epsilon; 0: they are exact (client/noisy.py)
+    )
+    scans: int = 1  # ... of one patient, at most as many count in such an answer
     quantile: float = 0.0  # central: the clip follows this quantile of the changes' norms, from `clip` on; 0: it stays
+    secagg: SecureSums | None = None  # not with `central`
 
     def __post_init__(self) -> None:
         _require(0 <= self.epsilon <= 50, f"privacy.epsilon is {self.epsilon}; it must be above 0 and at most 50")
         _require(self.noise == 0 or 0.3 <= self.noise <= 1000, f"privacy.noise is {self.noise}; it must be 0.3 to 1000, or 0")
         _require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
         _require(0 < self.clip <= 1e6, f"privacy.clip is {self.clip}; it must be above 0")
+        _require(
+            self.queries == 0 or (self.kind == "patient" and 0.3 <= self.queries <= 1000),
+            f"privacy.queries is {self.queries}; it must be 0.3 to 1000 with privacy=patient, or 0",
+        )
+        _require(self.scans >= 1, f"privacy.scans is {self.scans}; it must be 1 or more")
         _require(0 <= self.quantile < 1, f"privacy.quantile is {self.quantile}; it must be in [0, 1)")
         _require(
             self.kind == "none" or (self.epsilon > 0) != (self.noise > 0),

@@ -6,7 +6,7 @@ pictures was it computed from?) and of a finished model (was this patient among 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from client import answer as centre_side
-from client.dataset import Scans, in_order
+from client.dataset import Scans, in_order, joined
 from client.predict import load_model
 from client.scans import read_scans
 from client.site import Site
 from client.trainer import infer
+from common.compose import config_from
 from common.messages import Contribution, Reply, Request, Train
-from common.model import Model
+from common.model import Model, make_model
 from common.schema import Config
+from common.weights import Layout, layout_of
 from tests.inprocess import InProcess, sites
 
 # --- a hostile centre -------------------------------------------------------------------------------------------------------------------
@@ -56,14 +59,16 @@ def trapped(scans: Scans) -> Scans:
     return both
 
 
-def times(factor: float) -> Callable[[Contribution], None]:
-    def change(reply: Contribution) -> None:
-        reply.delta = reply.delta * np.float32(factor)
+def times(factor: float) -> Callable[[Contribution, Layout], None]:
+    """The parameters' change multiplied; batch-norm statistics are left alone, as a negative variance would give the liar away."""
+
+    def change(reply: Contribution, layout: Layout) -> None:
+        reply.delta = np.where(layout.parameters(), reply.delta * np.float32(factor), reply.delta)
 
     return change
 
 
-Attack = tuple[Callable[[Scans], Scans] | None, Callable[[Contribution], None] | None]
+Attack = tuple[Callable[[Scans], Scans] | None, Callable[[Contribution, Layout], None] | None]
 ATTACKS: dict[str, Attack] = {  # what the centre trains on, what it sends of it
     "none": (None, None),
     "label flip": (flipped, None),
@@ -92,28 +97,30 @@ class Hostile(InProcess):
         with patch.object(centre_side, "read_scans", read):
             reply = super()._call(site, request)
         if isinstance(reply, Contribution) and self.weights:
-            self.weights(reply)
+            config = config_from(request.config)
+            self.weights(reply, layout_of(make_model(config.backbone, config.tasks, 0)))
         return reply
 
 
-def damage(result: Mapping[str, Any], model: Path, config: Config, liar: int = 1) -> tuple[float, float]:
-    """(AUC of the worst honest centre on its test scans, share of the honest centres' test scans with COVID that the trigger makes healthy).
-
-    A model that is no number, or that nobody could score, has AUC 0 and counts as fooled.
-    """
-    honest = [c for i, c in enumerate(config.federation.centres) if i != liar]
-    known = result.get("test", {}).get("covid", {}).get("centres", {})
-    worst = min((known[c]["auc"] for c in honest if c in known), default=0.0)
+def damage(model: Path, config: Config, liar: int = 1) -> tuple[float, float]:
+    """(AUC of the worst honest centre, share of the honest centres' scans with COVID that the trigger makes healthy), on validation and test scans,
+    which no run with `evaluation.choose=last` has been chosen on. A model that is no number has AUC 0 and counts as fooled."""
     made, _, _ = load_model(model)
-    fooled = []
+
+    def logits(scans: Scans) -> NDArray[np.float64]:
+        return infer(made, in_order(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0].double().numpy()
+
+    worst, fooled = 1.0, []
     for i, site in enumerate(sites(len(config.federation.centres))):
         if i == liar:
             continue
-        scans = read_scans(site, config)[0]["test"]
-        ill = scans.take(np.flatnonzero(scans.targets["covid"] == 1))
+        held = read_scans(site, config)[0]
+        scans = joined([held["val"], held["test"]])
+        z, y = logits(scans), scans.targets["covid"]
+        worst = min(worst, float(roc_auc_score(y, z)) if np.isfinite(z).all() else 0.0)
+        ill = scans.take(np.flatnonzero(y == 1))
         ill.slices = [stamped(one) for one in ill.slices]
-        z = infer(made, in_order(ill, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0]
-        fooled += [not value > 0 for value in z.tolist()]  # NaN too
+        fooled += [not value > 0 for value in logits(ill)]  # NaN too
     return worst, float(np.mean(fooled))
 
 

@@ -23,10 +23,12 @@ from server.presence import with_sources
 DOING = {
     "meet": "joining",
     "train": "training",
+    "secure sum": "adding up in secret",
     "scores": "scoring",
     "counts": "counting",
     "moments": "fitting heads",
     "clusters": "clustering",
+    "quality": "describing its scans",
 }
 MEDIAN_OF = 10  # rounds
 SLOW = 2.0  # times its own median: a straggler

@@ -25,6 +25,7 @@ NEAR = 0.8  # of a limit
 KINDS = {
     "meet": "presence: name, sources, versions, scan counts",
     "train": "weight changes, counts, losses",
+    "secure sum": "the same masked, of which only the sum over centres is seen",
     "scores": "score histograms and other sums, for metrics",
     "counts": "scans per class",
     "moments": "class moments of features",

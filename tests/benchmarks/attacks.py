@@ -37,9 +37,8 @@ from tests.attacks import ATTACKS, Hostile, damage, inverted, membership, psnr, 
 from tests.inprocess import sites
 
 SMALL = [
-    "federation.phantom.scale=0.2", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=48", "preprocess.slices=4",
-    "stage.rounds=6", "stage.epochs=2", "stage.batch=8", "stage.precision=fp32", "stage.tasks=[covid]", "evaluation.choose=last",
-    "aggregation.codec=fp32", "federation.retries=0", "federation.quorum=0.5",
+    "federation.phantom.scale=0.1", "stage.rounds=8", "stage.tasks=[covid]", "evaluation.choose=last", "aggregation.codec=fp32",
+    "federation.retries=0", "federation.quorum=0.5",
 ]  # fmt: skip
 OPEN = "aggregation.outlier=1e9"
 FIVE = "federation.centres=[north,east,south,west,harbour]"
@@ -55,6 +54,7 @@ DEFENCES = {
     "patient, epsilon 8": [OPEN, "privacy=patient"],
     "central, epsilon 50": [OPEN, "privacy=central", "privacy.epsilon=50", "privacy.quantile=0.5"],
 }
+FEW = [d for d in DEFENCES if "epsilon" in d or "group" in d or "five" in d]  # against these not every attack is run
 
 
 def config_of(out: Path, *more: str) -> Config:
@@ -71,7 +71,7 @@ def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
         result = begin(config, Hostile(len(config.federation.centres), attack), out / "runs", open_ledger(out / "runs"), run)
     except ConsiliumError as error:  # the model is spoilt: no centre can score it
         return {"worst": None, "fooled": None, "why": str(error)[:120]}
-    worst, fooled = damage(result, out / "runs" / result["run"] / "model.safetensors", config)
+    worst, fooled = damage(out / "runs" / run / "model.safetensors", config)
     return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
 
 
@@ -88,7 +88,7 @@ def members(out: Path, seed: int, target: float, models: int = 12, epochs: int =
     config, scans = pool(out)
     backbone = replace(config.backbone, norm="group" if target else "batch")
     tasks = {"covid": config.tasks["covid"]}
-    stage = Stage(batch=12, augment=Augment(), optimiser=Optimiser(lr=3e-3))
+    stage = Stage(batch=12, precision="bf16", optimiser=Optimiser(lr=2e-3))
     rng = np.random.default_rng(seed)
     # each scan in half of the models: the likelihood ratio wants both kinds of shadow
     inside = np.stack([rng.permutation(models) < models // 2 for _ in range(len(scans))], axis=1)
@@ -183,7 +183,7 @@ def kept(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, 
 
 def cell(found: list[dict[str, Any]], key: str, spoilt: str) -> str:
     values = [f[key] for f in found if f[key] is not None]
-    return spoilt if not values else f"{np.mean(values):.2f}"
+    return "" if not found else spoilt if not values else f"{np.mean(values):.2f}"
 
 
 def main() -> None:
@@ -208,7 +208,12 @@ def main() -> None:
             f"\n| worst honest centre's AUC / fooled by the trigger | {' | '.join(ATTACKS)} |\n" + "|---" * (len(ATTACKS) + 1) + "|"
         )
         for d in DEFENCES:
-            row = [[kept(out, f"hostile {a} {d} {s}", lambda a=a, d=d, s=s: hostile(out, s, a, d)) for s in seeds] for a in ATTACKS]  # type: ignore[misc]
+            row = [
+                [kept(out, f"hostile {a} {d} {s}", lambda a=a, d=d, s=s: hostile(out, s, a, d)) for s in seeds]  # type: ignore[misc]
+                if d not in FEW or a in ("none", "back-door")
+                else []
+                for a in ATTACKS
+            ]
             text.append(f"| {d} | " + " | ".join(f"{cell(r, 'worst', 'spoilt')} / {cell(r, 'fooled', '–')}" for r in row) + " |")
     if "membership" in parts:
         text.append("\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|")

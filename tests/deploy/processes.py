@@ -33,7 +33,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
     commands = home / "bin"
     commands.mkdir(parents=True, exist_ok=True)
-    for name in ("flwr-clientapp", "flower-superlink"):
+    for name in ("flwr-clientapp", "flower-supernode", "flower-superlink"):
         body = (ROOT / "deploy" / "image" / name).read_text().partition("\n")[2]
         (commands / name).write_text(f"#!{sys.executable}\n{body}")
         (commands / name).chmod(0o755)

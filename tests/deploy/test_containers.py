@@ -22,6 +22,7 @@ from tests.inprocess import InProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy, pytest.mark.containers]
 CENTRES = ["north", "east", "south", "west"]
+PARTS = ["superlink", "superexec", "dashboard", "postgres"]  # that have a HEALTHCHECK
 PHANTOM = ["federation.phantom.scale=0.03", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=32"]
 RUN = [
     *("federation=folder", f"federation.centres=[{','.join(CENTRES)}]", "federation.wait=300"),
@@ -125,8 +126,8 @@ print(json.dumps([json.load(open("/opt/venv/sbom.json")), installed]))"""
 
 
 def test_a_hospital_is_confined(hospitals: Path) -> None:
-    """Not root, no capabilities and none to be had, nothing writable but the tmpfs; no port; the same for the coordinator's four."""
-    for name in [hospital("north"), *(c.container(c.STACK, s) for s in ("superlink", "superexec"))]:
+    """Not root, no capabilities and none to be had, nothing writable but the tmpfs; no port; the same for the coordinator's."""
+    for name in [hospital("north"), *(c.container(c.STACK, s) for s in ("superlink", "superexec", "dashboard"))]:
         found = json.loads(c.python(name, INSIDE))
         assert (found["uid"], found["gid"]) != (0, 0)
         assert (found["capabilities"], found["confined"]) == (0, 1)
@@ -136,7 +137,7 @@ def test_a_hospital_is_confined(hospitals: Path) -> None:
             "/opt/consilium": "Read-only file system",
             "/tmp": None,
         }
-    for name in [hospital("north"), *(c.container(c.STACK, s) for s in ("proxy", "superlink", "superexec", "postgres"))]:
+    for name in [hospital("north"), *(c.container(c.STACK, s) for s in ("proxy", *PARTS))]:
         assert c.inspect(name)["HostConfig"]["ReadonlyRootfs"] is True
         assert c.inspect(name)["Config"]["User"].split(":")[0] not in ("", "0", "root")
     assert not c.inspect(hospital("north"))["HostConfig"]["PortBindings"]
@@ -147,13 +148,16 @@ def test_a_hospital_reaches_the_proxy_and_nothing_else(hospitals: Path) -> None:
     proxy's paths only Fleet's."""
     north = hospital("north")
     near = c.inspect(north)["NetworkSettings"]["Networks"][f"{c.STACK}-north"]
-    inner = [n["IPAddress"] for n in c.inspect(c.container(c.STACK, "superlink"))["NetworkSettings"]["Networks"].values()]
+    inner = {
+        part: [n["IPAddress"] for n in c.inspect(c.container(c.STACK, part))["NetworkSettings"]["Networks"].values()] for part in PARTS
+    }
     operator = next(
         line.partition("=")[2] for line in (hospitals / "made/coordinator/.env").read_text().splitlines() if "OPERATOR_PORT" in line
     )
     east = c.inspect(hospital("east"))["NetworkSettings"]["Networks"][f"{c.STACK}-east"]["IPAddress"]
+    ports = {"superlink": (8000, 8081), "superexec": (8081,), "dashboard": (8080,), "postgres": (5432,)}
     shut = [
-        *(f"{a}:{p}" for a in inner for p in (8000, 8081)),
+        *(f"{a}:{p}" for part in PARTS for a in inner[part] for p in ports[part]),
         f"{east}:8081",
         f"{c.HOST}:8000",
         f"{c.HOST}:5432",
@@ -161,7 +165,7 @@ def test_a_hospital_reaches_the_proxy_and_nothing_else(hospitals: Path) -> None:
         "1.1.1.1:443",
     ]
     shut += [f"{near['Gateway']}:{operator}"] if near["Gateway"] else []
-    assert len(inner) == 2
+    assert [len(inner[part]) for part in PARTS] == [2, 1, 2, 1]
     reached = json.loads(c.python(north, REACHED % [f"{c.HOST}:8443", *shut]))
     assert reached.pop(f"{c.HOST}:8443") == ""
     assert all(reached.values()), reached
@@ -174,7 +178,7 @@ print([client.post("https://{c.HOST}:8443" + path).status_code for path in ("/v1
 
 
 def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
-    """The paper's recipe to the simulation's weights; a hospital's doctor finds nothing wrong, and each one's egress log is whole and knows the run."""
+    """The paper's recipe to the simulation's weights; a hospital's doctor finds nothing wrong, and each egress log is whole and knows the run."""
     coordinator = hospitals / "made" / "coordinator"
     examined = c.said(["./start", "doctor"], folder=hospitals / "hospitals" / "north")  # exit status 1 for a fault
     assert f"coordinator: {c.HOST}:8443 answers" in examined
@@ -196,7 +200,9 @@ def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
         state = hospitals / "hospitals" / name / "state"
         sent = [json.loads(line) for line in (state / "egress.jsonl").read_text().splitlines()]
         assert {entry["run"] for entry in sent} == {Path(run).name}
-        assert "Contribution" in c.said(["./start", "egress"], folder=state.parent)
+        assert "Contribution" in {entry["kind"] for entry in sent}
+        if name == "north":
+            assert f"{len(sent)} messages left, the chain is whole" in c.said(["./start", "egress"], folder=state.parent)
 
 
 def test_one_that_is_killed_comes_back(hospitals: Path) -> None:
