@@ -150,6 +150,8 @@ def refuse_unprotected(config: Config) -> None:
     told = []
     if config.federation.mode == "local":
         told.append("federation.mode=local exchanges no weights, so there is nothing to protect")
+    if config.privacy.queries and config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} asks for more scores than the epsilon is planned for; leave it out")
     for name, task in config.tasks.items():
         if task.kind == "contrast":
             told.append(
@@ -204,6 +206,10 @@ def refuse_unhidden(config: Config, settings: SecureSums) -> None:
         told.append("privacy.kind=central clips each centre's change at the coordinator, which sees none; use privacy.kind=patient")
     if config.privacy.queries:
         told.append("privacy.queries puts noise on counts, but the weights in a secure sum are made of exact ones; set it to 0")
+    if config.privacy.queries:
+        told.append(
+            f"privacy.queries={config.privacy.queries:g} hides the counts by which a centre weighs itself in a secure sum; set it to 0"
+        )
     if config.evaluation.matrix != "none":
         told.append(f"evaluation.matrix={config.evaluation.matrix} needs each centre's own model, which nobody sees; leave it out")
     if settings.hide == "all":
@@ -234,6 +240,8 @@ def refuse_together(config: Config) -> None:
         )
     if robust != "none":
         told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} shows each centre's own model to the others as it is; leave it out")
     for name, task in config.tasks.items():
         if task.head == "moments" or task.clusters:
             told.append(

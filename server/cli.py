@@ -27,8 +27,8 @@ from server.simulate import simulate as simulate_run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The coordinator: simulate, resume, compare, report, runs, show, watch, export, metrics, dashboard, backup, restore, provision, admit, run, "
-    "doctor.",
+    help="The coordinator: simulate, resume, compare, report, runs, show, watch, dashboard, account, export, metrics, backup, restore, provision, "
+    "admit, run, doctor.",
 )
 Id = Annotated[str, typer.Option("--id", help="the new run's id; empty: made from the time and the recipe")]
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]

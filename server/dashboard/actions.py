@@ -3,8 +3,6 @@ written to the audit trail."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 
@@ -16,7 +14,6 @@ from server.dashboard.app import Console, console
 from server.dashboard.render import page
 
 router = APIRouter()
-STALE = 120.0  # seconds beyond a round's deadline without a sign of life, after which a run's coordinator is taken for gone
 
 
 def person(request: Request) -> Person:
@@ -99,13 +96,11 @@ def resume(shared: Console, who: str, why: str, run: str) -> None:
     row = facts.run_of(shared.ledger, run)
     if row is None or row["status"] == "finished":
         raise ConsiliumError(f"run '{run}' is {row['status'] if row else 'unknown'}: there is nothing to resume")
-    if row["status"] in orders.RUNNING:
-        last: datetime = facts.moment(shared.ledger, row)["last"]
-        quiet = (datetime.now(UTC) - last).total_seconds()
-        if quiet < row["config"]["federation"]["deadline"] + STALE:
-            raise ConsiliumError(
-                f"run '{run}' gave a sign of life {quiet:.0f} s ago; resume it once its coordinator's process is known to be gone"
-            )
+    at = facts.moment(shared.ledger, row)
+    if not at["gone"]:
+        raise ConsiliumError(
+            f"run '{run}' gave a sign of life at {at['last']:%H:%M:%S} UTC; it can be resumed once it is paused, or silent beyond its deadline"
+        )
     shared.launcher.resume(run)
     shared.ledger.note(who, "resume", why, run)
 

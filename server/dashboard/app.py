@@ -40,7 +40,7 @@ class Console:
     gate: Gate
     launcher: Launcher
     nodes: Callable[[], list[Node]] | None = None  # of the SuperLink, in a deployment
-    certificates: dict[str, datetime] = field(default_factory=dict)  # {whose: when it expires}
+    certificates: Callable[[], dict[str, datetime]] = dict  # {whose: when it expires}
     kept: Kept = field(default_factory=Kept)
 
 
@@ -57,14 +57,14 @@ def make(
     trust: Trust,
     secure: bool,
     nodes: Callable[[], list[Node]] | None = None,
-    certificates: dict[str, datetime] | None = None,
+    certificates: Callable[[], dict[str, datetime]] = dict,
 ) -> FastAPI:
     """The application. `secure`: it is reached by https only; `nodes`, `certificates`: of a deployment."""
     from server.dashboard import actions, pages  # they import `console` from here
 
     gate = Gate(ledger, trust)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(gate)])
-    app.state.console = Console(ledger, runs, gate, launcher, nodes, certificates or {})
+    app.state.console = Console(ledger, runs, gate, launcher, nodes, certificates)
     app.include_router(pages.router)
     app.include_router(actions.router)
     app.add_api_route("/health", lambda: PlainTextResponse("ok"))

@@ -20,7 +20,7 @@ from server.scores import by_class
 
 LINES = 12  # centres in a figure; of more, the WORST and a band
 WORST = 5
-POINTS = 300  # of a curve
+POINTS, MARKS = 300, 60  # of a curve; with marks
 
 
 def course_figures(course: Mapping[str, Any]) -> list[Figure]:
@@ -31,8 +31,7 @@ def course_figures(course: Mapping[str, Any]) -> list[Figure]:
         return []
     label = NAMES.get(course["metric"], course["metric"])
     lines = {"mean of centres": [p["macro"] for _, p in points], "worst centre": [p["worst"] for _, p in points]}
-    figure = over_rounds(f"{course['task']}: {label} on validation", label, rounds, [], {}, lines)
-    return [legended(figure)]
+    return [legended(over_rounds(f"{course['task']}: {label} on validation", label, rounds, [], {}, lines))]
 
 
 def compared_figures(courses: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
@@ -58,9 +57,10 @@ def thin(points: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def legended(figure: Figure) -> Figure:
-    """With its legend above the plot, in a margin of its own."""
+    """With its legend above the plot, in a margin of its own; marks only where they stand apart."""
+    data = [{**t, "mode": "lines"} if len(t["x"]) > MARKS else t for t in figure["data"]]
     layout = figure["layout"] | {"showlegend": True, "legend": {"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0}}
-    return {**figure, "layout": layout | {"margin": {"t": 52}}}
+    return {**figure, "data": data, "layout": layout | {"margin": {"t": 52}}}
 
 
 def learning(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:

@@ -28,9 +28,11 @@ DOING = {
     "counts": "counting",
     "moments": "fitting heads",
     "clusters": "clustering",
+    "quality": "describing its scans",
 }
 MEDIAN_OF = 10  # rounds
 SLOW = 2.0  # times its own median: a straggler
+STALE = 120.0  # seconds beyond a round's deadline without a sign of life, after which a run's coordinator is taken for gone
 
 
 def run_of(ledger: Ledger, run: str) -> Row | None:
@@ -91,6 +93,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "doing": "",
         "since": row["since"],
         "last": row["since"],  # sign of life
+        "gone": not going,  # no coordinator, or none that gives one
         "waiting": [],
         "good": 0,
         "asked": 0,
@@ -135,6 +138,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "doing": DOING.get(ask["doing"], ask["doing"]) if waiting or not going else "adding up at the coordinator",
         "since": ask["time"] if waiting or not going else last,
         "last": last,
+        "gone": not going or (now - last).total_seconds() > row["config"]["federation"]["deadline"] + STALE,
         "waiting": waiting,
         "good": sum(at["phase"] == "done" for at in found["centres"].values()),
         "asked": len(ask["asked"]),

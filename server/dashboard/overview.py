@@ -13,7 +13,7 @@ from common.errors import ConsiliumError
 from common.tasks import cells_of
 from server import health, latest, tables
 from server.dashboard import facts
-from server.dashboard.render import number, seconds, signed
+from server.dashboard.render import number, seconds
 from server.figures import NAMES
 from server.ledger import Ledger, Row
 from server.orders import RUNNING
@@ -108,7 +108,8 @@ def attention(
     """(level, sentence) of what is not well, the worst first."""
     if row["status"] not in (*RUNNING, "finished"):
         last = [e for e in facts.last_events(ledger, row["id"], 5) if e["kind"] == row["status"]]
-        found.append(("fault", f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
+        level = "fault" if row["status"] == "failed" else "warning"
+        found.append((level, f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
     excluded = at["excluded"]
     away = [h for h in people if h.state != "online" and h.centre not in excluded]
     found += [("fault" if h.state == "offline" else "warning", f"{h.centre} is {h.state}: {h.reason}") for h in away]
@@ -192,7 +193,7 @@ def compared(ledger: Ledger, rows: Sequence[Row], courses: Mapping[str, Mapping[
     outcomes["time in rounds"] = [seconds(value) for value in lasted]
     for key, label in (("bytes_down", "to the centres, MB"), ("bytes_up", "from the centres, MB")):
         outcomes[label] = [number(sum(r[key] or 0 for r in of) / 1e6, 1) for of in spent]
-    return {"differences": differences, "outcomes": outcomes, "trend": signed}
+    return {"differences": differences, "outcomes": outcomes}
 
 
 def flattened(value: Any, at: str = "") -> dict[str, str]:

@@ -6,20 +6,20 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 
 from common.errors import ConsiliumError
 from common.logs import set_up
-from server.authority import read_certificate
 from server.dashboard.access import Trust
 from server.dashboard.app import make
 from server.dashboard.launch import Launcher
-from server.health import Node
+from server.deployed import certificates, nodes
 from server.runs import open_ledger
 
+T = TypeVar("T")
 log = logging.getLogger("consilium.server")
 
 
@@ -46,7 +46,7 @@ def serve(
     address = ledger or os.environ.get("CONSILIUM_LEDGER", "")
     book = open_ledger(runs, ledger)
     trust = Trust.of(header, proxies, watchers)
-    deployed = (known_nodes(superlink, ca), expiring(ca)) if superlink else (None, None)
+    deployed = (kept(5, lambda: nodes(superlink, ca)), kept(3600, lambda: certificates(superlink, ca))) if superlink else (None, dict)
     app = make(book, runs, Launcher(runs, address, reach), trust, secure, *deployed)
     if not any(row["role"] == "operator" for row in book.accounts()):
         log.warning("nobody can log in yet: consilium-server account add NAME --role operator")
@@ -69,22 +69,13 @@ def serve(
     )
 
 
-def known_nodes(superlink: str, ca: Path) -> Callable[[], list[Node]]:
-    """The SuperLink's nodes, asked for at most every five seconds."""
-    from server.deployed import nodes
+def kept(seconds: float, ask: Callable[[], T]) -> Callable[[], T]:
+    """What `ask` says, asked for again only after so many seconds."""
+    said: list[tuple[float, T]] = []
 
-    asked, known = -10.0, []
-
-    def of() -> list[Node]:
-        nonlocal asked, known
-        if time.monotonic() > asked + 5:
-            known, asked = nodes(superlink, ca), time.monotonic()
-        return known
+    def of() -> T:
+        if not said or time.monotonic() > said[-1][0] + seconds:
+            said[:] = [(time.monotonic(), ask())]
+        return said[-1][1]
 
     return of
-
-
-def expiring(ca: Path) -> dict[str, datetime]:
-    """When the federation's certificates end, of those that lie here."""
-    known = {"authority": ca, "coordinator": ca.with_name("server.crt")}
-    return {name: read_certificate(path).not_valid_after_utc for name, path in known.items() if path.is_file()}

@@ -143,7 +143,8 @@ def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: 
 
         order(place, "Resume", "the line is mended")  # by Flower's simulation, which the console starts
         page.wait_for_selector("#status.resumed")
-        wait_until("a round of the resumed run", 400, lambda: ledger.rounds("second")[-1]["started"] > ledger.events("second")[-1]["time"])
+        (resumed,) = (e["time"] for e in ledger.events("second") if e["kind"] == "resumed")
+        wait_until("a round of the resumed run", 400, lambda: ledger.rounds("second")[-1]["started"] > resumed)
         page.goto(f"{url}/runs/second")
         order(place, "Stop", "seen enough")
         page.wait_for_selector("#status.stopped")
