@@ -29,8 +29,8 @@ resume: .venv/ready  ## make resume RUN=<run id>
 test: .venv/ready lint  ## lint, types, walls, tests
 	$(PY)/pytest -n 2
 
-deploy-test: .venv/ready  ## a deployed federation: kits, TLS, node authentication, who is refused, what happens when parts of it fail
-	$(PY)/pytest -m deploy -p no:xdist tests/deploy
+deploy-test: .venv/ready  ## a deployed federation, as processes and as containers: kits, TLS, who is refused, what happens when parts of it fail
+	$(PY)/pytest -m deploy -p no:xdist -rs tests/deploy
 
 lint: .venv/ready
 	$(PY)/ruff format --check .

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, noisy, personal, private, received, soft_labels, wire
+from client import budget, egress, noisy, personal, private, received, secagg, soft_labels, wire
 from client.cohort import label_columns, load_cohort
 from client.dataset import Scans, batches, steps_in_round
 from client.objective import Batch
@@ -33,11 +33,12 @@ from common.codec import codec_of
 from common.compose import active, config_from, refuse_unprotected
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
-from common.imbalance import logit_adjustment
+from common.imbalance import logit_adjustment, mass
 from common.logs import about
 from common.messages import Answer, Contribution, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
 from common.model import Model, make_model, refuse_batch_norm
 from common.schema import Config, Stage
+from common.secagg import ALL, hides_all, masked
 from common.seeds import derive
 from common.tasks import cells_of, columns_of
 from common.weights import Weights, flatten, layout_of, load
@@ -87,10 +88,18 @@ def _answer(site: Site, request: Request) -> Reply:
         site = replace(site, smallest_cell=max(site.smallest_cell, policy.smallest_cell))
         if isinstance(request, Hello):
             return hello(site, config, policy)
-        request = received.completed(home(site, config), config, request)
-        if isinstance(request, Train):
+        folder = home(site, config)
+        if not isinstance(request, Train | Query):
+            return release(policy, secagg.step(folder, config, centre, request, policy))
+        request = received.completed(folder, config, request)
+        if isinstance(request, Query):
+            said = release(policy, query(site, config, request, policy), request.name)
+            return secagg.masked_answer(folder, config, request, said) if masked(config, request) else said
+        if not masked(config, request):
             return release(policy, train_round(site, config, request, policy))
-        return release(policy, query(site, config, request, policy), request.name)
+        return secagg.kept(folder, request) or secagg.masked_change(
+            folder, config, request, train_round(site, config, request, policy), masses(site, config)
+        )
     except received.Missing:
         return Lacking(centre)
     except Refused as refused:
@@ -120,6 +129,7 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
     for name, task in config.tasks.items():
         if missing := [c for c in columns_of(name, task) if own and c not in columns]:
             log.warning("no column '%s' for task '%s': this centre adds nothing to it", ", ".join(missing), name)
+    hidden = hides_all(config)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "flwr")} | {"python": platform.python_version()}
     return Presence(
         centre=name_of(site, config),
@@ -127,8 +137,8 @@ def hello(site: Site, config: Config, policy: Policy) -> Presence:
         fingerprint=fingerprint(),
         sources=sources,
         columns=columns,
-        scans={} if config.privacy.queries else {split: len(scans) for split, scans in held.items()},
-        skipped=dict(Counter(s.reason for s in skipped)),
+        scans={} if hidden or config.privacy.queries else {split: len(scans) for split, scans in held.items()},
+        skipped={} if hidden else dict(Counter(s.reason for s in skipped)),
         versions=versions,
         device=str(site.torch_device()),
         policy=dict(describe(policy)),
@@ -145,6 +155,7 @@ def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
         raise Refused(f"query '{request.name}' would tell of training scans without noise, which privacy=patient does not allow")
     if request.split == "test":
         wire.forget(home(site, config), request.run)
+        secagg.forget(home(site, config), request.run)
     began = time.perf_counter()
     scans, _ = read_scans(site, config)
     stage = config.stages[request.stage] if request.stage else next(iter(config.stages.values()))
@@ -175,6 +186,8 @@ def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
     )
     with Threads(site.threads):
         sums = QUERIES[request.name](question)
+        if request.name == "counts" and masked(config, request):
+            sums |= {f"{ALL}/mass/{t}": np.array([value]) for t, value in masses(site, config).items()}
         if request.clustering:
             soft_labels.keep(home(site, config), request.clustering, question)
             shutil.rmtree(features, ignore_errors=True)
@@ -192,6 +205,8 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
     held = read_scans(site, config)[0]["train"]
     scans = held.with_label(list(tasks)) if len(held) else held
     if not len(scans):
+        if hides_all(config):  # the coordinator cannot know, and shall not wait for it
+            raise Declined(f"no training scan is labelled for {', '.join(tasks)}")
         raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
     account = account_of(site, config, policy) if config.privacy.kind == "patient" else None
     if account and (again := budget.kept(account, request)):
@@ -243,7 +258,7 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         if "all" in stage.personal:
             delta = np.empty(0, np.float32)
     arrays: dict[str, np.ndarray] = {}
-    if len(delta) and (codec := codec_of(config)) != "fp32":
+    if len(delta) and (codec := codec_of(config)) != "fp32" and not masked(config, request):
         arrays, delta = wire.coded(home(site, config), request, delta, layout, codec), np.empty(0, np.float32)
     contribution = Contribution(
         centre,
@@ -259,6 +274,13 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
         contribution.epsilon = epsilon(budget.charge(account, price, request), config.privacy.delta)
         budget.keep(account, request, contribution)
     return contribution
+
+
+def masses(site: Site, config: Config) -> dict[str, float]:
+    """{task: what this site's training scans weigh, before it is divided by all centres' sum}."""
+    scans = read_scans(site, config)[0]["train"]
+    cells = {t: class_counts(scans.targets[t], len(cells_of(t, task)), site.smallest_cell)[:-1] for t, task in config.tasks.items()}
+    return {t: mass(n, config.aggregation) for t, n in cells.items()}
 
 
 def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:

@@ -12,7 +12,7 @@ from client.answer import answer
 from client.site import site_from
 from common.errors import ConsiliumError
 from common.logs import set_up
-from common.messages import Hello, Query, Refusal, Reply, Train
+from common.messages import Refusal, Reply, Request
 from common.records import from_records, to_records
 
 log = logging.getLogger("consilium.centre")
@@ -24,7 +24,7 @@ if os.environ.get("CONSILIUM_LOG"):  # in a simulation only what is wrong is sai
 def _reply(message: Message, context: Context) -> Message:
     request = from_records(message.content)
     reply: Reply
-    if not isinstance(request, Hello | Query | Train):
+    if not isinstance(request, Request):
         reply = Refusal("", f"{type(request).__name__} is not a request")
     else:
         try:

@@ -33,7 +33,7 @@ def record(folder: Path, request: Request, reply: Reply) -> None:
         "stage": getattr(request, "stage", ""),
         "round": getattr(request, "round", None),
         "kind": facts["kind"],
-        "query": getattr(request, "name", ""),
+        "query": getattr(request, "name", getattr(request, "sum", "")),
         "fields": {name: f"{array.dtype}{list(array.shape)}" for name, array in sorted(arrays.items())} | {"facts": sorted(facts)},
         "bytes": sum(array.nbytes for array in arrays.values()) + len(facts_json(facts)),
         "digest": digest_of(reply),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, time
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 
 from common.errors import ConsiliumError, Refused, nearest
 from common.fingerprint import fingerprint
-from common.messages import Answer, Contribution, Query, Reply, Request, Sums, Train, pack
+from common.messages import Answer, Contribution, Masked, Query, Reply, Request, Sums, Train, pack
 from common.schema import Config
 from common.tasks import columns_of
 
 Floats = NDArray[np.float64]
+Leaving = TypeVar("Leaving", bound=Reply)
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class Policy:
     hours: str = ""  # when it computes, local time: 19:00-07:00
     gpu_memory: float = 0.0  # GiB that training may take
     secure_aggregation: bool = False  # required
+    smallest_federation: int = 0  # a run, and a secure sum, of fewer centres is not answered
     epsilon: float = 0.0  # the largest privacy loss of a cohort, over all runs (client/budget.py); any limit requires differential privacy
     delta: float = 1e-5  # ... at this delta, whatever a run's own is
     noise: float = 0.0  # the least noise multiplier of counts and scores (`privacy.queries`); 0: they may be exact
 
     def __post_init__(self) -> None:
-        if self.smallest_cell < 1 or self.max_bytes < 0 or self.gpu_memory < 0 or self.epsilon < 0 or self.noise < 0:
-            raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory, epsilon and noise 0 or more")
+        if self.smallest_cell < 1 or min(self.max_bytes, self.gpu_memory, self.epsilon, self.noise, self.smallest_federation) < 0:
+            raise ValueError("smallest_cell must be 1 or more; max_bytes, gpu_memory, epsilon, noise and smallest_federation 0 or more")
         if not 0 < self.delta <= 0.01:
             raise ValueError(f"delta is {self.delta}; it must be above 0 and at most 0.01")
         if self.hours:
@@ -94,8 +97,12 @@ def permit(policy: Policy, request: Request, config: Config, now: datetime) -> N
             among(policy.labels, column, "the label")
     if isinstance(request, Query):
         among(policy.queries, request.name, "the query")
-    if policy.secure_aggregation:
-        raise Refused("this hospital's policy requires secure aggregation, which this run does not use")
+    if policy.secure_aggregation and config.privacy.secagg is None:
+        raise Refused("this hospital's policy requires secure aggregation, which this run does not use; use privacy=secagg")
+    if len(config.federation.centres) < policy.smallest_federation:
+        raise Refused(
+            f"this hospital's policy asks for {policy.smallest_federation} centres or more, this run has {len(config.federation.centres)}"
+        )
     if policy.epsilon and config.privacy.kind != "patient":  # `central` trusts the coordinator with the hospital's own change
         raise Refused(
             f"this hospital's policy requires differential privacy (epsilon at most {policy.epsilon:g}), which this run does not use; "
@@ -113,12 +120,12 @@ def permit(policy: Policy, request: Request, config: Config, now: datetime) -> N
             raise Refused(f"this hospital computes from {policy.hours} only; it is {clock:%H:%M} there")
 
 
-def release(policy: Policy, reply: Reply, query: str = "") -> Reply:
+def release(policy: Policy, reply: Leaving, query: str = "") -> Leaving:
     """The reply (to a `query`, where it is an answer) as it may leave. Raises Refused when it is too large."""
     if isinstance(reply, Answer) and policy.smallest_cell > 1 and query != "counts":  # which counts by the smallest cell itself
         reply = dataclasses.replace(reply, sums=suppressed(reply.sums, policy.smallest_cell))
     size = sum(array.nbytes for array in pack(reply)[0].values())
-    if policy.max_bytes and size > policy.max_bytes and isinstance(reply, Answer | Contribution):
+    if policy.max_bytes and size > policy.max_bytes and isinstance(reply, Answer | Contribution | Masked):
         raise Refused(f"this hospital's policy lets {policy.max_bytes} bytes leave in a message; this one would have {size}")
     return reply
 

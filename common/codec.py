@@ -6,9 +6,8 @@ max|x| / 127, or / 7. What rounding loses is the residual, which the sender adds
 float32, rounded up: a change of 1e-5 has a scale of 8e-8, where float16 has no digits left, and a depthwise filter has a scale for nine values.
 Batch-norm statistics (0.5 % of the values) travel as they are.
 
-Secure aggregation sums integers of a grid that all centres share: agree on the largest `scales` of each channel first, then give them to `encode`.
-Differential privacy comes before: clip, add the noise, then encode; what is done to private values afterwards costs no privacy. The residual
-belongs to the centre and is made of noised values too.
+What a secure sum adds is not coded: it has a grid of its own (common/secagg.py). Differential privacy comes before: clip, add the noise, then encode;
+what is done to private values afterwards costs no privacy. The residual belongs to the centre and is made of noised values too.
 """
 
 from __future__ import annotations
@@ -30,15 +29,12 @@ NOTHING = 1e-30  # a channel whose values are all smaller is sent as zero (and i
 BLOCK = 1 << 16  # values that are worked on at a time: they stay in the processor's cache
 
 
-def encode(
-    values: Floats, layout: Layout, codec: Codec, residual: Floats | None = None, scales: Floats | None = None
-) -> tuple[Arrays, Floats | None]:
+def encode(values: Floats, layout: Layout, codec: Codec, residual: Floats | None = None) -> tuple[Arrays, Floats | None]:
     """Arrays for the wire, and the residual [P] to add the next time (None for fp32), which takes the place of the one given.
 
     `values` [P] in the layout's order. fp32: `values` [P]. Else `codes` [V] of the V parameters (float16 or int8; int4: uint8, two a byte,
     deflated), `scales` uint16 [channels], `rest` float32 [P - V], the buffers. A channel with a value that is not finite has a scale that is
-    not, and is decoded as not finite. `scales` [channels] (as `widened` gives them) overrides
-    the channels' own; what lies beyond goes into the residual.
+    not, and is decoded as not finite.
     """
     if codec == "fp32":
         return {"values": values}, None
@@ -61,17 +57,13 @@ def encode(
                 np.copyto(t, x[rows]) if back is None else np.add(x[rows], back[rows], out=t)
                 where = slice(first + rows.start, first + rows.start + shape[0])
                 largest = np.maximum(t.max(1), -t.min(1))
-                found[where] = (
-                    np.where(largest < NOTHING, 0, widened(shortened(largest / np.float32(top)))) if scales is None else scales[where]
-                )
+                found[where] = np.where(largest < NOTHING, 0, widened(shortened(largest / np.float32(top))))
                 found[where][~np.isfinite(largest)] = np.nan
                 grid = found[where, None]
                 good = grid > 0
                 np.divide(t, np.where(good, grid, np.inf), out=s)
                 if codec != "fp16":
                     np.rint(s, out=s)
-                if scales is not None:
-                    np.clip(s, -top, top, out=s)
                 if not good.all():
                     s[~good[:, 0]] = 0
                 np.copyto(mine[rows], s, casting="unsafe")

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import ConsiliumError, nearest
-from common.schema import Config, Stage, Task
+from common.schema import Aggregation, Config, SecureSums, Stage, Task
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
@@ -128,6 +128,8 @@ def check(config: Config) -> Config:
     refuse_together(config)
     if config.privacy.kind == "patient":
         refuse_unprotected(config)
+    if config.privacy.secagg:
+        refuse_unhidden(config, config.privacy.secagg)
     if config.privacy.kind != "none":  # batch norms tell of the batch; the one architecture of all centres
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, norm="group"))
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
@@ -148,6 +150,8 @@ def refuse_unprotected(config: Config) -> None:
     told = []
     if config.federation.mode == "local":
         told.append("federation.mode=local exchanges no weights, so there is nothing to protect")
+    if config.privacy.queries and config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} asks for more scores than the epsilon is planned for; leave it out")
     for name, task in config.tasks.items():
         if task.kind == "contrast":
             told.append(
@@ -182,6 +186,43 @@ def refuse_unprotected(config: Config) -> None:
         raise ConsiliumError(f"privacy=patient: {told[0]}")
 
 
+def refuse_unhidden(config: Config, settings: SecureSums) -> None:
+    """Raises ConsiliumError for what cannot be had together with secure aggregation."""
+    federation, told = config.federation, []
+    if federation.mode != "federated":
+        told.append(f"federation.mode={federation.mode} exchanges nothing between centres; use federated")
+    if len(federation.centres) - len(federation.unseen) < 3:
+        told.append("a sum over fewer than 3 centres tells each the other's numbers; it needs 3 or more that train")
+    if config.aggregation.outlier != Aggregation().outlier:
+        told.append(
+            f"aggregation.outlier={config.aggregation.outlier:g} compares single contributions, which nobody sees; leave it out "
+            "(privacy.secagg.clip limits what one can do)"
+        )
+    if config.aggregation.robust != "none":
+        told.append(
+            f"aggregation.robust={config.aggregation.robust} compares single contributions, which nobody sees; leave one of the two out"
+        )
+    if config.privacy.kind == "central":
+        told.append("privacy.kind=central clips each centre's change at the coordinator, which sees none; use privacy.kind=patient")
+    if config.privacy.queries:
+        told.append("privacy.queries puts noise on counts, but the weights in a secure sum are made of exact ones; set it to 0")
+    if config.privacy.queries:
+        told.append(
+            f"privacy.queries={config.privacy.queries:g} hides the counts by which a centre weighs itself in a secure sum; set it to 0"
+        )
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} needs each centre's own model, which nobody sees; leave it out")
+    if settings.hide == "all":
+        if config.evaluation.over != "pooled":
+            told.append(f"hide=all leaves no centre's scores, so no evaluation.over={config.evaluation.over}; set evaluation.over=pooled")
+        if federation.unseen or federation.evaluation == "loco":
+            told.append("hide=all leaves no centre's scores, which federation.evaluation=loco is made of; use hide=model")
+        if personal := [n for n, s in config.stages.items() if "all" in s.personal]:
+            told.append(f"stages.{personal[0]}.personal=[all] is judged by each centre's own scores; use hide=model")
+    if told:
+        raise ConsiliumError(f"privacy.secagg: {told[0]}")
+
+
 def refuse_together(config: Config) -> None:
     """Raises ConsiliumError for defences that this federation, or each other, make impossible."""
     robust, federation, told = config.aggregation.robust, config.federation, []
@@ -199,6 +240,8 @@ def refuse_together(config: Config) -> None:
         )
     if robust != "none":
         told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} shows each centre's own model to the others as it is; leave it out")
     for name, task in config.tasks.items():
         if task.head == "moments" or task.clusters:
             told.append(

@@ -23,10 +23,10 @@ def whole(path: Path) -> Iterator[Path]:
     _flush(path.parent)  # the new name itself
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """All of it under this name, or nothing. Raises OSError."""
-    with whole(path) as part:
-        part.write_bytes(data)
+    with whole(path) as part, open(part, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(data)
 
 
 def digest(path: Path) -> str:

@@ -13,6 +13,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.schema import Aggregation, Task
+from common.tasks import reads_map
+
 Floats = NDArray[np.float64]
 
 
@@ -51,6 +54,29 @@ def centre_weights(cells: Mapping[str, ArrayLike], tau: float) -> dict[str, floa
     mass = np.exp(log_mass - log_mass.max())  # the largest is 1: no overflow whatever tau is
     total = np.bincount(owner[full], weights=mass, minlength=len(names))
     return {name: float(w) for name, w in zip(names, total / total.sum(), strict=True)}
+
+
+def mass(cells: ArrayLike, settings: Aggregation) -> float:
+    """What a centre's labelled counts `[cells]` weigh before they are divided by all centres' sum: `centre_weights` of one centre alone."""
+    n = np.asarray(cells, dtype=np.float64)
+    n = n.sum(keepdims=True) if settings.count == "scans" else n
+    return float((n[n > 0] ** (1.0 - settings.tau)).sum())
+
+
+def part_weights(weights: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str, float]:
+    """{"backbone", "decoder" or head: weight} of a centre, from its weight for each task that any centre has labels for.
+
+    What tasks share goes by the mean of their weights, each task counting as much as in the loss: the backbone by all of them, the decoder by
+    those that read its map.
+    """
+
+    def shared(some: list[str]) -> float:
+        having = {t: tasks[t].weight for t in some}
+        if not sum(having.values()):
+            having = dict.fromkeys(having, 1.0)
+        return sum(v * weights[t] for t, v in having.items()) / (sum(having.values()) or 1.0)
+
+    return {"backbone": shared(list(weights)), "decoder": shared([t for t in weights if reads_map(tasks[t])]), **weights}
 
 
 def effective_number(weights: Mapping[str, float]) -> float:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,9 +64,40 @@ class Train:
     keep: list[int] = field(default_factory=list)  # rounds of this stage whose personal weights may still be asked for
     average: float = 0.0  # training scans of the average centre: `stage.pace: equal` takes as many steps everywhere
     rate: float = 1.0  # what the learning rate is multiplied by (`schedule: plateau`)
+    masses: dict[str, float] = field(default_factory=dict)  # secure aggregation: {task: all centres' weights before division, summed}
     base: str = ""  # as in a Query
     change: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     digest: str = ""
+
+
+@dataclass
+class Share:
+    """Second step of a secure sum (common/secagg.py): the public keys of those who take part. Share your secrets among them."""
+
+    run: str
+    config: dict[str, Any]
+    sum: str  # which one: as the centres named it when they gave their keys
+    roster: dict[str, NDArray[np.generic]]  # {centre: uint8 [96]}
+
+
+@dataclass
+class Mask:
+    """Third step: the others' shares for you. Send your numbers, masked towards all who sent shares."""
+
+    run: str
+    config: dict[str, Any]
+    sum: str
+    shares: dict[str, NDArray[np.generic]]  # {centre that sent it: uint8, encrypted for this centre}
+
+
+@dataclass
+class Unmask:
+    """Last step: whose masked numbers are in the sum. Open what takes their masks away."""
+
+    run: str
+    config: dict[str, Any]
+    sum: str
+    survivors: list[str]
 
 
 # --- from a centre --------------------------------------------------------------------------------------------------------------------
@@ -94,8 +125,10 @@ class Answer:
     """The answer to a Query: sums over scans, keyed `cohort/task/what`. Sums of all centres are added key by key."""
 
     centre: str
-    sums: Sums
+    sums: Sums  # none when they come masked, in a secure sum, ...
     seconds: float = 0.0
+    sum: str = ""  # ... which this names, ...
+    keys: NDArray[np.generic] | None = None  # ... with this centre's public keys for it, uint8 [96]
 
 
 @dataclass
@@ -111,6 +144,35 @@ class Contribution:
     seconds: float
     coded: dict[str, NDArray[np.generic]] = field(default_factory=dict)  # ... it travels as arrays of the run's codec (common/codec.py)
     epsilon: float | None = None  # `privacy=patient`: what its cohort has lost so far, at the run's delta, in this and all earlier runs
+    sum: str = ""  # as in an Answer: the change comes masked. With `hide: all` scans, steps, losses, counters and epsilon stay here as well
+    keys: NDArray[np.generic] | None = None
+
+
+@dataclass
+class Shares:
+    """The answer to Share: this centre's secrets of this sum, in shares, each encrypted for the one who shall hold it."""
+
+    centre: str
+    shares: dict[str, NDArray[np.generic]]  # {centre: uint8}
+
+
+@dataclass
+class Masked:
+    """The answer to Mask: numbers of a ring, each as likely as any other to who does not hold the masks."""
+
+    centre: str
+    values: NDArray[np.uint8]  # [V * bytes] the change of the V parameters times the centre's weight
+    exact: NDArray[np.uint64]  # [R] sums, or the change of the buffers and the centre's weights (common/secagg.py)
+
+
+@dataclass
+class Unmasked:
+    """The answer to Unmask: of each centre that began the sum a share of one secret, never of both."""
+
+    centre: str
+    shares: dict[
+        str, NDArray[np.generic]
+    ]  # {centre: uint8}: of a survivor's own mask; of a drop-out's key to the masks it shares with others
 
 
 @dataclass
@@ -129,11 +191,12 @@ class Refusal:
     declined: bool = False  # by choice: asking again is no use
 
 
-Request = Hello | Query | Train
-Reply = Presence | Answer | Contribution | Lacking | Refusal
-KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Hello, Query, Train, Presence, Answer, Contribution, Lacking, Refusal)}
+Step = Share | Mask | Unmask
+Request = Hello | Query | Train | Step
+Reply = Presence | Answer | Contribution | Lacking | Refusal | Shares | Masked | Unmasked
+KINDS: dict[str, type[Any]] = {c.__name__: c for c in (*get_args(Request), *get_args(Reply))}
 
-NAMED = ("sums", "coded", "change")  # fields that are arrays by name
+NAMED = ("sums", "coded", "change", "roster", "shares")  # fields that are arrays by name
 
 
 def pack(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:

@@ -283,9 +283,24 @@ class Aggregation:
 
 
 @settings
+class SecureSums:
+    """Secure aggregation (common/secagg.py): the coordinator sees sums over centres, no centre's own numbers."""
+
+    hide: Literal["model", "all"] = "model"  # model: changes of weights; all: counts, metrics and every other query as well
+    clip: float = 4.0  # largest change of a parameter in a round, times the centre's weight; more is cut off, and counted in the sum
+    bits: int = 26  # of a parameter: its grid is 2 clip / 2^bits; log2(centres) bits more travel, in whole bytes
+    threshold: float = 0.66  # share of the centres that began a sum who must stay to its end
+
+    def __post_init__(self) -> None:
+        _require(0 < self.clip <= 1e6, f"privacy.secagg.clip is {self.clip}; it must be above 0 and at most 1e6")
+        _require(8 <= self.bits <= 32, f"privacy.secagg.bits is {self.bits}; it must be 8 to 32")
+        _require(0.5 <= self.threshold <= 1, f"privacy.secagg.threshold is {self.threshold}; it must be in [0.5, 1]")
+
+
+@settings
 class Privacy:
     """Differential privacy. `patient`: of the weights that a centre sends, the unit is the patient (client/private.py). `central`: of the weights
-    that the coordinator makes of them, the unit is the centre (server/central.py)."""
+    that the coordinator makes of them, the unit is the centre (server/central.py). Beside either or none: secure aggregation."""
 
     kind: Literal["none", "patient", "central"] = "none"
     epsilon: float = 0.0  # the loss that all rounds of this run together shall come to; the noise follows from it. Or ...
@@ -297,6 +312,7 @@ class Privacy:
     )
     scans: int = 1  # ... of one patient, at most as many count in such an answer
     quantile: float = 0.0  # central: the clip follows this quantile of the changes' norms, from `clip` on; 0: it stays
+    secagg: SecureSums | None = None  # not with `central`
 
     def __post_init__(self) -> None:
         _require(0 <= self.epsilon <= 50, f"privacy.epsilon is {self.epsilon}; it must be above 0 and at most 50")

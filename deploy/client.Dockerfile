@@ -23,7 +23,9 @@ COPY LICENSE /opt/consilium/
 COPY common /opt/consilium/common
 COPY client /opt/consilium/client
 COPY configs /opt/consilium/configs
-COPY deploy/image/healthy deploy/image/flwr-clientapp deploy/image/consilium-centre /opt/consilium/bin/
+COPY deploy/image/healthy deploy/image/flower-supernode deploy/image/flwr-clientapp deploy/image/consilium-centre /opt/consilium/bin/
+# Nothing can be written there later, and each message starts a process.
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/consilium
 # HOME and FLWR_HOME lie on a tmpfs: the root file system is read-only. NO_PROXY: the parts inside talk to each other over the loopback.
 ENV PATH=/opt/consilium/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/consilium \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp USER=consilium FLWR_HOME=/tmp/flwr NO_PROXY=127.0.0.1,localhost \

@@ -35,6 +35,7 @@ COPY server /opt/consilium/server
 COPY configs /opt/consilium/configs
 COPY deploy /opt/consilium/deploy
 COPY deploy/image/healthy deploy/image/consilium-server deploy/image/flower-superlink /opt/consilium/bin/
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/consilium
 # Where volumes come, for whichever user owns the secrets.
 RUN mkdir -m 1777 /state /runs
 # The last one: memory of large arrays goes back to the system as soon as they are gone; a round needs 2.5 models, not 3.3 (tests/benchmarks/README.md).

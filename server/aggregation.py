@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from common.codec import decode
-from common.imbalance import centre_weights
+from common.imbalance import centre_weights, part_weights
 from common.messages import Contribution
 from common.schema import Aggregation, Codec, Task
 from common.tasks import reads_map
@@ -90,22 +90,17 @@ def group_weights(
 ) -> dict[str, dict[str, float]]:
     """{"backbone", "decoder" or head: {centre: weight}} from each centre's training counts {task: [K + 1]}, the last cell being the unlabelled.
 
-    A head goes by the cells labelled for its task, so that a centre without labels for it never dilutes it. What tasks share goes by the mean of
-    their weights, each task counting as much as in the loss: the backbone by all of them, the decoder by those that read its map.
+    A head goes by the cells labelled for its task, so that a centre without labels for it never dilutes it; what tasks share by `part_weights`.
     """
     weights: dict[str, dict[str, float]] = {}
     for task in tasks:
         cells = {c: np.asarray(by[task], dtype=np.float64)[:-1] for c, by in counts.items()}
         whole = {c: n.sum(keepdims=True) for c, n in cells.items()} if settings.count == "scans" else cells
         weights[task] = centre_weights(whole, settings.tau)
-
-    def shared(some: list[str]) -> dict[str, float]:
-        having = {t: tasks[t].weight for t in some if sum(weights[t].values()) > 0}
-        if not sum(having.values()):
-            having = dict.fromkeys(having, 1.0)
-        return {c: sum(v * weights[t][c] for t, v in having.items()) / (sum(having.values()) or 1.0) for c in counts}
-
-    return {"backbone": shared(list(tasks)), "decoder": shared([t for t, task in tasks.items() if reads_map(task)])} | weights
+    labelled = [t for t in tasks if sum(weights[t].values()) > 0]
+    parts = {c: part_weights({t: weights[t][c] for t in labelled}, tasks) for c in counts}
+    shared = ("backbone", "decoder") if any(reads_map(task) for task in tasks.values()) else ("backbone",)
+    return {name: {c: parts[c][name] for c in counts} for name in shared} | weights
 
 
 def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:

@@ -33,6 +33,10 @@ def backup(file: Path, runs: Path, ledger: Ledger) -> Iterator[str]:
     all. Raises ConsiliumError."""
     if file.resolve().is_relative_to(runs):
         raise ConsiliumError(f"{file} lies in what is backed up; give a place outside of {runs}, best on another disk")
+    if not {folder.name for folder in known(runs)} & {row["id"] for row in ledger.runs()}:
+        raise ConsiliumError(
+            f"the ledger {ledger.address} knows no run in {runs}; name both by --runs and --ledger, or $CONSILIUM_RUNS and _LEDGER"
+        )
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=runs) as made:  # beside it: hard links do not cross file systems
         place = Path(made)
         sentences = linked(runs, place / RUNS)

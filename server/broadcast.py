@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 
 from common.codec import changed, codec_of, encode
-from common.messages import Answer, Contribution, Lacking, Query, Refusal, Request, Sums, Train, add
+from common.messages import Answer, Contribution, Lacking, Mask, Query, Refusal, Request, Share, Train, Unmask
 from common.weights import NONE, Weights
 from server.orders import heed
-from server.state import Paused, Run, leave_out, reason_of
+from server.state import Run, reason_of
 from server.transport import Received
 
 LEFT = "left.npy"
@@ -68,7 +68,7 @@ def send(run: Run, requests: Mapping[str, Request]) -> Iterator[Received]:
                 continue
             if isinstance(reply, Answer | Contribution) and digest and _weights(requests[centre]) is run.weights:
                 run.held[centre] = digest
-            elif not isinstance(reply, Answer | Contribution):
+            elif isinstance(reply, Refusal | Lacking):
                 run.held.pop(centre, None)
             yield received
             del received, reply  # before the next is taken: its memory is wanted
@@ -94,7 +94,7 @@ def answers(run: Run, requests: Mapping[str, Request], again: bool) -> Iterator[
         if received.centre in run.excluded:
             received = replace(received, reply=Refusal(received.centre, run.excluded[received.centre], declined=True))
         if not isinstance(received.reply, Lacking):
-            reason = None if isinstance(received.reply, Answer | Contribution) else reason_of(received.reply)
+            reason = reason_of(received.reply) if isinstance(received.reply, Refusal) else None
             took = {"seconds": time.monotonic() - began, "bytes_up": received.bytes_up, "bytes_down": received.bytes_down}
             run.ledger.progress(run.id, stage, round, doing, centre=received.centre, reason=reason, **took)
         yield received
@@ -104,6 +104,8 @@ def answers(run: Run, requests: Mapping[str, Request], again: bool) -> Iterator[
 
 def _doing(request: Request) -> str:
     """In the words of `tables.progress`."""
+    if isinstance(request, Share | Mask | Unmask):
+        return "secure sum"
     return "train" if isinstance(request, Train) else request.name if isinstance(request, Query) else "meet"
 
 
@@ -120,19 +122,3 @@ def shortened(run: Run, request: Request, held: str, digest: str) -> Request:
 
 def _weights(request: Request) -> Weights | None:
     return request.weights if isinstance(request, Query | Train) else None
-
-
-def ask(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """An additive query: the sum of all answers. A centre that fails is left out, which the ledger says."""
-    answers: dict[str, Sums] = {}
-    for received in send(run, requests):
-        if isinstance(received.reply, Answer):
-            answers[received.centre] = received.reply.sums
-        else:
-            leave_out(run, "", 0, received.centre, reason_of(received.reply))
-    if not answers:
-        raise Paused("no centre answered; see the ledger for each one's reason, then resume")
-    total: Sums = {}
-    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
-        add(total, answers[centre])
-    return total

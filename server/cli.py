@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +16,10 @@ from rich.table import Table
 
 from common.cli import run
 from common.compose import compose, to_dict
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, nearest
 from common.findings import show
 from server import report as reports
+from server.health import Node
 from server.runs import find, open_ledger, runs_folder
 from server.simulate import console
 from server.simulate import simulate as simulate_run
@@ -24,7 +27,8 @@ from server.simulate import simulate as simulate_run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The coordinator: simulate, resume, compare, report, runs, backup, restore, provision, admit, run, doctor.",
+    help="The coordinator: simulate, resume, compare, report, runs, show, watch, dashboard, account, export, metrics, backup, restore, provision, "
+    "admit, run, doctor.",
 )
 Id = Annotated[str, typer.Option("--id", help="the new run's id; empty: made from the time and the recipe")]
 Runs = Annotated[str, typer.Option("--runs", help="folder of results; empty: $CONSILIUM_RUNS or ./runs")]
@@ -78,6 +82,72 @@ def list_runs(runs: Runs = "", ledger: str = "") -> None:
     console.print(shown)
 
 
+SuperLink = Annotated[str, typer.Option(envvar="CONSILIUM_SUPERLINK", help="its address, host:port")]
+Authority = Annotated[Path, typer.Option("--ca", envvar="CONSILIUM_CA", help="ca.crt of the federation")]
+Deployed = Annotated[
+    str, typer.Option("--superlink", envvar="CONSILIUM_SUPERLINK", help="who is connected, by the SuperLink; empty: a simulation")
+]
+Named = Annotated[str, typer.Argument(metavar="RUN", help="a run's id; `latest`: the youngest that goes on, else the youngest")]
+
+
+@app.command("show")
+def show_run(run_id: Named = "latest", runs: Runs = "", ledger: str = "", superlink: Deployed = "", ca: Authority = Path("ca.crt")) -> None:
+    """How a run is at this moment: stage, round, every centre with its state and numbers, the last events."""
+    from server import terminal
+
+    book, ask = open_ledger(runs_folder(runs), ledger), _nodes(superlink, ca)
+    console.print(terminal.show(book, terminal.run_named(book, run_id), ask() if ask else None))
+
+
+@app.command("watch")
+def watch_run(
+    run_id: Named = "latest", runs: Runs = "", ledger: str = "", superlink: Deployed = "", ca: Authority = Path("ca.crt")
+) -> None:
+    """`show`, live, until the run ends or waits for a person. Ctrl-C leaves the run alone."""
+    from server import terminal
+
+    book = open_ledger(runs_folder(runs), ledger)
+    with contextlib.suppress(KeyboardInterrupt):
+        terminal.watch(book, terminal.run_named(book, run_id)["id"], _nodes(superlink, ca), console)
+
+
+def _nodes(superlink: str, ca: Path) -> Callable[[], list[Node]] | None:
+    from server.deployed import nodes
+
+    return (lambda: nodes(superlink, ca)) if superlink else None
+
+
+@app.command()
+def metrics(runs: Runs = "", ledger: str = "", superlink: Deployed = "", ca: Authority = Path("ca.crt")) -> None:
+    """Print what the dashboard's /metrics shows to Prometheus, for a coordinator without one: for node_exporter's textfile collector."""
+    from server.deployed import certificates
+    from server.exposition import exposition
+
+    known = certificates(superlink, ca) if superlink else {}
+    typer.echo(exposition(open_ledger(runs_folder(runs), ledger), _nodes(superlink, ca), known).decode(), nl=False)
+
+
+@app.command("export")
+def export_run(
+    run_id: Annotated[str, typer.Argument(metavar="RUN")],
+    to: Annotated[str, typer.Option(help="safetensors | onnx | csv | card | tensorboard")],
+    out: Annotated[
+        str,
+        typer.Option(help="the file to write (card: .md or .html); a folder for tensorboard; empty: in the run's folder, or here"),
+    ] = "",
+    runs: Runs = "",
+    ledger: str = "",
+) -> None:
+    """A run for others' hands: its weights, an ONNX file checked against PyTorch, its scores as a table, its model card, its curves."""
+    from server import export
+
+    folder = find(runs_folder(runs), run_id)
+    book = open_ledger(runs_folder(runs), ledger)
+    if to not in export.FORMATS:
+        raise ConsiliumError(f"--to {to} is no format{nearest(to, export.FORMATS)}")
+    typer.echo(export.FORMATS[to](folder, book, out))
+
+
 @app.command()
 def backup(file: Annotated[Path, typer.Argument(help="a tar; -: standard output")], runs: Runs = "", ledger: str = "") -> None:
     """Write all runs and the ledger to one file; runs may be on meanwhile."""
@@ -124,10 +194,6 @@ def provision(
     else:
         for sentence in provisioning.provision(federation, out, reissue):
             typer.echo(sentence)
-
-
-SuperLink = Annotated[str, typer.Option(envvar="CONSILIUM_SUPERLINK", help="its address, host:port")]
-Authority = Annotated[Path, typer.Option("--ca", envvar="CONSILIUM_CA", help="ca.crt of the federation")]
 
 
 @app.command()
@@ -183,13 +249,28 @@ def dashboard(
     key: Annotated[Path | None, typer.Option(help="its private key")] = None,
     proxy: Annotated[list[str] | None, typer.Option(help="address or network of a reverse proxy that speaks TLS to the browsers")] = None,
     trust_header: Annotated[str, typer.Option(help="header by which the proxy names who has logged in, e.g. X-Forwarded-User")] = "",
+    metrics_from: Annotated[
+        list[str] | None, typer.Option(help="addresses that may read /metrics without logging in; else this machine")
+    ] = None,
     superlink: Annotated[str, typer.Option(help="deployed: the SuperLink, host:port, at which runs are started; empty: simulation")] = "",
     ca: Authority = Path("ca.crt"),
 ) -> None:
     """The operator's console, a web page: centres, runs, learning, privacy, orders, audit trail. Accounts: `account add`."""
     from server.dashboard.serve import serve
 
-    serve(host, port, runs_folder(runs), ledger, certificate, key, proxy or [], trust_header, superlink, ca)
+    serve(
+        host,
+        port,
+        runs_folder(runs),
+        ledger,
+        certificate,
+        key,
+        proxy or [],
+        trust_header,
+        metrics_from or ["127.0.0.1", "::1"],
+        superlink,
+        ca,
+    )
 
 
 @app.command()

@@ -15,25 +15,27 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.codec import codec_of
 from common.compose import active, to_dict
 from common.imbalance import effective_number
 from common.logs import about
 from common.messages import Contribution, Query, Refusal, Request, Train
-from common.model import make_model
+from common.model import layout_for
 from common.schema import Evaluation, Stage
+from common.secagg import hides_all
 from common.weights import NONE, Weights, flatten, layout_of
 from server import checkpoint, matrix, scores
 from server.aggregation import Spooled, decoded, fault, spool
-from server.broadcast import ask, forget_left, send
-from server.combine import combine, screened
-from server.counts import global_counts, training
+from server.broadcast import forget_left, send
+from server.combine import combine, screened, secretly_added
+from server.counts import global_counts, masses, training
 from server.initial import initial_model
 from server.orders import heed
 from server.presence import filled, greet, readmit
 from server.quality import survey
+from server.queries import ask
 from server.source_head import balanced_discriminant
 from server.state import Paused, Run, by_reason, leave_out, reason_of
 from server.transport import Received
@@ -74,14 +76,15 @@ def restore(run: Run) -> None:
             place["rounds"] = list(itertools.islice(history, place["rounds"]))
         run.config = filled(run.config, run.result["filled"])
     greet(run)
-    model = make_model(run.config.backbone, run.config.tasks, 0) if state else initial_model(run.config)
-    run.layout = layout_of(model)
     if state:
+        run.layout = layout_for(run.config)
         run.weights, run.moments = run.layout.flat(state.weights), dict(state.optimiser)
         if state.note:
             run.result["notes"].append(state.note)
         log.info("resumed after round %d of stage '%s'", state.round, state.stage)
     else:
+        model = initial_model(run.config)
+        run.layout = layout_of(model)
         run.weights = flatten(model, run.layout)
 
 
@@ -155,11 +158,14 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     """One round's training and aggregation, retried below the quorum. Returns the report's entry and why the round closed. Raises Paused."""
     taught, average = training(run, stage)
     rate = plateau(stage, place, run.config.evaluation) if stage.optimiser.schedule == "plateau" else 1.0
+    secret = run.config.privacy.secagg is not None and not place["personal"]
+    together = masses(run, stage) if secret else {}
     for attempt in range(run.config.federation.retries + 1):
         folder = run.folder / "spool"
         shutil.rmtree(folder, ignore_errors=True)
         facts: dict[str, dict[str, Any]] = {}
         arrived: dict[str, Spooled] = {}
+        said: dict[str, Contribution] = {}
         globals_ = global_counts(run)
         requests: dict[str, Request] = {
             c: Train(
@@ -173,24 +179,30 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
                 keep(place, c, round),
                 average,
                 rate,
+                together,
             )
             for c in taught
         }
         declined = 0
         for received in send(run, requests):
-            facts[received.centre], one = accepted(run, received, place["personal"], folder)
+            facts[received.centre], one = accepted(run, received, place["personal"] or secret, folder)
             declined += isinstance(received.reply, Refusal) and received.reply.declined
             if one:
                 arrived[received.centre] = one
+                if secret:
+                    said[received.centre] = cast(Contribution, received.reply)
             del received  # before the next is taken: its memory is wanted
-        for centre, why in screened(run, arrived).items():
-            facts[centre].update(accepted=False, reason=why)
-            del arrived[centre]
-        for centre, said in facts.items():
-            if not said["accepted"]:
-                leave_out(run, name, round, centre, said["reason"])
         waited = math.ceil(run.config.federation.quorum * (len(taught) - declined))  # who declines is not waited for
         quorum = max(1 if place["personal"] else run.config.aggregation.fewest, waited)
+        found, left = secretly_added(run, said, quorum) if secret else (None, screened(run, arrived))
+        for centre, why in left.items():
+            facts[centre].update(accepted=False, reason=why)
+            arrived.pop(centre, None)
+        for centre, told in facts.items():
+            if not told["accepted"]:
+                leave_out(run, name, round, centre, told["reason"])
+        if secret and not found:
+            arrived = {}
         if len(arrived) >= quorum:
             break
         log.warning("round %d: %d of %d needed contributions (attempt %d)", round, len(arrived), quorum, attempt + 1)
@@ -201,7 +213,7 @@ def train_round(run: Run, name: str, stage: Stage, place: dict[str, Any], round:
     because = "all replied" if len(arrived) == len(taught) else f"{len(arrived)} of {len(taught)}, quorum {quorum}"
     if not place["personal"]:
         matrix.keep(run, name, round, list(arrived.values()))
-    weights = {} if place["personal"] else combine(run, name, stage, round, arrived, facts)
+    weights = {} if place["personal"] else combine(run, name, stage, round, arrived, facts, found)
     shutil.rmtree(folder, ignore_errors=True)
     effective = {group: effective_number(w) for group, w in weights.items()}
     return {
@@ -230,7 +242,9 @@ def accepted(run: Run, received: Received, empty: bool, folder: Path) -> tuple[d
     if why:
         return facts | {"accepted": False, "reason": why}, None
     one = spool(reply, run.layout, folder)
-    return facts | {"norm": one.norm}, one
+    if reply.keys is None:
+        return facts | {"norm": one.norm}, one
+    return (facts | {"scans": None, "steps": None} if hides_all(run.config) else facts), one
 
 
 def plateau(stage: Stage, place: dict[str, Any], evaluation: Evaluation) -> float:

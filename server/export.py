@@ -1,13 +1,15 @@
-"""What a run leaves for others' hands: its weights, an ONNX file that needs nothing of ours, and its metrics as a table."""
+"""What a run leaves for others' hands: its weights, an ONNX file that needs nothing of ours, and its scores as a table,
+its model card, its curves."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from common.errors import ConsiliumError
 from common.model import Model, make_model
 from common.schema import Task
 from common.weights import layout_of, load
+from server import card, tracking
 from server.ledger import Ledger
 
 NAME = "model.safetensors"
@@ -131,3 +134,55 @@ def _values(row: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any, str]]:
                 continue
             centre, number = (value.get("centre") or "", value.get("value")) if isinstance(value, Mapping) else ("", value)
             yield ("macro" if metric == view else view), centre, metric, number, ""
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------------------
+
+
+def model_card(folder: Path, ledger: Ledger) -> str:
+    """The card of a finished run, as Markdown. Raises ConsiliumError."""
+    if not (folder / "metrics.json").is_file():
+        raise ConsiliumError(f"run '{folder.name}' has no metrics.json: it is not finished, and a card speaks of the test")
+    code = next((row["code"] for row in ledger.runs() if row["id"] == folder.name), "")
+    model = hashlib.sha256((folder / NAME).read_bytes()).hexdigest() if (folder / NAME).is_file() else ""
+    return card.card(json.loads((folder / "metrics.json").read_text()), code, model)
+
+
+def _to_safetensors(folder: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or f"{folder.name}.safetensors")
+    safetensors(folder, path)
+    return f"weights: {path}"
+
+
+def _to_onnx(folder: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or folder / "model.onnx")
+    apart = onnx(folder, path)
+    return f"ONNX: {path}, at most {apart:.1g} from PyTorch by onnxruntime"
+
+
+def _to_csv(folder: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or folder / "scores.csv")
+    path.write_text(table(ledger, folder.name))
+    return f"scores: {path}"
+
+
+def _to_card(folder: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or folder / "card.html")
+    text = model_card(folder, ledger)
+    path.write_text(card.page(text) if path.suffix == ".html" else text)
+    return f"model card: {path}"
+
+
+def _to_tensorboard(folder: Path, ledger: Ledger, out: str) -> str:
+    place = Path(out or "tensorboard")
+    count = tracking.tensorboard(ledger, folder.name, place)
+    return f"{count} points: tensorboard --logdir {place}"
+
+
+FORMATS: dict[str, Callable[[Path, Ledger, str], str]] = {
+    "safetensors": _to_safetensors,
+    "onnx": _to_onnx,
+    "csv": _to_csv,
+    "card": _to_card,
+    "tensorboard": _to_tensorboard,
+}

@@ -145,12 +145,12 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
     return [time, traffic]
 
 
-def matrix_figures(matrix: Result, chosen: str, metric: str) -> list[Figure]:
+def matrix_figures(matrix: Result, names: Sequence[str], chosen: str, metric: str) -> list[Figure]:
     """Heat maps of the local models (rows) at every centre (columns), one a task."""
     figures = []
     for task in sorted(matrix.get("tasks", {}), key=lambda name: name != chosen):
-        models = matrix["tasks"][task]
-        places = list(dict.fromkeys(place for row in models.values() for place in row))
+        models = {name: matrix["tasks"][task][name] for name in names if name in matrix["tasks"][task]}
+        places = [name for name in names if any(name in row for row in models.values())]
         shown = leading(metric, {name for row in models.values() for of in row.values() for name, v in of.items() if v is not None})
         cells = [[models[model].get(place, {}) for place in places] for model in models]
         value = [[finite(cell.get(shown)) for cell in row] for row in cells]

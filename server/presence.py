@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import yaml
 
 from common.compose import active, check, to_dict
@@ -14,10 +15,11 @@ from common.errors import ConsiliumError
 from common.fingerprint import fingerprint
 from common.messages import Hello, Presence, Query, Request
 from common.schema import Config
+from common.secagg import hides_all
 from common.tasks import columns_of
 from server import scores
-from server.broadcast import ask
 from server.orders import heed
+from server.queries import ask
 from server.soft_labels import cluster
 from server.state import Paused, Run, Unlabelled, by_reason, reason_of
 
@@ -51,9 +53,26 @@ def greet(run: Run) -> None:
                 raise Unlabelled(f"no centre has a labelled training scan for task '{name}'; fill the column or drop the task")
         run.result = scores.new_result(run.id, run.config, run.presence, run.counts)
         run.result["filled"] = {n: [t.classes, t.clustering] for n, t in run.config.tasks.items()}
+        run.result["notes"] += unseen(run)
+        if hides_all(run.config):
+            run.result["counts"] = {key: n.tolist() for key, n in run.counts.items()}
     else:
+        run.counts = {key: np.array(n) for key, n in run.result.get("counts", {}).items()}
         count(run, list(run.presence))
     (run.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run.config), sort_keys=False))
+
+
+def unseen(run: Run) -> list[str]:
+    """What secure aggregation leaves unseen, for the report."""
+    said = []
+    if run.config.privacy.secagg:
+        said.append("secure aggregation: no contribution was seen alone, so none was screened by its norm; privacy.secagg.clip limits each")
+    if hides_all(run.config):
+        said.append(
+            "privacy.secagg.hide=all: no centre's own scores are known; 'all' are all centres' scans, of which macro and worst are too"
+        )
+        said.append("privacy.secagg.hide=all: data quality is not compared, which looks at each centre's histograms")
+    return said
 
 
 def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
@@ -84,7 +103,8 @@ def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
 def count(run: Run, centres: list[str]) -> None:
     """Ask how many scans of each class there are; prior and centre weights come from these counts."""
     requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres}
-    run.counts |= ask(run, requests)
+    if not (hides_all(run.config) and run.counts):  # a second sum, with those who came later, would differ by their own counts
+        run.counts |= ask(run, requests)
     for centre in centres:
         said = run.presence[centre]
         held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}

@@ -10,6 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from common.compose import to_dict
 from common.messages import Answer, Query, Request, Sums
 from common.quality import MEASURES
+from common.secagg import hides_all
 from server.broadcast import send
 from server.state import Run, reason_of
 
@@ -17,9 +18,9 @@ from server.state import Run, reason_of
 def survey(run: Run) -> None:
     """Ask every centre that is there; what they say goes to the result and the ledger. One that will not say is none the worse for it.
 
-    Not with `privacy=patient`: the histograms tell of training scans without noise.
+    Not with `privacy=patient`: the histograms tell of training scans without noise. Nor where no centre is seen alone: they are nothing but that.
     """
-    if not run.config.evaluation.quality or run.config.privacy.kind == "patient":
+    if not run.config.evaluation.quality or run.config.privacy.kind == "patient" or hides_all(run.config):
         return
     if known := run.ledger.evidence(run.id).get("quality"):  # a run that goes on
         run.result["quality"] = known

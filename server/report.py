@@ -122,7 +122,7 @@ def _context(result: Result) -> dict[str, Any]:
         "round_figures": round_figures(drawn_of, names, task, metric),
         "weight_figures": weight_figures(drawn_of, names),
         "cost_figures": cost_figures(drawn_of, names),
-        "matrix_figures": matrix_figures(result.get("matrix", {}), task, metric),
+        "matrix_figures": matrix_figures(result.get("matrix", {}), names, task, metric),
         "quality_figures": quality_figures(result.get("quality", {}), names),
     }
     drawn = [figure for some in figures.values() for figure in some]

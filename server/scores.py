@@ -30,6 +30,7 @@ from common.metrics import (
     summary,
 )
 from common.schema import Config, Evaluation
+from common.secagg import hides_all
 from common.tasks import cells_of
 
 Table = dict[str, Any]
@@ -79,7 +80,7 @@ def table(sums: Sums, config: Config, tasks: list[str], with_sums: bool = False)
         losses = {c: loss_metrics(sums[f"{c}/{task}/loss"])["loss"] for c in own}
         centres = {c: {**metrics[c], "loss": losses[c], "reasons": why[c]} for c in own}
         found[task] = {"centres": centres, **summary(metrics, pooled)}
-        if kind == "binary":
+        if kind == "binary" and not hides_all(config):
             found[task]["challenge_score"] = challenge_score(own.values(), given["threshold"], config.evaluation.absent)
         if with_sums:
             found[task][what] = {c: array.tolist() for c, array in own.items()}

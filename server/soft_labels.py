@@ -18,9 +18,9 @@ from common.model import width_of
 from common.schema import Config
 from common.seeds import derive
 from common.weights import Weights, flatten, layout_of
-from server.broadcast import ask
 from server.initial import initial_model
 from server.kmeans import choose
+from server.queries import ask
 from server.state import Run
 
 log = logging.getLogger("consilium.server")

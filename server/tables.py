@@ -30,7 +30,7 @@ class _Time(TypeDecorator[datetime]):
 
 
 schema = sa.MetaData()
-_JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+_JSON = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
@@ -121,14 +121,14 @@ progress = _table(
     sa.Column("time", _Time, nullable=False),
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("doing", sa.String, nullable=False),  # meet | train | scores | counts | moments | clusters
+    sa.Column("doing", sa.String, nullable=False),  # meet | train | secure sum | scores | counts | moments | clusters
     sa.Column("asked", _JSON),  # of the first row: the centres
     sa.Column("centre", sa.String),
     sa.Column("seconds", sa.Float),  # from the question to the answer, with all that lies between
     sa.Column("reason", sa.String),  # why there is no good answer
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
-    sa.Index("progress_of_centre", "run", "centre"),
+    sa.Index("progress_of_centre", "run", "centre", "doing", "bytes_up"),  # all that sums over a long run read
 )
 # What people did, each entry chained to the one before (common/chain.py). Orders to a run are entries that its coordinator reads.
 audit = sa.Table(

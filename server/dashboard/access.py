@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -20,15 +21,20 @@ from common.errors import ConsiliumError
 from server import accounts
 from server.ledger import Ledger
 
-OPEN = ("/login", "/health", "/metrics")
+OPEN = ("/login", "/health")
 OWN = ("/logout", "/password")  # POSTs that every person may send
 IDLE, LONGEST = 2 * 3600, 12 * 3600  # seconds of a session without a request, and in all
+LARGEST = 65_536  # bytes of a form
 PER_NAME, PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
-EMPTY = "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="  # of the empty style element that plotly fills by its own hand
+# The style elements that plotly.js makes: an empty one, which it fills rule by rule, and one for maps (plotly 7.1.0)
+STYLES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 CONTENT = (
-    f"default-src 'none'; script-src 'self'; style-src 'self' '{EMPTY}'; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
+    f"default-src 'none'; script-src 'self'; style-src 'self' {STYLES}; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
+
+
+Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
 class Login(Exception):
@@ -49,25 +55,38 @@ class Person(NamedTuple):
 
 @dataclass
 class Trust:
-    """A reverse proxy that has logged people in: from these addresses, and from no other, this header names the person."""
+    """Whom the network vouches for: a reverse proxy that has logged people in, whose `header` then names the person; and from where Prometheus may
+    read /metrics without logging in."""
 
     header: str = ""
-    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
+    proxies: Networks = ()
+    watchers: Networks = ()
 
     @classmethod
-    def of(cls, header: str, networks: list[str]) -> Trust:
+    def of(cls, header: str, proxies: list[str], watchers: list[str]) -> Trust:
         """Raises ConsiliumError."""
-        if header and not networks:
+        if header and not proxies:
             raise ConsiliumError("--trust-header needs --proxy ADDRESS: from any other address the header could be anybody's")
         try:
-            return cls(header, tuple(ipaddress.ip_network(n) for n in networks))
+            return cls(header, tuple(map(ipaddress.ip_network, proxies)), tuple(map(ipaddress.ip_network, watchers)))
         except ValueError as error:
-            raise ConsiliumError(f"--proxy: {error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24") from None
+            raise ConsiliumError(f"{error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24") from None
 
     def name(self, request: Request) -> str:
         """The person that the proxy names; "" where none does."""
-        address = ipaddress.ip_address(request.client.host) if self.header and request.client else None
-        return request.headers.get(self.header, "") if address and any(address in n for n in self.networks) else ""
+        return request.headers.get(self.header, "") if self.header and _among(request, self.proxies) else ""
+
+    def watches(self, request: Request) -> bool:
+        """Prometheus at an address of its own: what comes by way of a proxy may be anybody."""
+        return _among(request, self.watchers) and not _among(request, self.proxies)
+
+
+def _among(request: Request, networks: Networks) -> bool:
+    try:
+        address = ipaddress.ip_address(request.client.host) if request.client else None
+    except ValueError:  # a test client's
+        address = None
+    return address is not None and any(address in network for network in networks)
 
 
 class Gate:
@@ -79,16 +98,18 @@ class Gate:
         self.failed = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, request: Request) -> None:
-        """Raises Login or Forbidden; else `request.state.person` is known, None on an open page."""
-        path = request.url.path
+        """Raises Login or Forbidden; else `request.state` has the `person`, None on an open page, and of a POST the `form`."""
+        path, post = request.url.path, request.method == "POST"
         request.state.person = None
-        if path in OPEN:
+        if post:
+            if int(request.headers.get("content-length", LARGEST + 1)) > LARGEST:
+                raise Forbidden(f"a form has {LARGEST} bytes at most")
+            request.state.form = await request.form()
+        if path in OPEN or (path == "/metrics" and self.trust.watches(request)):
             return
-        person = self.person(request)
-        request.state.person = person
-        if request.method == "POST":
-            token = str((await request.form()).get("csrf", ""))
-            if not secrets.compare_digest(token, person.csrf):
+        request.state.person = person = await run_in_threadpool(self.person, request)
+        if post:
+            if not secrets.compare_digest(str(request.state.form.get("csrf", "")).encode(), person.csrf.encode()):
                 raise Forbidden("this form is of another session, or older than your log-in; go back, reload the page and try again")
             if person.role != "operator" and path not in OWN:
                 raise Forbidden("only an operator may do this; you are a viewer")

@@ -3,10 +3,7 @@ written to the audit trail."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, Response
 
 from common.errors import ConsiliumError
@@ -17,7 +14,6 @@ from server.dashboard.app import Console, console
 from server.dashboard.render import page
 
 router = APIRouter()
-STALE = 120.0  # seconds beyond a round's deadline without a sign of life, after which a run's coordinator is taken for gone
 
 
 def person(request: Request) -> Person:
@@ -26,14 +22,14 @@ def person(request: Request) -> Person:
     return found
 
 
-async def field(request: Request, name: str) -> str:
-    """A field of the form that was sent."""
-    return str((await request.form()).get(name, "")).strip()
+def field(request: Request, name: str) -> str:
+    """A field of the form that was sent (the gate has read it)."""
+    return str(request.state.form.get(name, "")).strip()
 
 
-async def reason(request: Request) -> str:
+def reason(request: Request) -> str:
     """Why; raises ConsiliumError where there is no word about it."""
-    why = await field(request, "why")
+    why = field(request, "why")
     if len(why) < 3:
         raise ConsiliumError("give a reason: it stands in the audit trail, and the run's history, for whoever asks later")
     return why[:500]
@@ -49,21 +45,21 @@ def ask_in(request: Request, next: str = "/") -> Response:
 
 
 @router.post("/login")
-async def log_in(request: Request) -> Response:
+def log_in(request: Request) -> Response:
     """Begin a session and go where the person wanted to."""
-    name, wanted = await field(request, "name"), await field(request, "next")
-    password = str((await request.form()).get("password", ""))
+    name, wanted = field(request, "name"), field(request, "next")
+    password = str(request.state.form.get("password", ""))
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise Forbidden("this log-in came from another site's page")
     try:
-        await run_in_threadpool(console(request).gate.log_in, request, name, password)
+        console(request).gate.log_in(request, name, password)
     except ConsiliumError as error:
         return page(request, "login.html", {"next": wanted, "sentence": str(error)}, status=403 if isinstance(error, Forbidden) else 401)
     return RedirectResponse(wanted if wanted.startswith("/") and wanted[1:2] not in ("/", "\\") else "/", 303)
 
 
 @router.post("/logout")
-async def log_out(request: Request) -> Response:
+def log_out(request: Request) -> Response:
     """End the session."""
     console(request).gate.log_out(request)
     return RedirectResponse("/login", 303)
@@ -83,13 +79,13 @@ def ask_order(request: Request, run: str, what: str, centre: str = "") -> Respon
 
 
 @router.post("/runs/{run}/order/{what}")
-async def order(request: Request, run: str, what: str) -> Response:
+def order(request: Request, run: str, what: str) -> Response:
     """Write the order down; the run's coordinator reads it. A resume starts one."""
-    shared, who, why, centre = console(request), person(request).name, await reason(request), await field(request, "centre")
+    shared, who, why, centre = console(request), person(request).name, reason(request), field(request, "centre")
     if what == "resume":
-        await run_in_threadpool(resume, shared, who, why, run)
+        resume(shared, who, why, run)
     elif what in orders.ORDERS:
-        await run_in_threadpool(orders.give, shared.ledger, who, what, why, run, centre)
+        orders.give(shared.ledger, who, what, why, run, centre)
     else:
         raise ConsiliumError(f"'{what}' is no order")
     return RedirectResponse(f"/runs/{run}", 303)
@@ -100,13 +96,11 @@ def resume(shared: Console, who: str, why: str, run: str) -> None:
     row = facts.run_of(shared.ledger, run)
     if row is None or row["status"] == "finished":
         raise ConsiliumError(f"run '{run}' is {row['status'] if row else 'unknown'}: there is nothing to resume")
-    if row["status"] in orders.RUNNING:
-        last: datetime = facts.moment(shared.ledger, row)["last"]
-        quiet = (datetime.now(UTC) - last).total_seconds()
-        if quiet < row["config"]["federation"]["deadline"] + STALE:
-            raise ConsiliumError(
-                f"run '{run}' gave a sign of life {quiet:.0f} s ago; resume it once its coordinator's process is known to be gone"
-            )
+    at = facts.moment(shared.ledger, row)
+    if not at["gone"]:
+        raise ConsiliumError(
+            f"run '{run}' gave a sign of life at {at['last']:%H:%M:%S} UTC; it can be resumed once it is paused, or silent beyond its deadline"
+        )
     shared.launcher.resume(run)
     shared.ledger.note(who, "resume", why, run)
 
@@ -119,15 +113,15 @@ def ask_start(request: Request, recipe: str = "multisource", overrides: str = ""
 
 
 @router.post("/start")
-async def start(request: Request) -> Response:
+def start(request: Request) -> Response:
     """Check the settings, write it down, start a process; the same form again with one sentence where it cannot be."""
     shared = console(request)
-    recipe, overrides = await field(request, "recipe"), await field(request, "overrides")
+    recipe, overrides = field(request, "recipe"), field(request, "overrides")
     try:
-        why = await reason(request)
-        run = await run_in_threadpool(shared.launcher.start, recipe, overrides)
+        why = reason(request)
+        run = shared.launcher.start(recipe, overrides)
     except ConsiliumError as error:
-        given = {"recipe": recipe, "overrides": overrides, "why": await field(request, "why"), "sentence": str(error)}
+        given = {"recipe": recipe, "overrides": overrides, "why": field(request, "why"), "sentence": str(error)}
         return page(request, "start.html", given | {"recipes": shared.launcher.recipes()}, status=400)
     shared.ledger.note(person(request).name, "start", f"{why} [{recipe} {overrides}]".strip(), run)
     return RedirectResponse("/runs", 303)
@@ -149,25 +143,24 @@ def with_accounts(request: Request, made: str = "", password: str = "") -> Respo
 
 
 @router.post("/accounts")
-async def make_account(request: Request) -> Response:
+def make_account(request: Request) -> Response:
     """A new account, or a new role and password; the password is shown once."""
-    name, role = await field(request, "name"), await field(request, "role")
-    proxied = bool(await field(request, "proxied"))
-    password = await run_in_threadpool(accounts.give, console(request).ledger, name, role, person(request).name, proxied)
+    name, role = field(request, "name"), field(request, "role")
+    proxied = bool(field(request, "proxied"))
+    password = accounts.give(console(request).ledger, name, role, person(request).name, proxied)
     return with_accounts(request, made=name, password=password)
 
 
 @router.post("/accounts/close")
-async def close_account(request: Request) -> Response:
+def close_account(request: Request) -> Response:
     """No way in any more; sessions of that account end with their next request."""
-    await run_in_threadpool(accounts.close, console(request).ledger, await field(request, "name"), person(request).name)
+    accounts.close(console(request).ledger, field(request, "name"), person(request).name)
     return RedirectResponse("/accounts", 303)
 
 
 @router.post("/password")
-async def change_password(request: Request) -> Response:
+def change_password(request: Request) -> Response:
     """One's own."""
-    form = await request.form()
-    old, new = str(form.get("old", "")), str(form.get("new", ""))
-    await run_in_threadpool(accounts.change, console(request).ledger, person(request).name, old, new)
+    old, new = (str(request.state.form.get(key, "")) for key in ("old", "new"))
+    accounts.change(console(request).ledger, person(request).name, old, new)
     return RedirectResponse("/login", 303)  # by its new password

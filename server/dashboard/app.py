@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,6 +40,7 @@ class Console:
     gate: Gate
     launcher: Launcher
     nodes: Callable[[], list[Node]] | None = None  # of the SuperLink, in a deployment
+    certificates: Callable[[], dict[str, datetime]] = dict  # {whose: when it expires}
     kept: Kept = field(default_factory=Kept)
 
 
@@ -49,14 +51,20 @@ def console(request: Request) -> Console:
 
 
 def make(
-    ledger: Ledger, runs: Path, launcher: Launcher, trust: Trust, secure: bool, nodes: Callable[[], list[Node]] | None = None
+    ledger: Ledger,
+    runs: Path,
+    launcher: Launcher,
+    trust: Trust,
+    secure: bool,
+    nodes: Callable[[], list[Node]] | None = None,
+    certificates: Callable[[], dict[str, datetime]] = dict,
 ) -> FastAPI:
-    """The application. `secure`: it is reached by https only."""
+    """The application. `secure`: it is reached by https only; `nodes`, `certificates`: of a deployment."""
     from server.dashboard import actions, pages  # they import `console` from here
 
     gate = Gate(ledger, trust)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(gate)])
-    app.state.console = Console(ledger, runs, gate, launcher, nodes)
+    app.state.console = Console(ledger, runs, gate, launcher, nodes, certificates)
     app.include_router(pages.router)
     app.include_router(actions.router)
     app.add_api_route("/health", lambda: PlainTextResponse("ok"))

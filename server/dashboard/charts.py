@@ -13,14 +13,14 @@ from common.compose import config_from
 from common.metrics import leading
 from common.tasks import cells_of
 from server.dashboard import facts
-from server.figures import NAMES, Figure, Rounds, cost_figures, finite, line_of, over_rounds, round_figures, weight_figures
+from server.figures import NAMES, Figure, Rounds, cost_figures, finite, over_rounds, quality_figures, round_figures, weight_figures
 from server.grids import Cell, Grid, Head, Line, columns_of, label_grids, score_grid, text_of, weights_grid
 from server.ledger import Ledger, Row
 from server.scores import by_class
 
 LINES = 12  # centres in a figure; of more, the WORST and a band
 WORST = 5
-POINTS = 300  # of a curve
+POINTS, MARKS = 300, 60  # of a curve; with marks
 
 
 def course_figures(course: Mapping[str, Any]) -> list[Figure]:
@@ -31,8 +31,7 @@ def course_figures(course: Mapping[str, Any]) -> list[Figure]:
         return []
     label = NAMES.get(course["metric"], course["metric"])
     lines = {"mean of centres": [p["macro"] for _, p in points], "worst centre": [p["worst"] for _, p in points]}
-    figure = over_rounds(f"{course['task']}: {label} on validation", label, rounds, [], {}, lines)
-    return [legended(figure)]
+    return [legended(over_rounds(f"{course['task']}: {label} on validation", label, rounds, [], {}, lines))]
 
 
 def compared_figures(courses: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
@@ -58,9 +57,10 @@ def thin(points: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def legended(figure: Figure) -> Figure:
-    """With its legend above the plot, in a margin of its own."""
+    """With its legend above the plot, in a margin of its own; marks only where they stand apart."""
+    data = [{**t, "mode": "lines"} if len(t["x"]) > MARKS else t for t in figure["data"]]
     layout = figure["layout"] | {"showlegend": True, "legend": {"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0}}
-    return {**figure, "layout": layout | {"margin": {"t": 52}}}
+    return {**figure, "data": data, "layout": layout | {"margin": {"t": 52}}}
 
 
 def learning(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:
@@ -185,23 +185,15 @@ def quality(ledger: Ledger, row: Row) -> dict[str, Any]:
     surveyed = ledger.evidence(row["id"]).get("quality") or {}
     said = {r["centre"]: r["facts"] for r in ledger.centres(row["id"])}
     names = facts.centres_of(row)
-    figures = []
-    for of in surveyed.values():
-        far = sorted(of["drift"], key=lambda c, of=of: -of["drift"][c])  # type: ignore[misc]
-        shown = far[:WORST] if len(of["centres"]) > LINES else names
-        edges = np.array(of["edges"])
-        middles = ((edges[1:] + edges[:-1]) / 2).round(4).tolist()
-        data = []
-        for c, shares in of["centres"].items():
-            if c in shown:
-                hover = f"%{{x:.3g}} {of['unit']}<br>%{{y:.1%}} of {text_of(of['scans'][c], 0)}<extra>{c}</extra>"
-                trace = line_of(c, names, middles, shares, hover, True, markers=False)
-                data.append({**trace, "line": {**trace["line"], "shape": "hvh"}})
-        axis = f"{of['name']}, {of['unit']}" if of["unit"] else of["name"]
-        layout = {"xaxis": {"title": {"text": axis}}, "yaxis": {"title": {"text": "share"}, "tickformat": ".0%", "rangemode": "tozero"}}
-        if data:
-            figures.append(legended({"title": f"{of['name']} by centre", "data": data, "layout": layout}))
+    figures = [legended(f) for f in quality_figures({name: fewer(of) for name, of in surveyed.items()}, names)]
     config = facts.config_of(row, said)
     labels = {"centres": {c: {"counts": by_class(facts.counts_of(of, config), config)} for c, of in said.items()}}
     drift = [(of["name"], of["drift"]) for of in surveyed.values() if of["drift"]]
     return {"figures": figures, "drift": drift, "names": names, "said": said, "labels": label_grids(labels), "surveyed": bool(surveyed)}
+
+
+def fewer(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """Of many centres those that lie farthest from the others."""
+    drift = measure["drift"]
+    kept = sorted(drift, key=lambda c: -drift[c])[:WORST] if len(measure["centres"]) > LINES else measure["centres"]
+    return {**measure, "centres": {c: shares for c, shares in measure["centres"].items() if c in kept}}

@@ -23,13 +23,16 @@ from server.presence import with_sources
 DOING = {
     "meet": "joining",
     "train": "training",
+    "secure sum": "adding up in secret",
     "scores": "scoring",
     "counts": "counting",
     "moments": "fitting heads",
     "clusters": "clustering",
+    "quality": "describing its scans",
 }
 MEDIAN_OF = 10  # rounds
 SLOW = 2.0  # times its own median: a straggler
+STALE = 120.0  # seconds beyond a round's deadline without a sign of life, after which a run's coordinator is taken for gone
 
 
 def run_of(ledger: Ledger, run: str) -> Row | None:
@@ -90,6 +93,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "doing": "",
         "since": row["since"],
         "last": row["since"],  # sign of life
+        "gone": not going,  # no coordinator, or none that gives one
         "waiting": [],
         "good": 0,
         "asked": 0,
@@ -134,6 +138,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
         "doing": DOING.get(ask["doing"], ask["doing"]) if waiting or not going else "adding up at the coordinator",
         "since": ask["time"] if waiting or not going else last,
         "last": last,
+        "gone": not going or (now - last).total_seconds() > row["config"]["federation"]["deadline"] + STALE,
         "waiting": waiting,
         "good": sum(at["phase"] == "done" for at in found["centres"].values()),
         "asked": len(ask["asked"]),
@@ -222,14 +227,6 @@ def rounds_of(ledger: Ledger, row: Row, most: int) -> tuple[Rounds, int]:
     return [(i + 1, stage, made[stage, number]) for (stage, number), (i, _) in chosen.items()], step
 
 
-def last_contributions(ledger: Ledger, run: str) -> list[Row]:
-    """Of the last round that closed."""
-    of = tables.contributions.c
-    last = ledger.read(sa.select(of.stage, of.round, of.attempt).where(of.run == run).order_by(of.id.desc()).limit(1))
-    same = [of[key] == value for key, value in (last[0] if last else {}).items()]
-    return ledger.read(sa.select(tables.contributions).where(of.run == run, *same).order_by(of.id)) if last else []
-
-
 def last_events(ledger: Ledger, run: str, most: int) -> list[Row]:
     """In the order of writing."""
     of = tables.events.c
@@ -245,21 +242,3 @@ def tested(ledger: Ledger, run: str) -> dict[str, Any]:
     of = tables.scores.c
     rows = ledger.read(sa.select(tables.scores).where(of.run == run, of.split == "test").order_by(of.id))
     return {r["task"]: {**r["views"], "centres": r["centres"]} for r in rows}
-
-
-def spent(ledger: Ledger, run: str) -> list[Row]:
-    """By centre, over all attempts: rounds, used, bytes up and down, and the last epsilon."""
-    of = tables.contributions.c
-    return ledger.read(
-        sa.select(
-            of.centre,
-            sa.func.count().label("rounds"),
-            sa.func.sum(sa.case((of.accepted, 1), else_=0)).label("used"),
-            sa.func.sum(of.bytes_up).label("bytes_up"),
-            sa.func.sum(of.bytes_down).label("bytes_down"),
-            sa.func.max(of.epsilon).label("epsilon"),
-        )
-        .where(of.run == run)
-        .group_by(of.centre)
-        .order_by(of.centre)
-    )

@@ -13,16 +13,19 @@ from common.errors import ConsiliumError
 from common.tasks import cells_of
 from server import health, latest, tables
 from server.dashboard import facts
-from server.dashboard.render import number, seconds, signed
+from server.dashboard.render import number, seconds
 from server.figures import NAMES
 from server.ledger import Ledger, Row
 from server.orders import RUNNING
 
 TREND = 5  # rounds back
+FALL = 0.05  # of the worst centre's metric in that many
+EXPIRES = 30  # days before a certificate does
 NEAR = 0.8  # of a limit
 KINDS = {
     "meet": "presence: name, sources, versions, scan counts",
     "train": "weight changes, counts, losses",
+    "secure sum": "the same masked, of which only the sum over centres is seen",
     "scores": "score histograms and other sums, for metrics",
     "counts": "scans per class",
     "moments": "class moments of features",
@@ -48,7 +51,7 @@ def connected(nodes: Nodes) -> tuple[list[health.Node] | None, str]:
         return None, str(error)
 
 
-def of(ledger: Ledger, row: Row, course: Mapping[str, Any], nodes: Nodes) -> dict[str, Any]:
+def of(ledger: Ledger, row: Row, course: Mapping[str, Any], nodes: Nodes, certificates: Mapping[str, datetime]) -> dict[str, Any]:
     """All that the first screen shows of the present run."""
     linked, why = connected(nodes)
     at = facts.moment(ledger, row)
@@ -63,7 +66,8 @@ def of(ledger: Ledger, row: Row, course: Mapping[str, Any], nodes: Nodes) -> dic
         "classes": classes,
         "counted": counted,
         "headline": headline(course),
-        "attention": attention(ledger, row, at, people, course, why),
+        "attention": attention(ledger, row, at, people, course, [("warning", why)] if why else []) + expiring(certificates),
+        "certificates": certificates,
         "others": [r for r in ledger.runs() if r["status"] in RUNNING and r["id"] != row["id"]],
     }
 
@@ -94,13 +98,18 @@ def headline(course: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attention(
-    ledger: Ledger, row: Row, at: Mapping[str, Any], people: Sequence[health.Health], course: Mapping[str, Any], why: str
+    ledger: Ledger,
+    row: Row,
+    at: Mapping[str, Any],
+    people: Sequence[health.Health],
+    course: Mapping[str, Any],
+    found: list[tuple[str, str]],
 ) -> list[tuple[str, str]]:
     """(level, sentence) of what is not well, the worst first."""
-    found = [("warning", why)] if why else []
     if row["status"] not in (*RUNNING, "finished"):
         last = [e for e in facts.last_events(ledger, row["id"], 5) if e["kind"] == row["status"]]
-        found.append(("fault", f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
+        level = "fault" if row["status"] == "failed" else "warning"
+        found.append((level, f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}."))
     excluded = at["excluded"]
     away = [h for h in people if h.state != "online" and h.centre not in excluded]
     found += [("fault" if h.state == "offline" else "warning", f"{h.centre} is {h.state}: {h.reason}") for h in away]
@@ -113,10 +122,16 @@ def attention(
         found.append(("fault", f"The round is {seconds(over)} over its deadline of {seconds(at['deadline'])}."))
     found += epsilon_near(ledger, row, people)
     change = headline(course).get("change", {}).get("worst")
-    if change is not None and change < -0.02:
+    if at["going"] and change is not None and change < -FALL:
         metric = NAMES.get(course["metric"], course["metric"])
         found.append(("warning", f"The worst centre's {metric} fell by {number(-change)} in the last rounds."))
     return sorted(found, key=lambda one: one[0] != "fault")
+
+
+def expiring(certificates: Mapping[str, datetime]) -> list[tuple[str, str]]:
+    """Certificates that need renewing."""
+    days = {name: (when - datetime.now(UTC)).days for name, when in certificates.items()}
+    return [("warning", f"The {name}'s certificate expires in {n} days.") for name, n in days.items() if n < EXPIRES]
 
 
 # ---- privacy
@@ -161,7 +176,7 @@ def compared(ledger: Ledger, rows: Sequence[Row], courses: Mapping[str, Mapping[
     differences = {key: [of.get(key, "–") for of in flat] for key in keys if len({of.get(key, "–") for of in flat}) > 1}
     outcomes: dict[str, list[str]] = {"status": [row["status"] for row in rows]}
     tested = [facts.tested(ledger, row["id"]) for row in rows]
-    spent = [facts.spent(ledger, row["id"]) for row in rows]
+    spent = [latest.totals(ledger, row["id"]) for row in rows]
     task, metric = courses[rows[0]["id"]]["task"], courses[rows[0]["id"]]["metric"]
     name = NAMES.get(metric, metric)
     for view, label in (("macro", "mean of centres"), ("pooled", "pooled"), ("worst", "worst centre"), ("spread", "spread")):
@@ -178,7 +193,7 @@ def compared(ledger: Ledger, rows: Sequence[Row], courses: Mapping[str, Mapping[
     outcomes["time in rounds"] = [seconds(value) for value in lasted]
     for key, label in (("bytes_down", "to the centres, MB"), ("bytes_up", "from the centres, MB")):
         outcomes[label] = [number(sum(r[key] or 0 for r in of) / 1e6, 1) for of in spent]
-    return {"differences": differences, "outcomes": outcomes, "trend": signed}
+    return {"differences": differences, "outcomes": outcomes}
 
 
 def flattened(value: Any, at: str = "") -> dict[str, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.errors import ConsiliumError
+from server import card, export, latest
 from server.dashboard import charts, facts, overview
 from server.dashboard.app import Console, console
 from server.dashboard.live import changes, version
 from server.dashboard.render import page
+from server.exposition import exposition
 from server.figures import NAMES
 from server.ledger import Row
 from server.orders import broken
@@ -46,7 +49,7 @@ def federation(request: Request) -> Response:
         return page(request, "federation.html", shown | overview.nobody(ledger, shared.nodes))
     course = course_of(shared, row)
     figures = charts.course_figures(course)
-    found = overview.of(ledger, row, course, shared.nodes)
+    found = overview.of(ledger, row, course, shared.nodes, shared.certificates())
     return page(request, "federation.html", shown | found | {"course": course, "names": NAMES}, figures=figures)
 
 
@@ -75,8 +78,8 @@ def one_run(request: Request, run: str) -> Response:
     found = {
         "at": at,
         "pace": facts.pace(ledger, row, at),
-        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: facts.spent(ledger, run))},
-        "last": {r["centre"]: r for r in facts.last_contributions(ledger, run)},
+        "spent": {r["centre"]: r for r in shared.kept.of(("spent", run), now, lambda: latest.totals(ledger, run))},
+        "last": {r["centre"]: r for r in latest.closed(ledger, run).get("contributions", [])},
         "events": list(reversed(facts.last_events(ledger, run, 40))),
         "stages": facts.stages_of(row),
     }
@@ -123,16 +126,23 @@ def evidence(request: Request, run: str) -> Response:
     shared = console(request)
     row, folder = known(shared, run), shared.runs / run
     files = [(name, (folder / name).stat().st_size) for name in FILES if (folder / name).is_file()]
-    trail = list(reversed(shared.ledger.audit(run)))
-    shown = {"row": row, "seen": version(shared.ledger, run), "live": run, "files": files, "trail": trail, "about": FILES}
+    trail = shared.ledger.audit(run)[::-1]
+    made = MADE if (folder / "metrics.json").is_file() else {"scores.csv": MADE["scores.csv"]}
+    shown = {"row": row, "seen": version(shared.ledger, run), "live": run, "files": files, "trail": trail, "about": FILES, "made": made}
     return page(request, "evidence.html", shown)
 
 
 FILES = {
     "report.html": "the report: every table and figure, one file",
     "metrics.json": "all metrics of all rounds, and the test",
-    "model.safetensors": "the model's weights; `consilium-centre predict` reads it",
+    "model.safetensors": "the model's weights; consilium-centre predict reads it",
     "config.yaml": "the configuration, resolved",
+}
+MADE = {  # when they are asked for
+    "model-card.html": "the model card: data, metrics by centre, intended use, limits, privacy, software",
+    "model-card.md": "the same as Markdown",
+    "scores.csv": "every score, one value a line; what is undefined is empty, with the reason",
+    "model.onnx": "the model as ONNX, checked against PyTorch; making it takes a while",
 }
 
 
@@ -142,9 +152,25 @@ def file(request: Request, run: str, name: str) -> Response:
     shared = console(request)
     known(shared, run)
     path = shared.runs / run / name
-    if name not in FILES or not path.is_file():
+    saved = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
+    if name == "scores.csv":
+        return Response(export.table(shared.ledger, run), media_type="text/csv", headers=saved)
+    if name in ("model-card.html", "model-card.md"):
+        markdown = export.model_card(path.parent, shared.ledger)
+        html = name.endswith("html")
+        return Response(card.page(markdown) if html else markdown, media_type="text/html" if html else "text/markdown", headers=saved)
+    if name == "model.onnx" and not path.is_file() and path.parent.is_dir():
+        export.onnx(path.parent, path)
+    if name not in (*FILES, "model.onnx") or not path.is_file():
         raise ConsiliumError(f"run '{run}' has no {name} (yet)")
-    return FileResponse(path, filename=f"{run}-{name}")
+    return FileResponse(path, headers=saved)
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    shared = console(request)
+    return Response(exposition(shared.ledger, shared.nodes, shared.certificates()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/compare")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 
@@ -15,9 +16,10 @@ from common.logs import set_up
 from server.dashboard.access import Trust
 from server.dashboard.app import make
 from server.dashboard.launch import Launcher
-from server.health import Node
+from server.deployed import certificates, nodes
 from server.runs import open_ledger
 
+T = TypeVar("T")
 log = logging.getLogger("consilium.server")
 
 
@@ -30,6 +32,7 @@ def serve(
     key: Path | None,
     proxies: list[str],
     header: str,
+    watchers: list[str],
     superlink: str,
     ca: Path,
 ) -> None:
@@ -42,9 +45,9 @@ def serve(
     reach = ["--superlink", superlink, "--ca", str(ca)] if superlink else []
     address = ledger or os.environ.get("CONSILIUM_LEDGER", "")
     book = open_ledger(runs, ledger)
-    app = make(
-        book, runs, Launcher(runs, address, reach), Trust.of(header, proxies), secure, known_nodes(superlink, ca) if superlink else None
-    )
+    trust = Trust.of(header, proxies, watchers)
+    deployed = (kept(5, lambda: nodes(superlink, ca)), kept(3600, lambda: certificates(superlink, ca))) if superlink else (None, dict)
+    app = make(book, runs, Launcher(runs, address, reach), trust, secure, *deployed)
     if not any(row["role"] == "operator" for row in book.accounts()):
         log.warning("nobody can log in yet: consilium-server account add NAME --role operator")
     if not secure and host not in ("127.0.0.1", "localhost", "::1"):
@@ -66,16 +69,13 @@ def serve(
     )
 
 
-def known_nodes(superlink: str, ca: Path) -> Callable[[], list[Node]]:
-    """The SuperLink's nodes, asked for at most every five seconds."""
-    from server.deployed import nodes
+def kept(seconds: float, ask: Callable[[], T]) -> Callable[[], T]:
+    """What `ask` says, asked for again only after so many seconds."""
+    said: list[tuple[float, T]] = []
 
-    asked, known = -10.0, []
-
-    def of() -> list[Node]:
-        nonlocal asked, known
-        if time.monotonic() > asked + 5:
-            known, asked = nodes(superlink, ca), time.monotonic()
-        return known
+    def of() -> T:
+        if not said or time.monotonic() > said[-1][0] + seconds:
+            said[:] = [(time.monotonic(), ask())]
+        return said[-1][1]
 
     return of

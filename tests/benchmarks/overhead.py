@@ -43,10 +43,10 @@ class Watched(FlowerTransport):
         super().__init__(grid)
         self.asked: list[Asked] = []
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
+    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received | None]:
         began, cpu, longest = time.perf_counter(), time.process_time(), 0.0
         for received in super().ask(requests, deadline):
-            if isinstance(received.reply, Contribution | Answer):
+            if received and isinstance(received.reply, Contribution | Answer):
                 longest = max(longest, received.reply.seconds)
             yield received
         what = "train" if isinstance(next(iter(requests.values())), Train) else "query"

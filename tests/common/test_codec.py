@@ -109,21 +109,6 @@ def test_a_channel_far_smaller_than_its_neighbour_keeps_its_digits() -> None:
     np.testing.assert_allclose(back[:3], values[:3], rtol=0.02)
 
 
-def test_on_a_shared_grid_the_sum_of_codes_is_the_code_of_the_sum() -> None:
-    """What secure aggregation needs. Values beyond the grid wait in the residual."""
-    rng = np.random.default_rng(3)
-    two = [rng.normal(size=SMALL.size).astype(np.float32) for _ in range(2)]
-    scales = widened(np.maximum(*(encode(v, SMALL, "int8")[0]["scales"] for v in two)))
-    sent = [encode(v, SMALL, "int8", scales=scales)[0] for v in two]
-    summed = sent[0]["codes"].astype(np.float32) + sent[1]["codes"]
-    mask = SMALL.parameters()
-    expected = sum(decode(a, SMALL, "int8")[mask] for a in sent)
-    np.testing.assert_allclose(summed * grid(sent[0], SMALL)[mask], expected, rtol=1e-6)
-    beyond, lost = encode(two[0], SMALL, "int8", scales=scales / 4)
-    assert lost is not None
-    np.testing.assert_allclose(decode(beyond, SMALL, "int8") + lost, two[0], rtol=1e-6)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     arrays, _ = encode(np.ones(SMALL.size, np.float32), SMALL, "int4")
     for other in ({"codes": arrays["codes"][:-3]}, {"codes": packed(np.zeros(10**6, np.int8))}, {"scales": arrays["scales"][:-1]}):

@@ -123,6 +123,7 @@ def start_coordinator(coordinator: Path, port: int, proxy: str, postgres: str) -
         CONSILIUM_POSTGRES_IMAGE=postgres,
         CONSILIUM_PORT=port,
         CONSILIUM_OPERATOR_PORT=free_port(),
+        CONSILIUM_CONSOLE_PORT=free_port(),
         CONSILIUM_USER=f"{owner[0]}:{owner[1]}",
         COMPOSE_PROJECT_NAME=STACK,
     )

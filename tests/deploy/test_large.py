@@ -1,7 +1,8 @@
 """A model of 256 MB (EfficientNet-B7's shapes) at four centres for three rounds: TLS, node authentication, the SuperLink's database on disk.
 
 Nothing may be lost to the database's lock, and the coordinator's process may hold less than three models beyond what it holds once everything is
-imported (without a codec Flower alone holds a contribution three times when it comes). What the wire costs is the same whatever was learnt: each centre trains one step on one small scan.
+imported; five without a codec, when Flower alone holds a contribution that comes three times. What the wire costs is the same whatever was learnt:
+each centre trains one step on one small scan.
 """
 
 from __future__ import annotations

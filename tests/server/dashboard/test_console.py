@@ -1,0 +1,324 @@
+"""The console without a browser: who may see and do what, what the pages tell browsers, and how fast a long run of many centres is shown."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from starlette.testclient import TestClient
+
+from common.compose import compose, to_dict
+from common.errors import ConsiliumError
+from server import accounts, tables
+from server.dashboard.access import Trust
+from server.dashboard.app import make
+from server.dashboard.launch import Launcher
+from server.ledger import Ledger
+from server.orders import broken
+from tests.deploy.processes import postgresql
+
+CENTRES = ("north", "east", "south", "west")
+PAGES = ("/", "/runs", "/runs/r", "/runs/r/learning", "/runs/r/privacy", "/runs/r/data", "/runs/r/evidence", "/audit", "/accounts")
+
+
+@cache
+def config(*overrides: str) -> dict[str, Any]:
+    return to_dict(compose(["tasks.source.classes=[a,b]", *overrides]))
+
+
+def started(ledger: Ledger, run: str, *overrides: str) -> None:
+    ledger.start_run(run, recipe="multisource", mode="federated", config=config(*overrides), code="0123456789abcdef")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    started(made, "r")
+    return made
+
+
+def browser(
+    ledger: Ledger, address: str = "10.1.2.3", trust: Trust | None = None, secure: bool = False, runs: Path | None = None
+) -> TestClient:
+    runs = runs or Path(str(ledger._engine.url.database)).parent
+    app = make(ledger, runs, Launcher(runs, ""), trust or Trust(), secure)
+    return TestClient(app, base_url="https://console" if secure else "http://console", client=(address, 50000), follow_redirects=False)
+
+
+def logged_in(ledger: Ledger, role: str = "operator", **how: Any) -> TestClient:
+    client = browser(ledger, **how)
+    password = accounts.give(ledger, role, role, "the test")
+    assert client.post("/login", data={"name": role, "password": password}).status_code == 303
+    return client
+
+
+def token(client: TestClient) -> str:
+    return re.search(r'name="csrf" value="([^"]+)"', client.get("/accounts").text)[1]  # type: ignore[index]
+
+
+def test_nothing_is_to_be_seen_without_a_log_in(ledger: Ledger) -> None:
+    client = browser(ledger)
+    for path in (*PAGES, "/start", "/runs/r/order/stop", "/runs/r/files/config.yaml", "/compare?run=r&run=r"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.headers["location"].split("?")[0]) == (303, "/login"), path
+    assert client.get("/live").status_code == 401
+    assert client.get("/metrics").status_code == 303
+    assert client.post("/runs/r/order/stop", data={"why": "because"}).status_code == 303
+    assert client.get("/openapi.json").status_code == 404
+    assert [e["what"] for e in ledger.audit()] == []
+
+
+def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    for path in (*PAGES, "/start", "/runs/r/order/stop"):
+        assert client.get(path).status_code == 200, path
+    assert client.get("/runs/none").status_code == 400
+    assert client.get("/none").status_code == 404
+
+
+def test_what_browsers_are_told(ledger: Ledger) -> None:
+    """Only files of ours, no script or style in the page itself, no frame, no copy; cookies that neither scripts nor other sites get."""
+    client = logged_in(ledger, secure=True)
+    page = client.get("/runs/r")
+    policy = page.headers["content-security-policy"]
+    assert "script-src 'self';" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert page.headers["cache-control"] == "no-store"
+    assert not re.search(r"<script(?![^>]*(src=|application/json))|\sstyle=|\son\w+=|<style", page.text)
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page.text)
+    cookie = client.post("/login", data={"name": "operator", "password": accounts.give(ledger, "operator", "operator", "test")}).headers[
+        "set-cookie"
+    ]
+    assert cookie.startswith("__Host-consilium=")
+    assert {"httponly", "secure", "samesite=strict"} <= {part.strip().lower() for part in cookie.split(";")}
+
+
+def test_a_viewer_sees_and_does_nothing(ledger: Ledger) -> None:
+    client = logged_in(ledger, "viewer")
+    assert all(client.get(path).status_code == 200 for path in PAGES)
+    assert "/order/" not in client.get("/runs/r").text
+    csrf = token(client)
+    for path in ("/runs/r/order/stop", "/start", "/accounts", "/accounts/close"):
+        assert client.post(path, data={"csrf": csrf, "why": "because", "name": "x", "role": "operator"}).status_code == 403, path
+    assert {e["what"] for e in ledger.audit()} == {"account", "login"}
+
+
+def test_an_order_needs_the_session_s_token_and_a_reason(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    csrf = token(client)
+    assert client.post("/runs/r/order/pause", data={"why": "another site's form"}).status_code == 403
+    assert client.post("/runs/r/order/pause", data={"csrf": "x", "why": "another site's form"}).status_code == 403
+    assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": " "}).status_code == 400
+    assert ledger.audit("r") == []
+    assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": "<b>the scanner"}).status_code == 303
+    assert client.post("/runs/r/order/exclude", data={"csrf": csrf, "why": "moves", "centre": "west"}).status_code == 303
+    assert [(e["who"], e["what"], e["centre"], e["why"]) for e in ledger.audit("r")] == [
+        ("operator", "pause", "", "<b>the scanner"),
+        ("operator", "exclude", "west", "moves"),
+    ]
+    shown = client.get("/audit").text
+    assert "&lt;b&gt;the scanner" in shown
+    assert "<b>the scanner" not in shown
+
+
+def test_log_ins_are_counted_and_sessions_end(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    copy = dict(client.cookies)
+    csrf = token(client)
+    assert client.post("/logout", data={"csrf": csrf}).status_code == 303
+    again = browser(ledger)
+    again.app = client.app
+    again.cookies.update(copy)
+    assert again.get("/").status_code == 303, "a copied cookie outlived its session"
+    answers = [client.post("/login", data={"name": "operator", "password": "wrong"}).status_code for _ in range(7)]
+    assert answers == [401] * 5 + [403] * 2
+    password = accounts.give(ledger, "operator", "operator", "test")
+    assert client.post("/login", data={"name": "operator", "password": password}).status_code == 403, "the right one, too soon"
+
+
+def test_a_new_password_or_a_closed_account_ends_its_sessions(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    assert client.get("/").status_code == 200
+    accounts.give(ledger, "operator", "viewer", "test")
+    assert client.get("/").status_code == 303
+    accounts.give(ledger, "ben", "operator", "test")
+    with pytest.raises(ConsiliumError, match="'ben' is the last operator"):
+        accounts.close(ledger, "ben", "test")
+    with pytest.raises(ConsiliumError, match="role 'admin' is unknown"):
+        accounts.give(ledger, "eve", "admin", "test")
+
+
+def test_a_person_changes_the_own_password(ledger: Ledger) -> None:
+    client = browser(ledger)
+    old = accounts.give(ledger, "vera", "viewer", "test")
+    client.post("/login", data={"name": "vera", "password": old})
+    csrf = token(client)
+    assert client.post("/password", data={"csrf": csrf, "old": old, "new": "too short"}).status_code == 400
+    assert client.post("/password", data={"csrf": csrf, "old": "wrong", "new": "long enough by far"}).status_code == 400
+    assert client.post("/password", data={"csrf": csrf, "old": old, "new": "long enough by far"}).status_code == 303
+    assert accounts.authentic(ledger, "vera", old) is None
+    assert accounts.authentic(ledger, "vera", "long enough by far")
+    assert "long enough" not in str(ledger.accounts())
+
+
+def test_a_proxy_s_header_holds_from_the_proxy_only(ledger: Ledger) -> None:
+    """And /metrics is open to the watcher's address, not to what comes by way of the proxy."""
+    trust = Trust.of("X-Forwarded-User", ["10.0.0.0/24"], ["10.0.0.9", "10.9.9.9"])
+    accounts.give(ledger, "vera", "viewer", "test", proxied=True)
+    said = {"X-Forwarded-User": "vera"}
+    assert browser(ledger, "10.0.0.5", trust).get("/", headers=said).status_code == 200
+    assert browser(ledger, "10.0.1.5", trust).get("/", headers=said).status_code == 303
+    assert browser(ledger, "10.0.0.5", trust).get("/", headers={"X-Forwarded-User": "eve"}).status_code == 403
+    assert browser(ledger, "10.0.0.5", trust).post("/login", data={"name": "vera", "password": ""}).status_code == 401
+    assert b"consilium_" in browser(ledger, "10.9.9.9", trust).get("/metrics").content
+    assert browser(ledger, "10.0.0.9", trust).get("/metrics").status_code == 303
+    with pytest.raises(ConsiliumError, match="--trust-header needs --proxy"):
+        Trust.of("X-Forwarded-User", [], [])
+
+
+def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    given = {"csrf": token(client), "recipe": "multisource", "why": "a try"}
+    answer = client.post("/start", data={**given, "overrides": "stage.rouds=3"})
+    assert (answer.status_code, "did you mean &#39;rounds&#39;?" in answer.text) == (400, True)
+    assert client.post("/start", data={**given, "overrides": "stage.rounds=3", "why": ""}).status_code == 400
+    assert "start" not in {e["what"] for e in ledger.audit()}
+
+
+@pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="no PostgreSQL here: apt install postgresql")
+def test_on_postgresql(tmp_path: Path) -> None:
+    """The pages, the orders and the chain, as in deployment."""
+    with postgresql() as (address, _):
+        ledger = Ledger(address)
+        started(ledger, "r")
+        many(ledger, "r", CENTRES, 5)
+        client = logged_in(ledger, runs=tmp_path)
+        for path in PAGES:
+            assert client.get(path).status_code == 200, path
+        assert client.post("/runs/r/order/exclude", data={"csrf": token(client), "why": "moves", "centre": "west"}).status_code == 303
+        assert "west is excluded by operator: moves" in client.get("/").text
+        assert broken(ledger.audit()) is None
+        with pytest.raises(ConsiliumError, match="append-only"), ledger._open() as database:
+            database.execute(sa.text("DELETE FROM audit"))
+        ledger._engine.dispose()
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    """A hostile centre's name and reason reach neither the page's elements nor the data of its figures."""
+    evil = "</script><script>alert(1)</script>"
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    started(ledger, "r", "federation.centres=[north]")
+    ledger.add_centre("r", evil, {"counts": {}, "sources": [evil], "versions": {evil: evil}, "skipped": {evil: 1}, "device": evil})
+    ledger.event("r", "left_out", evil, evil)
+    many(ledger, "r", (evil, "north"), 3)
+    client = logged_in(ledger)
+    for path in PAGES:
+        assert "<script>alert" not in client.get(path).text, path
+
+
+def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> None:
+    """Rounds as the coordinator writes them, in few transactions."""
+    draws = np.random.default_rng(1)
+    began = datetime.now(UTC) - timedelta(seconds=30 * rounds)
+    named = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy", "accuracy", "ece", "brier", "loss")
+    for first in range(0, rounds + 1, 100):
+        rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "contributions": [], "shares": [], "scores": [], "progress": []}
+        for r in range(first, min(first + 100, rounds + 1)):
+            at, when = {"run": run, "stage": "main", "round": r, "attempt": 1}, began + timedelta(seconds=30 * r)
+            rows["rounds"].append({**at, "started": when, "seconds": 30.0, "closed_because": "all replied"})
+            values = {
+                c: {m: float(v) for m, v in zip(named, draws.random(len(named)), strict=True)} | {"n": 40, "positives": 20} for c in centres
+            }
+            worst = min(values, key=lambda c: values[c]["auc"])
+            macro = {m: float(np.mean([values[c][m] for c in centres])) for m in named}
+            views = {"macro": macro, "pooled": macro, "spread": macro, "worst": {"auc": {"value": values[worst]["auc"], "centre": worst}}}
+            rows["scores"] += [{**at, "split": "val", "task": t, "views": views, "centres": values} for t in ("covid", "source")]
+            rows["progress"].append(
+                {"run": run, "time": when, "stage": "main", "round": r, "doing": "train", "asked": list(centres)} | NOBODY
+            )
+            if r:
+                share = dict.fromkeys(centres, 1 / len(centres))
+                rows["shares"] += [
+                    {**at, "part": part, "effective": float(len(centres)), "weights": share} for part in ("backbone", "covid", "source")
+                ]
+                for c in centres:
+                    said = {
+                        "accepted": True,
+                        "reason": "",
+                        "scans": 80,
+                        "steps": 8,
+                        "norm": 1.0,
+                        "loss": 0.5,
+                        "epsilon": None,
+                        "seconds": 20.0,
+                    }
+                    rows["contributions"].append({**at, "centre": c, **said, "bytes_up": 6_000_000, "bytes_down": 24_000_000})
+            for doing in ("train", "scores"):
+                told = {"run": run, "time": when, "stage": "main", "round": r, "doing": doing, "asked": None}
+                rows["progress"] += [
+                    {**told, "centre": c, "seconds": 20.0, "reason": None, "bytes_up": 6_000_000, "bytes_down": 24_000_000} for c in centres
+                ]
+        with ledger._open() as database:
+            for name, these in rows.items():
+                if these:
+                    database.execute(tables.schema.tables[name].insert(), these)
+
+
+NOBODY = {"centre": None, "seconds": None, "reason": None, "bytes_up": None, "bytes_down": None}
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A hundred centres, a thousand rounds, and twenty other runs."""
+    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('long') / 'ledger.db'}")
+    centres = tuple(f"centre{k:03d}" for k in range(100))
+    for k in range(20):
+        started(ledger, f"other{k}")
+        ledger.event(f"other{k}", "finished")
+    started(ledger, "r", f"federation.centres=[{','.join(centres)}]", "stage.rounds=2000")
+    for c in centres:
+        held = {f"{c}/{split}/{task}": [40.0, 40.0, 0.0] for split in ("train", "val", "test") for task in ("covid", "source")}
+        ledger.add_centre("r", c, {"counts": held, "sources": [c], "versions": {"torch": "2"}, "skipped": {}, "device": "cpu"})
+    many(ledger, "r", centres, 1000)
+    return ledger
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [*PAGES, "/metrics"])
+def test_a_hundred_centres_and_a_thousand_rounds(long: Ledger, path: str) -> None:
+    """In less than 300 ms, also when the ledger has just grown, and in a page that a browser can hold."""
+    client = logged_in(long)
+    client.get(path)  # templates are compiled once
+    grown = []
+    for _ in range(3):
+        long.event("r", "left_out", "no reply within 3600 s", "centre007")
+        grown.append(timed(client, path))
+    kept = timed(client, path)
+    size = len(client.get(path).content)
+    print(f"{path}: {1000 * min(grown):.0f} ms, unchanged {1000 * kept:.0f} ms, {size / 1e3:.0f} kB")
+    assert min(grown) < 0.3
+    assert size < 1.5e6
+
+
+def timed(client: TestClient, path: str) -> float:
+    """CPU seconds, as other processes share this machine's cores."""
+    began = time.process_time()
+    assert client.get(path).status_code == 200
+    return time.process_time() - began
+
+
+def test_the_trail_s_chain_is_checked(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    assert "each follows from the one before" in client.get("/audit").text
+    with ledger._open() as database:
+        database.execute(sa.text('DROP TRIGGER "audit_no_UPDATE"'))
+        database.execute(sa.text("UPDATE audit SET who = 'eve' WHERE id = 1"))
+    assert "Entry 1 was changed" in client.get("/audit").text
