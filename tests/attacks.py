@@ -6,7 +6,7 @@ pictures was it computed from?) and of a finished model (was this patient among 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from client import answer as centre_side
 from client.dataset import Scans, in_order, joined
@@ -28,7 +28,7 @@ from client.site import Site
 from client.trainer import infer
 from common.compose import config_from
 from common.messages import Contribution, Reply, Request, Train
-from common.model import Model, make_model
+from common.model import make_model
 from common.schema import Config
 from common.weights import Layout, layout_of
 from tests.inprocess import InProcess, sites
@@ -127,27 +127,40 @@ def damage(model: Path, config: Config, liar: int = 1) -> tuple[float, float]:
 # --- gradient inversion: a contribution, turned back into a picture ------------------------------------------------------------------------
 
 
-def inverted(model: Model, delta: list[Tensor], label: Tensor, shape: tuple[int, ...], steps: int, seed: int = 0) -> Tensor:
+class Tiny(nn.Module):
+    """The small network with sigmoids of Zhu et al. ("Deep leakage from gradients", NeurIPS 2019), as a Model of one task."""
+
+    def __init__(self, size: int = 32) -> None:
+        super().__init__()
+        steps = [(1, 2), (12, 2), (12, 1)]
+        parts = [part for c, stride in steps for part in (nn.Conv2d(c, 12, 5, stride, 2), nn.Sigmoid())]
+        self.encoder = nn.Sequential(*parts, nn.Flatten())
+        self.heads = nn.ModuleDict({"covid": nn.Linear(12 * (size // 4) ** 2, 1)})
+        for p in self.parameters():
+            nn.init.uniform_(p, -0.5, 0.5)
+
+    def forward(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+        return {t: self.heads[t](self.encoder(x.flatten(0, 1)[:, None])) for t in tasks}
+
+
+def inverted(model: nn.Module, delta: list[Tensor], label: Tensor, shape: tuple[int, ...], steps: int, seed: int = 0) -> Tensor:
     """A picture [1, 1, H, W] in [0, 1] whose gradient points as the contribution does (Geiping et al., "Inverting gradients", NeurIPS 2020,
-    section 4: cosine similarity, total variation, signed Adam), from what the coordinator has: weights, label and change (`delta`, of the model's
-    parameters)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    draws = torch.Generator().manual_seed(seed)
-    x = torch.rand(shape, generator=draws).requires_grad_()
+    section 4: cosine similarity and total variation), from what the coordinator has: weights, label and change (`delta`, of the parameters)."""
+    parameters, wanted = list(model.parameters()), [-d for d in delta]
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     optimiser = torch.optim.Adam([x], lr=0.1)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [steps * 3 // 8, steps * 5 // 8, steps * 7 // 8], gamma=0.1)
-    wanted = [-d for d in delta]
-    length = torch.sqrt(sum((d**2).sum() for d in wanted))  # type: ignore[arg-type]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+
+    def along(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(a * b).sum() for a, b in zip(some, others, strict=True)]).sum()
+
     for _ in range(steps):
         loss = F.binary_cross_entropy_with_logits(model(x, ["covid"])["covid"][:, 0], label)
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        pairs = [(g, d) for g, d in zip(gradient, wanted, strict=True) if g is not None]
-        along = sum((g * d).sum() for g, d in pairs)
-        cosine = along / (torch.sqrt(sum((g**2).sum() for g, _ in pairs)) * length + 1e-12)  # type: ignore[arg-type]
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        cosine = along(gradient, wanted) / (torch.sqrt(along(gradient, gradient) * along(wanted, wanted)) + 1e-12)
         rough = (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
         optimiser.zero_grad()
-        (1 - cosine + 1e-3 * rough).backward()
-        x.grad.sign_()  # type: ignore[union-attr]
+        (1 - cosine + 1e-4 * rough).backward()
         optimiser.step()
         schedule.step()
         with torch.no_grad():

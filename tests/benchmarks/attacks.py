@@ -8,6 +8,7 @@ Phantom hospitals in small (tests/attacks.py says how each attack goes); what is
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import shutil
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from client.chest import chest
 from client.dataset import Scans, batches, in_order, joined
 from client.objective import Batch
+from client.phantom import HOSPITALS
 from client.private import Protection, drawn
 from client.scans import read_scans
 from client.trainer import infer, train
@@ -30,10 +33,10 @@ from common.codec import decode, encode
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.model import make_model
-from common.schema import Augment, Backbone, Codec, Config, Optimiser, Stage, Task
+from common.schema import Augment, Codec, Config, Optimiser, Stage, Task
 from common.weights import flatten, layout_of
 from server.runs import begin, open_ledger
-from tests.attacks import ATTACKS, Hostile, damage, inverted, membership, psnr, ssim
+from tests.attacks import ATTACKS, Hostile, Tiny, damage, inverted, membership, psnr, ssim
 from tests.inprocess import sites
 
 SMALL = [
@@ -122,36 +125,33 @@ def members(out: Path, seed: int, target: float, models: int = 12, epochs: int =
 MEMBERS = {"none": 0.0, "none, group norm": -1.0, "patient, epsilon 8": 8.0, "patient, epsilon 1": 1.0}
 
 
-def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 600) -> dict[str, Any]:
-    """One contribution of one picture of 32 x 32 by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
+def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 400) -> dict[str, Any]:
+    """One contribution of one picture (or eight) by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
     tasks = {"covid": Task()}
-    stage = Stage(batch=1, optimiser=Optimiser("sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"), augment=off())
-    backbone = Backbone("test_resnet", norm="group")
-    _, scans = pool(out)
+    stage = Stage(
+        batch=8, optimiser=Optimiser("sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"), augment=off(), channels_last=False
+    )
     torch.manual_seed(seed)
-    model = make_model(backbone, tasks, seed, channels_last=False)
-    layout = layout_of(model)
-    before = flatten(model, layout)
+    made = Tiny(size)
+    model, layout = copy.deepcopy(made), layout_of(made)
     count = 8 if defence == "eight scans a step" else 1
-    pictures = torch.stack([shrunk(scans.slices[seed + i], size) for i in range(count)])  # [B, 1, H, W] uint8
-    labels = torch.from_numpy(scans.targets["covid"][seed : seed + count])
-    made = make_model(backbone, tasks, seed, channels_last=False)
+    volumes = [
+        chest(np.random.default_rng(seed + i), np.random.default_rng(i), HOSPITALS["north"].scanner, True, 10, 64)[0] for i in range(count)
+    ]
+    pictures = torch.stack([shrunk(np.clip((v[4:5] + 1000) / 1300 * 255, 0, 255), size) for v in volumes])  # [B, 1, H, W] uint8
+    batch = Batch(pictures, {"covid": torch.ones(count)})
     if defence == "patient, epsilon 8":
-        noise = noise_for(8.0, 1e-5, ((1.0, 6),))
-        patients = {"one": Batch(pictures, {"covid": labels})}
-        train(made, [patients], stage, tasks, {}, seed=seed, protection=Protection(1.0, noise, 1.0))
+        protection = Protection(1.0, noise_for(8.0, 1e-5, ((1.0, 1),)), 1.0)  # as loud as one step of all patients needs
+        train(made, [{"one": batch}], stage, tasks, {}, seed=seed, protection=protection)  # type: ignore[arg-type]
     else:
-        rounds = 5 if defence == "five steps" else 1
-        train(made, [Batch(pictures, {"covid": labels})] * rounds, stage, tasks, {}, steps=rounds, seed=seed)
-    delta = flatten(made, layout).floats - before.floats
-    codecs: dict[str, Codec] = {"int8": "int8", "int4": "int4"}
-    if codec := codecs.get(defence):
+        train(made, [batch] * (5 if defence == "five steps" else 1), stage, tasks, {}, seed=seed)  # type: ignore[arg-type]
+    delta = flatten(made, layout).floats - flatten(model, layout).floats
+    if defence in ("int8", "int4"):
+        codec: Codec = "int8" if defence == "int8" else "int4"
         delta = decode(encode(delta, layout, codec)[0], layout, codec)
-    where = {e.name: e for e in layout.floats}
-    parts = [torch.from_numpy(delta[where[n].where].reshape(where[n].shape).copy()) for n, p in model.named_parameters() if p.requires_grad]
-    found = inverted(model.eval(), parts, labels[:1].float(), (1, 1, size, size), steps, seed)
-    best = max(range(count), key=lambda i: psnr(found[0, 0], pictures[i, 0] / 255))
-    true = pictures[best, 0] / 255
+    parts = [torch.from_numpy(delta[e.where].reshape(e.shape).copy()) for e in layout.floats]
+    found = inverted(model, parts, torch.ones(1), (1, 1, size, size), steps, seed)
+    true = max((p[0] / 255 for p in pictures), key=lambda p: psnr(found[0, 0], p))
     return {"psnr": psnr(found[0, 0], true), "ssim": ssim(found[0, 0], true), "flat": psnr(torch.full_like(true, float(true.mean())), true)}
 
 

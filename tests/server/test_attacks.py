@@ -11,6 +11,7 @@ import torch
 
 from server.runs import begin, open_ledger
 from tests.attacks import Hostile, membership, psnr, ssim, stamped, trapped
+from tests.benchmarks.attacks import inversion
 from tests.inprocess import phantom_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,3 +62,10 @@ def test_measures_of_likeness() -> None:
     assert psnr(x, x) > 100
     assert ssim(x, x.flip(0)) < 0.3
     assert psnr(x, x + 0.1) == pytest.approx(20, abs=0.01)
+
+
+def test_a_contribution_is_turned_back_into_its_picture_and_a_private_one_is_not(tmp_path: Path) -> None:
+    plain, private = (inversion(tmp_path, 1, defence) for defence in ("none", "patient, epsilon 8"))
+    assert plain["ssim"] > 0.9
+    assert private["ssim"] < 0.2
+    assert private["psnr"] < private["flat"] < plain["psnr"]  # worse than no picture at all
