@@ -135,7 +135,7 @@ def evidence(request: Request, run: str) -> Response:
 FILES = {
     "report.html": "the report: every table and figure, one file",
     "metrics.json": "all metrics of all rounds, and the test",
-    "model.safetensors": "the model's weights; `consilium-centre predict` reads it",
+    "model.safetensors": "the model's weights; consilium-centre predict reads it",
     "config.yaml": "the configuration, resolved",
 }
 MADE = {  # when they are asked for
