@@ -214,6 +214,8 @@ def names_in(result: Result, rounds: Rounds) -> list[str]:
     for _, _, r in rounds:
         for of in (r.get("centres", {}), *r.get("weights", {}).values(), *(val.get("centres", {}) for val in r.get("val", {}).values())):
             named |= dict.fromkeys(of)
+    for of in result.get("quality", {}).values():  # of pooled cohorts, each is named
+        named |= dict.fromkeys(of["centres"])
     for scores in result.get("test", {}).values():
         named |= dict.fromkeys([*scores.get("centres", {}), *scores.get("hist", {})])
     return list(named)
