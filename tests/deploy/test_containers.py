@@ -81,9 +81,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory, images: dict[str, str], 
     c.remove([])
     try:
         c.start_coordinator(coordinator, free_port(), **images)
-        wait_until(
-            "the stack is healthy", 300, lambda: all(c.healthy(c.container(c.STACK, s)) for s in ("superlink", "superexec", "postgres"))
-        )
+        wait_until("the stack is healthy", 300, lambda: all(c.healthy(c.container(c.STACK, part)) for part in PARTS))
         admitted = c.compose(coordinator, "exec", "-T", "superexec", "consilium-server", "admit")
         assert admitted.count("let in, as node") == 4, admitted
         for name in CENTRES:
