@@ -59,5 +59,5 @@ def totals(ledger: Ledger, run: str) -> list[Row]:
         return sa.func.sum(sa.case((condition, 1), else_=0))
 
     columns = [number(of.c.accepted).label("used"), number(~of.c.accepted).label("left_out")]
-    columns += [sa.func.coalesce(sa.func.sum(of.c[way]), 0).label(way) for way in ("bytes_up", "bytes_down")]
+    columns += [sa.cast(sa.func.coalesce(sa.func.sum(of.c[way]), 0), sa.BigInteger).label(way) for way in ("bytes_up", "bytes_down")]
     return ledger.read(sa.select(of.c.centre, *columns).where(of.c.run == run).group_by(of.c.centre))

@@ -28,6 +28,7 @@ DOING = {
     "counts": "counting",
     "moments": "fitting heads",
     "clusters": "clustering",
+    "quality": "describing its scans",
 }
 MEDIAN_OF = 10  # rounds
 SLOW = 2.0  # times its own median: a straggler

@@ -13,7 +13,7 @@ from common.errors import ConsiliumError
 from common.tasks import cells_of
 from server import health, latest, tables
 from server.dashboard import facts
-from server.dashboard.render import number, seconds, signed
+from server.dashboard.render import number, seconds
 from server.figures import NAMES
 from server.ledger import Ledger, Row
 from server.orders import RUNNING
@@ -193,7 +193,7 @@ def compared(ledger: Ledger, rows: Sequence[Row], courses: Mapping[str, Mapping[
     outcomes["time in rounds"] = [seconds(value) for value in lasted]
     for key, label in (("bytes_down", "to the centres, MB"), ("bytes_up", "from the centres, MB")):
         outcomes[label] = [number(sum(r[key] or 0 for r in of) / 1e6, 1) for of in spent]
-    return {"differences": differences, "outcomes": outcomes, "trend": signed}
+    return {"differences": differences, "outcomes": outcomes}
 
 
 def flattened(value: Any, at: str = "") -> dict[str, str]:

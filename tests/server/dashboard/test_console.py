@@ -21,6 +21,8 @@ from server.dashboard.access import Trust
 from server.dashboard.app import make
 from server.dashboard.launch import Launcher
 from server.ledger import Ledger
+from server.orders import broken
+from tests.deploy.processes import postgresql
 
 CENTRES = ("north", "east", "south", "west")
 PAGES = ("/", "/runs", "/runs/r", "/runs/r/learning", "/runs/r/privacy", "/runs/r/data", "/runs/r/evidence", "/audit", "/accounts")
@@ -42,8 +44,10 @@ def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
-def browser(ledger: Ledger, address: str = "10.1.2.3", trust: Trust | None = None, secure: bool = False) -> TestClient:
-    runs = Path(str(ledger._engine.url.database)).parent
+def browser(
+    ledger: Ledger, address: str = "10.1.2.3", trust: Trust | None = None, secure: bool = False, runs: Path | None = None
+) -> TestClient:
+    runs = runs or Path(str(ledger._engine.url.database)).parent
     app = make(ledger, runs, Launcher(runs, ""), trust or Trust(), secure)
     return TestClient(app, base_url="https://console" if secure else "http://console", client=(address, 50000), follow_redirects=False)
 
@@ -178,6 +182,33 @@ def test_a_proxy_s_header_holds_from_the_proxy_only(ledger: Ledger) -> None:
     assert browser(ledger, "10.0.0.9", trust).get("/metrics").status_code == 303
     with pytest.raises(ConsiliumError, match="--trust-header needs --proxy"):
         Trust.of("X-Forwarded-User", [], [])
+
+
+def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
+    client = logged_in(ledger)
+    given = {"csrf": token(client), "recipe": "multisource", "why": "a try"}
+    answer = client.post("/start", data={**given, "overrides": "stage.rouds=3"})
+    assert (answer.status_code, "did you mean &#39;rounds&#39;?" in answer.text) == (400, True)
+    assert client.post("/start", data={**given, "overrides": "stage.rounds=3", "why": ""}).status_code == 400
+    assert "start" not in {e["what"] for e in ledger.audit()}
+
+
+@pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="no PostgreSQL here: apt install postgresql")
+def test_on_postgresql(tmp_path: Path) -> None:
+    """The pages, the orders and the chain, as in deployment."""
+    with postgresql() as (address, _):
+        ledger = Ledger(address)
+        started(ledger, "r")
+        many(ledger, "r", CENTRES, 5)
+        client = logged_in(ledger, runs=tmp_path)
+        for path in PAGES:
+            assert client.get(path).status_code == 200, path
+        assert client.post("/runs/r/order/exclude", data={"csrf": token(client), "why": "moves", "centre": "west"}).status_code == 303
+        assert "west is excluded by operator: moves" in client.get("/").text
+        assert broken(ledger.audit()) is None
+        with pytest.raises(ConsiliumError, match="append-only"), ledger._open() as database:
+            database.execute(sa.text("DELETE FROM audit"))
+        ledger._engine.dispose()
 
 
 def test_names_are_text(tmp_path: Path) -> None:
