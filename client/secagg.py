@@ -64,10 +64,11 @@ def masked_change(folder: Path, config: Config, request: Train, said: Contributi
     parts = dict.fromkeys(layout.groups(), 0.0) | part_weights(weights, config.tasks)
     values, sums = secagg.weighed(said.delta, parts, layout, settings)
     said = dataclasses.replace(said, delta=NONE, sum=sum_of(request))
+    place = place_of(folder, request.run, said.sum)
     if settings.hide == "all":
         said = dataclasses.replace(said, integers=request.weights.integers, scans=0, steps=0, losses={}, epsilon=None)
-    keep(place_of(folder, request.run, said.sum), config, values, sums, said)
-    return dataclasses.replace(said, keys=new_keys(place_of(folder, request.run, said.sum), said.sum))
+    keep(place, config, values, sums, said)
+    return dataclasses.replace(said, keys=new_keys(place, said.sum))
 
 
 def kept(folder: Path, request: Train) -> Contribution | None:
@@ -88,8 +89,9 @@ def masked_answer(folder: Path, config: Config, request: Query, said: Answer) ->
     """The answer without its sums, which come masked."""
     sums = nameless(said.sums, blank(request, config, layout_for(config)))
     said = dataclasses.replace(said, sums={}, sum=sum_of(request))
-    keep(place_of(folder, request.run, said.sum), config, np.empty(0, np.int32), sums, None)
-    return dataclasses.replace(said, keys=new_keys(place_of(folder, request.run, said.sum), said.sum))
+    place = place_of(folder, request.run, said.sum)
+    keep(place, config, np.empty(0, np.int32), sums, None)
+    return dataclasses.replace(said, keys=new_keys(place, said.sum))
 
 
 def place_of(folder: Path, run: str, sum_: str) -> Path:

@@ -34,7 +34,7 @@ class TooFew(ConsiliumError):
 
 @dataclass
 class Summed:
-    """The sum over `survivors`: `values` [V] on their grid, `sums` as in the blank. `why`: {centre that dropped out: reason}."""
+    """The sum over `survivors`: `values` [V] on their grid, `sums` as in the blank. `why`: {centre that is not in it: reason}."""
 
     values: NDArray[np.signedinteger]
     sums: Sums
@@ -92,7 +92,8 @@ def summed(run: Run, said: Mapping[str, Contribution | Answer], size: int, blank
     helpers = dict(list(opened.items())[:threshold])
     for centre in sorted(boxes):
         take_away(name, roster, sorted(boxes), survivors, centre, helpers, values, exact)
-    return Summed(secagg.signed(values, width), secagg.parted(secagg.inexact(exact), blank), survivors, why)
+    absent = {c: reason for c, reason in why.items() if c not in survivors}  # who is silent at the end is in the sum all the same
+    return Summed(secagg.signed(values, width), secagg.parted(secagg.inexact(exact), blank), survivors, absent)
 
 
 def agreed_on(said: Mapping[str, Contribution | Answer], why: dict[str, str]) -> tuple[str, dict[str, Bytes]]:
@@ -115,9 +116,10 @@ def take_away(
 ) -> None:  # fmt: skip
     """A survivor's own mask, or those that a drop-out shares with the survivors, out of the total. Raises Paused for shares that do not fit."""
     numbers = {c: n for n, c in enumerate(sorted(roster), 1)}
-    secret = secagg.combined({numbers[c]: reply.shares[centre].tobytes() for c, reply in helpers.items()})
-    keys = secagg.public(roster[centre])
-    if centre in survivors:
+    shares = {numbers[c]: reply.shares[centre].tobytes() for c, reply in helpers.items()}
+    keys, size = secagg.public(roster[centre]), 16 if centre in survivors else 32
+    secret = secagg.combined(shares) if {len(share) for share in shares.values()} == {size} else b""
+    if size == 16:
         fits = hashlib.sha256(secret).digest() == keys.seed
     else:
         fits = len(secret) == 32 and secagg.public_of(secret) == keys.mask
