@@ -205,9 +205,9 @@ def train_round(site: Site, config: Config, request: Train, policy: Policy) -> C
     held = read_scans(site, config)[0]["train"]
     scans = held.with_label(list(tasks)) if len(held) else held
     if not len(scans):
-        raise (Declined if hides_all(config) else Refused)(  # the coordinator cannot know, and shall not wait for it
-            f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns"
-        )
+        if hides_all(config):  # the coordinator cannot know, and shall not wait for it
+            raise Declined(f"no training scan is labelled for {', '.join(tasks)}")
+        raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
     account = account_of(site, config, policy) if config.privacy.kind == "patient" else None
     if account and (again := budget.kept(account, request)):
         return again

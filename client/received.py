@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from client.site import safe
 from common.codec import changed, codec_of
 from common.messages import Query, Train
-from common.model import make_model
+from common.model import layout_for
 from common.schema import Config
-from common.weights import Layout, Weights, layout_of
+from common.weights import Weights
 
 log = logging.getLogger("consilium.centre")
 
@@ -60,9 +59,3 @@ def keep(place: Path, weights: Weights) -> None:
     except OSError as error:
         log.warning("the weights cannot be kept (%s): they will come whole again", type(error).__name__)
         part.unlink(missing_ok=True)
-
-
-def layout_for(config: Config) -> Layout:
-    """The layout of the run's model, without a weight of it."""
-    with torch.device("meta"):
-        return layout_of(make_model(config.backbone, config.tasks, 0))

@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
 from client.policy import Policy
-from client.received import layout_for
 from client.site import safe
 from common import secagg
 from common.blank import blank, nameless
@@ -32,6 +31,7 @@ from common.errors import Refused
 from common.files import write_whole
 from common.imbalance import part_weights
 from common.messages import Answer, Contribution, Mask, Masked, Query, Share, Shares, Step, Sums, Train, Unmask, Unmasked, facts_json, pack
+from common.model import layout_for
 from common.schema import Config
 from common.secagg import Bytes
 from common.weights import NONE

@@ -150,6 +150,8 @@ def refuse_unprotected(config: Config) -> None:
     told = []
     if config.federation.mode == "local":
         told.append("federation.mode=local exchanges no weights, so there is nothing to protect")
+    if config.privacy.queries and config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} asks for more scores than the epsilon is planned for; leave it out")
     for name, task in config.tasks.items():
         if task.kind == "contrast":
             told.append(
@@ -234,6 +236,8 @@ def refuse_together(config: Config) -> None:
         )
     if robust != "none":
         told.append(f"aggregation.robust={robust} is no sum, on which the noise is reckoned; a contribution is clipped anyway")
+    if config.evaluation.matrix != "none":
+        told.append(f"evaluation.matrix={config.evaluation.matrix} shows each centre's own model to the others as it is; leave it out")
     for name, task in config.tasks.items():
         if task.head == "moments" or task.clusters:
             told.append(

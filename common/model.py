@@ -24,8 +24,9 @@ from common.backbones import PAPERS
 from common.decoder import Decoder, make_decoder
 from common.errors import ConsiliumError, nearest
 from common.pyramid import CELLS, pyramid_pool
-from common.schema import Backbone, Task
+from common.schema import Backbone, Config, Task
 from common.tasks import DENSE, needs_decoder, outputs_of, reads_map
+from common.weights import Layout, layout_of
 
 RARE = -3.0  # a mask's pixels are few: a head that says so from the start need not learn it first (Lin et al., ICCV 2017, section 4.1)
 
@@ -223,3 +224,9 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+def layout_for(config: Config) -> Layout:
+    """The layout of the run's model, without a weight of it."""
+    with torch.device("meta"):
+        return layout_of(make_model(config.backbone, config.tasks, 0))

@@ -23,6 +23,7 @@ from common.codec import decode
 from common.imbalance import centre_weights, part_weights
 from common.messages import Contribution
 from common.schema import Aggregation, Codec, Task
+from common.tasks import reads_map
 from common.weights import Layout, Weights
 
 # Values of the sum that stay in the cache while every contribution is added, by as many threads as keep the memory busy. Not OpenMP's: they wait for
@@ -98,7 +99,8 @@ def group_weights(
         weights[task] = centre_weights(whole, settings.tau)
     labelled = [t for t in tasks if sum(weights[t].values()) > 0]
     parts = {c: part_weights({t: weights[t][c] for t in labelled}, tasks) for c in counts}
-    return {shared: {c: parts[c][shared] for c in counts} for shared in ("backbone", "decoder")} | weights
+    shared = ("backbone", "decoder") if any(reads_map(task) for task in tasks.values()) else ("backbone",)
+    return {name: {c: parts[c][name] for c in counts} for name in shared} | weights
 
 
 def weighted_sum(spooled: list[Spooled], weights: Mapping[str, Mapping[str, float]], layout: Layout) -> NDArray[np.float32]:

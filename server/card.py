@@ -27,6 +27,12 @@ KINDS = {
 LEAVES = (
     "counts of scans by class, summed metrics and score histograms, changes of the model's weights with their number of scans and steps"
 )
+PROTECTED = {
+    "none": "No noise was added (no differential privacy): the weights are derived from patients' data and may tell of single patients.",
+    "patient": "Training was differentially private at each hospital; the unit is the patient.",
+    "central": "The coordinator added noise to each round's sum, so that the model does not tell what one hospital brought in; the unit is the "
+    "hospital, and the coordinator itself saw every contribution.",
+}
 STYLE = """:root{color-scheme:light dark} body{margin:0 auto;padding:28px 24px 60px;max-width:900px;
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;font-variant-numeric:tabular-nums} h1{font-size:22px} h2{font-size:17px;margin-top:28px}
 table{border-collapse:collapse;font-size:13.5px;display:block;overflow-x:auto} th,td{padding:3px 9px;text-align:left;border-bottom:1px solid #8884}
@@ -144,16 +150,20 @@ def _limits(result: Result, rounds: Rounds) -> Iterator[str]:
 
 def _privacy(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:
     privacy = config.get("privacy", {})
+    if secagg := privacy.get("secagg"):
+        hidden = "changes of the weights" if secagg["hide"] == "model" else "changes of the weights, counts and scores"
+        yield f"Centres' {hidden} were added up by secure aggregation: the coordinator saw sums over centres only.\n"
     yield "## Privacy\n"
     looks = ", histograms of what the scans look like" if result.get("quality") else ""
     yield f"What left the hospitals: {LEAVES}{looks}, facts about the centre's software. No image, no identifier, no score of a single scan.\n"
     if result.get("matrix"):
         yield "Each hospital's own model of the last round was sent to the others, to be scored there.\n"
-    if privacy.get("kind") == "patient":
-        yield f"Training was differentially private; the unit is the patient, delta {privacy['delta']:g}, gradients clipped at {privacy['clip']:g}.\n"
-        yield from _table(privacy_grid(rounds, privacy), "Privacy loss of each centre's patients")
-    else:
-        yield "No noise was added (no differential privacy): the weights are derived from patients' data and may tell of single patients.\n"
+    yield f"{PROTECTED[privacy.get('kind', 'none')]}\n"
+    if privacy.get("kind", "none") != "none":
+        grid = privacy_grid(rounds, privacy)
+        yield from _table(grid, grid.caption)
+    if privacy.get("secagg"):
+        yield "Secure aggregation: the coordinator saw sums of the centres' changes, no centre's own.\n"
 
 
 def _training(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:

@@ -22,7 +22,7 @@ from common.compose import active, to_dict
 from common.imbalance import effective_number
 from common.logs import about
 from common.messages import Contribution, Query, Refusal, Request, Train
-from common.model import make_model
+from common.model import layout_for
 from common.schema import Evaluation, Stage
 from common.secagg import hides_all
 from common.weights import NONE, Weights, flatten, layout_of
@@ -76,14 +76,15 @@ def restore(run: Run) -> None:
             place["rounds"] = list(itertools.islice(history, place["rounds"]))
         run.config = filled(run.config, run.result["filled"])
     greet(run)
-    model = make_model(run.config.backbone, run.config.tasks, 0) if state else initial_model(run.config)
-    run.layout = layout_of(model)
     if state:
+        run.layout = layout_for(run.config)
         run.weights, run.moments = run.layout.flat(state.weights), dict(state.optimiser)
         if state.note:
             run.result["notes"].append(state.note)
         log.info("resumed after round %d of stage '%s'", state.round, state.stage)
     else:
+        model = initial_model(run.config)
+        run.layout = layout_of(model)
         run.weights = flatten(model, run.layout)
 
 

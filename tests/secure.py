@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from client import secagg
 from client.policy import Policy
+from common.compose import to_dict
 from common.errors import Refused
 from common.messages import Refusal, Reply, Request, pack, unpack
 from common.schema import Config
@@ -53,6 +54,9 @@ def travelled(message: Request | Reply) -> Request | Reply:
 
 def run_over(wire: Wire, layout: Layout) -> Run:
     """A run that asks these centres, all of them present."""
-    run = Run("r", wire.config, wire.folder, cast(Any, wire), open_ledger(wire.folder), layout)
+    ledger = open_ledger(wire.folder)
+    if ledger.status("r") is None:
+        ledger.start_run("r", recipe="", mode="federated", config=to_dict(wire.config), code="")
+    run = Run("r", wire.config, wire.folder, cast(Any, wire), ledger, layout)
     run.presence = dict.fromkeys(wire.config.federation.centres, cast(Any, None))
     return run

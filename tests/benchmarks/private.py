@@ -1,6 +1,7 @@
-"""What `privacy=patient` costs: time and memory of a step against a plain one, and the AUC on the phantom by epsilon.
+"""What privacy costs: time and memory of a step of `privacy=patient` against a plain one, the AUC on the phantom by epsilon, the error of a reported
+AUC under `privacy.queries`, and how loud `privacy=central` is.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc] [--repeats 15] [--scale 0.3] [--rounds 8] [--only epsilon]
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc | --figures] [--repeats 15] [--rounds 8] [--only epsilon]
 
 A step is `client.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
 and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
@@ -10,18 +11,24 @@ one process (tests/inprocess.py); `none, group norm` shows what the change of ar
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from client.noisy import noised
 from client.objective import Batch
 from client.private import Protection
 from client.trainer import train
+from common.accountant import epsilon, noise_for
+from common.compose import compose
+from common.metrics import binary_metrics, histogram
 from common.model import Model, make_model
 from common.schema import Backbone, Stage, Task
 from server.runs import begin, open_ledger
@@ -87,9 +94,27 @@ def steps(repeats: int) -> None:
         )
 
 
-def auc(scale: float, rounds: int, seeds: int, only: str, more: list[str]) -> None:
-    from common.compose import compose
+def figures() -> None:
+    """By how much a centre's reported AUC is off for its noise, and how loud the noise of `central` is beside the clip: no training in either."""
+    rng, config = np.random.default_rng(1), compose(["privacy=patient", "privacy.queries=1", "stage.tasks=[covid]"])
+    print("scans  bins  privacy.queries  epsilon of 11 answers  true AUC  reported, mean and standard deviation")
+    for n, bins, noise in itertools.product((100, 1000, 10_000), (16, 256), (5.0, 15.0)):
+        y = np.arange(n) % 2
+        found, exact = [], []
+        for _ in range(50):
+            hist = histogram(rng.normal(1.8 * y, 1.0) - 0.9, y.astype(float), bins)
+            private = replace(config, privacy=replace(config.privacy, queries=noise))
+            found.append(binary_metrics(noised({"a/covid/hist": hist}, private, "scores", 1)["a/covid/hist"])["auc"] or np.nan)
+            exact.append(binary_metrics(hist)["auc"])
+        cost = epsilon(((noise, 1.0, 11),), 1e-5)
+        print(f"{n:5} {bins:5} {noise:10.0f} {cost:12.2f} {np.mean(exact):16.3f} {np.nanmean(found):12.3f} ± {np.nanstd(found):.3f}")
+    print("\ncentres  epsilon  rounds  values  noise multiplier  norm of a round's noise, as a multiple of the clip")
+    for centres, target, values in itertools.product((4, 30, 1000), (8.0, 50.0), (380_000, 1_000)):
+        noise = noise_for(target, 1e-5, ((1.0, 8),))
+        print(f"{centres:7} {target:8.0f} {8:7} {values:8} {noise:12.2f} {noise / centres * values**0.5:16.2f}")
 
+
+def auc(scale: float, rounds: int, seeds: int, only: str, more: list[str]) -> None:
     settings = {"none": [], "none, group norm": ["backbone.norm=group"]}
     settings |= {f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}"] for e in (8, 3, 1)}
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--auc", action="store_true")
+    parser.add_argument("--figures", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--scale", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=8)
@@ -124,9 +150,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="of the federations: those with this in their name, e.g. epsilon")
     given, more = parser.parse_known_args()  # more: overrides of the federations, e.g. stage.batch=32
     torch.set_num_threads(1)
-    if given.steps or not given.auc:
+    every = not (given.steps or given.auc or given.figures)
+    if given.figures or every:
+        figures()
+    if given.steps or every:
         steps(given.repeats)
-    if given.auc or not given.steps:
+    if given.auc or every:
         auc(given.scale, given.rounds, given.seeds, given.only, more)
 
 

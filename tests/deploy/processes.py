@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import yaml
+from safetensors.numpy import load_file
+
+from client.site import Site
+from common.compose import compose
+from server.runs import begin, open_ledger
+from tests.inprocess import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -267,3 +274,13 @@ def wait_until(what: str, seconds: float, true: object) -> None:
             return
         time.sleep(0.3)
     raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+def as_simulated(model: Path, overrides: list[str], data: Path, policies: list[Path], folder: Path) -> None:
+    """A deployed run's weights are those of the same run in this process, with the hospitals' policies, which coarsen small counts."""
+    sites = [Site(index=k, threads=1, device="cpu", policy=str(policy)) for k, policy in enumerate(policies)]
+    config = compose(["recipe=multisource", *overrides, f"federation.root={data}"])
+    begin(config, InProcess(sites), folder, open_ledger(folder), "simulated")
+    simulated = load_file(folder / "simulated" / "model.safetensors")
+    for name, tensor in load_file(model).items():
+        np.testing.assert_allclose(tensor, simulated[name], rtol=1e-5, atol=1e-6, err_msg=name)

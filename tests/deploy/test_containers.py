@@ -8,17 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
-from client.site import Site
-from common.compose import compose
-from server.runs import begin, open_ledger
 from tests.deploy import containers as c
-from tests.deploy.processes import ROOT, centre, free_port, server, wait_until
-from tests.inprocess import InProcess
+from tests.deploy.processes import ROOT, as_simulated, centre, free_port, server, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy, pytest.mark.containers]
 CENTRES = ["north", "east", "south", "west"]
@@ -189,13 +183,8 @@ def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
     run = c.engine("exec", superexec, "readlink", "-f", "/runs/latest").strip()
     c.engine("cp", f"{superexec}:{run}/.", str(tmp_path / "run"))
     assert json.loads((tmp_path / "run/metrics.json").read_text())["status"] == "finished"
-    config = compose(["recipe=multisource", *RUN, f"federation.root={data}"])
-    policies = [str(hospitals / "hospitals" / name / "policy.yaml") for name in CENTRES]  # it coarsens small counts, and so the weights
-    sites = [Site(index=k, threads=1, device="cpu", policy=policy) for k, policy in enumerate(policies)]
-    begin(config, InProcess(sites), tmp_path, open_ledger(tmp_path), "simulated")
-    simulated = load_file(tmp_path / "simulated" / "model.safetensors")
-    for key, tensor in load_file(tmp_path / "run/model.safetensors").items():
-        np.testing.assert_allclose(tensor, simulated[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    policies = [hospitals / "hospitals" / name / "policy.yaml" for name in CENTRES]
+    as_simulated(tmp_path / "run/model.safetensors", RUN, data, policies, tmp_path)
     for name in CENTRES:
         state = hospitals / "hospitals" / name / "state"
         sent = [json.loads(line) for line in (state / "egress.jsonl").read_text().splitlines()]

@@ -86,7 +86,7 @@ def long(federation: Federation) -> Iterator[str]:
             image.truncate(48 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(federation.folder / "disk")], check=False)
         subprocess.run(["mount", "-o", "loop", str(federation.folder / "disk"), str(disk)], check=False)
-    waits = (f"federation.deadline={DEADLINE}", "federation.quorum=0.5", "federation.retries=2", "federation.wait=60")
+    waits = (f"federation.deadline={DEADLINE}", "federation.quorum=0.5", "federation.retries=2", "federation.wait=300")
     yield federation.start(f"stage.rounds={ROUNDS}", "stage.epochs=5", "evaluation.choose=last", *waits)
     if os.path.ismount(federation.hospital("south") / "state"):
         subprocess.run(["umount", "-l", str(federation.hospital("south") / "state")], check=False)

@@ -8,16 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
-from client.site import Site
-from common.compose import compose
-from server.runs import begin, open_ledger
 from tests.deploy import processes as p
-from tests.inprocess import InProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "south"]
@@ -78,13 +72,8 @@ def test_a_run_through_the_proxy(federation: tuple[p.Started, Path, str, str, Pa
     run = (runs / "latest").resolve()
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["status"] == "finished"
-    config = compose(["recipe=multisource", *overrides, f"federation.root={data}"])
-    policies = [str(folder / "hospitals" / name / "policy.yaml") for name in CENTRES]  # it coarsens small counts, and so the weights
-    sites = [Site(index=k, threads=1, device="cpu", policy=policy) for k, policy in enumerate(policies)]
-    begin(config, InProcess(sites), tmp_path, open_ledger(tmp_path), "simulated")
-    simulated = load_file(tmp_path / "simulated" / "model.safetensors")
-    for name, tensor in load_file(run / "model.safetensors").items():
-        np.testing.assert_allclose(tensor, simulated[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    policies = [folder / "hospitals" / name / "policy.yaml" for name in CENTRES]
+    p.as_simulated(run / "model.safetensors", overrides, data, policies, tmp_path)
     doctor = p.server(
         "doctor", "--superlink", operator, "--ca", authority, "--public", address, "--centres", str(centres), "--runs", str(runs)
     )

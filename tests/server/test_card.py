@@ -40,7 +40,10 @@ def test_differential_privacy_and_hostile_names() -> None:
     found = result((evil, "east", "south", "west"), "privacy=patient", "privacy.epsilon=3")
     found["stages"][-1]["rounds"][-1]["centres"][evil]["epsilon"] = 2.5
     text = card(found)
-    assert "differentially private" in text
+    assert "differentially private at each hospital" in text
+    assert "Secure aggregation" not in text
     shown = Page(page(text))
     assert not {tag for tag, _ in shown.elements} & {"img", "script", "code "}
     assert any(row[:2] == [evil, "2.50"] for row in shown.rows)
+    assert "Secure aggregation" in card(result(CENTRES, "privacy=secagg"))
+    assert "the unit is the hospital" in card(result(CENTRES, "privacy=central"))

@@ -107,6 +107,7 @@ def test_the_clip_finds_the_quantile() -> None:
         (["federation.mode=local"], "federation.mode=local has no contributions of several centres"),
         (["tasks.source.head=moments"], "task 'source' is made from sums of features"),
         (["stage.personal=[batch_norm]"], "keeps weights at the centres"),
+        (["evaluation.matrix=last"], "evaluation.matrix=last shows each centre's own model to the others"),
         (["privacy.quantile=1"], "privacy.quantile is 1.0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Paths, file names, patients and scan names stay in the hospital: a whole run is searched for them, failures included."""
+"""Paths, file names, patients, scan names and what DICOM files say stay in the hospital: a whole run is searched for them, failures included."""
 
 from __future__ import annotations
 
@@ -7,54 +7,79 @@ import sqlite3
 from pathlib import Path
 
 import pandas as pd
+import pydicom
 import pytest
 
+from client import answer
 from client.phantom import write_centre
+from client.queries import Question
 from client.site import Site
-from common.messages import Reply, Request, pack
+from common.messages import Reply, Request, Sums, pack
 from server.runs import begin, open_ledger
+from tests.client.planted import plant
 from tests.inprocess import InProcess, phantom_config
 
-SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815")
+SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 
 
-def test_no_identifier_reaches_the_coordinator_or_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def hospital(source: Path, home: Path) -> None:
+    """A phantom centre whose folder, files, table and DICOM elements name patients; one scan is unreadable, and says whose it is."""
+    source.rename(home)
+    table = pd.read_csv(home / "cohort.csv")
+    table["patient"] = [f"DOE^JANE-{p}" for p in table["patient"]]
+    table["scan"] = [f"MRN0815-{s}" for s in table["scan"]]
+    table["jane_doe_note"] = "DOE^JANE, born 19340229"
+    table.to_csv(home / "cohort.csv", index=False)
+    for scan in table["path"][1:3]:
+        for i, file in enumerate(sorted((home / scan).glob("*"))):
+            plant(pydicom.dcmread(file)).save_as(file)
+            file.rename(file.with_name(f"jane_doe_{i}.dcm"))
+    for file in (home / table["path"][0]).glob("*"):
+        file.write_bytes(b"DICM jane_doe 19340229")
+
+
+def test_no_identifier_reaches_the_coordinator_or_a_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.DEBUG)
     plain = phantom_config(tmp_path / "source")
     assert plain.federation.phantom
-    sites, runs = [], tmp_path / "runs"
+    sites, runs, homes = [], tmp_path / "runs", tmp_path / "jane_doe_19340229"  # what a folder of a hospital may be called
+    homes.mkdir()
     for centre in plain.federation.centres:
-        written = write_centre(tmp_path / "source", centre, plain.federation.phantom)
-        home = tmp_path / "jane_doe_19340229" / centre  # what a folder of a hospital may be called
-        home.parent.mkdir(exist_ok=True)
-        written.rename(home)
-        table = pd.read_csv(home / "cohort.csv")
-        table["patient"] = [f"DOE^JANE-{p}" for p in table["patient"]]
-        table["scan"] = [f"MRN0815-{s}" for s in table["scan"]]
-        table.to_csv(home / "cohort.csv", index=False)
-        broken = home / table["path"][0]
-        for file in broken.glob("*"):
-            file.write_bytes(b"DICM jane_doe 19340229")  # unreadable, and says whose it is
-        sites.append(Site(centre=centre, data=str(home), threads=1, device="cpu"))
+        hospital(write_centre(tmp_path / "source", centre, plain.federation.phantom), homes / centre)
+        sites.append(Site(centre=centre, data=str(homes / centre), threads=1, device="cpu"))
     sent: list[str] = []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
         arrays, facts = pack(reply)
-        sent.append(f"{sorted(arrays)} {facts}")
+        sent.append(f"{sorted(arrays)} {facts} {b''.join(array.tobytes() for array in arrays.values()).decode('latin-1')}")
         if centre == "west":
-            (tmp_path / "jane_doe_19340229" / "west" / "cohort.csv").unlink(missing_ok=True)  # its next answer fails
+            (homes / "west" / "cohort.csv").unlink(missing_ok=True)  # its next answer fails
         return reply
 
+    true, text_of_accident = answer.QUERIES["scores"], f"DOE^JANE in {homes}/south/MRN0815"
+
+    def failing(q: Question) -> Sums:
+        if "south" in q.scans["val"].cohort:
+            raise RuntimeError(text_of_accident)
+        return true(q)
+
+    monkeypatch.setitem(answer.QUERIES, "scores", failing)
     config = phantom_config(tmp_path / "nowhere", "federation.quorum=0.5", "stage.rounds=1")
     result = begin(config, InProcess(sites, hook), runs, open_ledger(runs), "r")
     assert sum(c["skipped"] for c in result["centres"].values()) == 4  # the provoked failures did happen
+    assert {"south"} <= {o["centre"] for o in result["left_out"] if "RuntimeError" in o["reason"]}
     database = sqlite3.connect(runs / "ledger.db")
     rows = [
         str(row)
         for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         for row in database.execute(f"SELECT * FROM {name}")
     ]
-    files = [p.read_bytes().decode("latin-1") for p in runs.rglob("*") if p.is_file()]
-    for text in [*sent, *rows, *files, caplog.text]:
+    files = [p for p in runs.rglob("*") if p.is_file()]
+    assert {"report.html", "metrics.json", "model.safetensors", "config.yaml"} <= {p.name for p in files}
+    assert any("checkpoint" in str(p) for p in files)
+    egress = [(homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in config.federation.centres]
+    for text in [*sent, *rows, *(p.read_bytes().decode("latin-1") for p in files), *egress, caplog.text]:
         for secret in SECRETS:
             assert secret not in text
