@@ -206,6 +206,10 @@ def refuse_unhidden(config: Config, settings: SecureSums) -> None:
         told.append("privacy.kind=central clips each centre's change at the coordinator, which sees none; use privacy.kind=patient")
     if config.privacy.queries:
         told.append("privacy.queries puts noise on counts, but the weights in a secure sum are made of exact ones; set it to 0")
+    if config.privacy.queries:
+        told.append(
+            f"privacy.queries={config.privacy.queries:g} hides the counts by which a centre weighs itself in a secure sum; set it to 0"
+        )
     if config.evaluation.matrix != "none":
         told.append(f"evaluation.matrix={config.evaluation.matrix} needs each centre's own model, which nobody sees; leave it out")
     if settings.hide == "all":

@@ -56,24 +56,24 @@ def nodes(address: str, authority: Path) -> list[Node]:
         client.close()
     except (httpx.HTTPError, OSError) as error:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
-    return [_node(node) for node in known]
+    return [understood(node) for node in known]
 
 
 def certificates(address: str, authority: Path) -> dict[str, datetime]:
     """{"authority", "coordinator": when it expires}: what every centre trusts, and what the server at `address` shows them."""
-    found = {"authority": x509.load_pem_x509_certificate(authority.read_bytes()).not_valid_after_utc}
-    try:
+    found: dict[str, datetime] = {}
+    with contextlib.suppress(httpx.HTTPError, OSError, ValueError):  # that it cannot be read or reached is told by `nodes`
+        found["authority"] = x509.load_pem_x509_certificate(authority.read_bytes()).not_valid_after_utc
         with (
             httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15) as client,
             client.stream("GET", f"https://{address}/health") as answer,
         ):
             found["coordinator"] = certificate_until(answer)
-    except (httpx.HTTPError, OSError):
-        pass  # that it cannot be reached is told by `nodes`
     return found
 
 
-def _node(node: NodeInfo) -> Node:
+def understood(node: NodeInfo) -> Node:
+    """What the SuperLink says of a node."""
     online = node.status == "online"
     since = node.last_activated_at if online else node.last_deactivated_at
     now = datetime.now(UTC)

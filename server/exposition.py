@@ -6,7 +6,7 @@ Every run that has not ended is shown, and the newest one. What is undefined has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -40,9 +40,6 @@ class Ours(Collector):
         self, ledger: Ledger, nodes: Callable[[], list[Node]] | None = None, certificates: dict[str, datetime] | None = None
     ) -> None:
         self.ledger, self.nodes, self.certificates = ledger, nodes, certificates or {}
-
-    def describe(self) -> Iterable[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """A ledger that cannot be read is a metric, not an error: what watches must not be what breaks."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from hashlib import sha256
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -153,13 +150,13 @@ MADE = {  # when they are asked for
 def file(request: Request, run: str, name: str) -> Response:
     """One of the run's files, to be kept."""
     shared = console(request)
-    row = known(shared, run)
+    known(shared, run)
     path = shared.runs / run / name
     saved = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
     if name == "scores.csv":
         return Response(export.table(shared.ledger, run), media_type="text/csv", headers=saved)
     if name in ("model-card.html", "model-card.md"):
-        markdown = card_of(path.parent, row["code"])
+        markdown = export.model_card(path.parent, shared.ledger)
         html = name.endswith("html")
         return Response(card.page(markdown) if html else markdown, media_type="text/html" if html else "text/markdown", headers=saved)
     if name == "model.onnx" and not path.is_file() and path.parent.is_dir():
@@ -167,14 +164,6 @@ def file(request: Request, run: str, name: str) -> Response:
     if name not in (*FILES, "model.onnx") or not path.is_file():
         raise ConsiliumError(f"run '{run}' has no {name} (yet)")
     return FileResponse(path, headers=saved)
-
-
-def card_of(folder: Path, code: str) -> str:
-    """Raises ConsiliumError for a run that is not finished."""
-    metrics, model = folder / "metrics.json", folder / "model.safetensors"
-    if not metrics.is_file():
-        raise ConsiliumError(f"run '{folder.name}' is not finished: a model card is of what a run has come to")
-    return card.card(json.loads(metrics.read_text()), code, sha256(model.read_bytes()).hexdigest() if model.is_file() else "")
 
 
 @router.get("/metrics")

@@ -1,7 +1,7 @@
 """What privacy costs: time and memory of a step of `privacy=patient` against a plain one, the AUC on the phantom by epsilon, the error of a reported
 AUC under `privacy.queries`, and how loud `privacy=central` is.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc | --figures] [--repeats 15] [--rounds 8] [--only epsilon]
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc | --figures] [--repeats 15] [--scale .3] [--only epsilon]
 
 A step is `client.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
 and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
@@ -95,7 +95,7 @@ def steps(repeats: int) -> None:
 
 
 def figures() -> None:
-    """By how much a centre's reported AUC is off for its noise, and how loud the noise of `central` is beside the clip: no training in either."""
+    """How far a centre's reported AUC is off for the noise on its histogram, and the noise of `central` beside the clip: no training."""
     rng, config = np.random.default_rng(1), compose(["privacy=patient", "privacy.queries=1", "stage.tasks=[covid]"])
     print("scans  bins  privacy.queries  epsilon of 11 answers  true AUC  reported, mean and standard deviation")
     for n, bins, noise in itertools.product((100, 1000, 10_000), (16, 256), (5.0, 15.0)):

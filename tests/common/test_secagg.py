@@ -137,6 +137,7 @@ def test_more_than_half_and_at_least_three_must_stay(began: int, needed: int) ->
         (["federation.mode=local"], "exchanges nothing between centres"),
         (["aggregation.outlier=5"], "compares single contributions"),
         (["aggregation.robust=median"], "compares single contributions"),
+        (["privacy.kind=patient", "privacy.epsilon=8", "privacy.queries=10"], "a centre weighs itself"),
         (["evaluation.matrix=last"], "each centre's own model"),
         (["privacy.kind=patient", "privacy.epsilon=8", "privacy.queries=4"], "made of exact ones"),
         (["privacy.kind=central", "privacy.epsilon=8"], "use privacy.kind=patient"),

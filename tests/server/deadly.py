@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from common.messages import Reply, Request, Train, Unmask
+from common.messages import Reply, Request, Train
 from server import checkpoint, combine
 from server.runs import begin, open_ledger, resume
 from tests.inprocess import InProcess, phantom_config, sites
@@ -29,8 +29,6 @@ def main() -> None:
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
         if isinstance(request, Train):
             strike("training")  # after a centre trained, before its contribution arrives
-        if isinstance(request, Unmask):
-            strike("unmasking")  # after a centre has forgotten its secrets, before the coordinator has its shares
         return reply
 
     before_save, before_step = checkpoint.save, combine.step

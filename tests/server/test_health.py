@@ -7,8 +7,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.superlink.federation import NoOpFederationManager
 
 from common.messages import Contribution, Reply, Request, Train
+from server.deployed import understood
 from server.health import Node, federation
 from server.runs import begin, open_ledger
 from tests.inprocess import InProcess, phantom_config, sites
@@ -51,3 +55,19 @@ def test_online_degraded_and_offline_with_the_reason(tmp_path: Path) -> None:
     assert deployed["west"].reason == "it has never connected"
     assert "does not know it" in deployed["south"].reason
     assert [one.state for one in federation(ledger, "", nodes)] == ["online", "offline", "offline"]  # before there is any run
+
+
+def test_a_superlinks_own_words_are_understood() -> None:
+    """By Flower's link state, as the SuperLink keeps it: a node that never came, one that is there, one that has left."""
+    state = InMemoryLinkState(NoOpFederationManager(), InMemoryObjectStore())
+    ids = {name: state.create_node("us", "us", name.encode(), 30.0, name=name) for name in ("north", "east", "west")}
+    for name in ("north", "east"):
+        state.activate_node(ids[name], 30.0)
+    state.deactivate_node(ids["east"])
+    found = {one.centre: one for one in map(understood, state.get_node_info())}
+    now = datetime.now(UTC)
+    assert (found["north"].online, found["east"].online, found["west"].online) == (True, False, False)
+    for name in ("north", "east"):
+        assert now - timedelta(minutes=1) < found[name].since <= now  # type: ignore[operator]
+        assert now - timedelta(minutes=1) < found[name].seen <= now  # type: ignore[operator]
+    assert (found["west"].since, found["west"].seen) == (None, None)

@@ -102,6 +102,9 @@ def test_the_database_itself_refuses_change(address: str) -> None:
     ledger = begin(address)
     ledger.add_centre("r1", "north", {})
     ledger.add_evidence("r1", "quality", {"area": {}})
+    ledger.progress("r1", "main", 1, "train", asked=["north"])
+    ledger.note("ada", "start", "a trial", "r1")
+    ledger.add_account("ada", "operator", None)
     close_round(ledger, 1)
     engine = sa.create_engine(address.replace("postgresql:", "postgresql+psycopg:"))  # some other program
     for table in schema.tables.values():
