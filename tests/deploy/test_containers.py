@@ -4,10 +4,12 @@ container cannot do and cannot reach, health, stop, and the return of one that w
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -185,6 +187,22 @@ def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
         assert "Contribution" in {entry["kind"] for entry in sent}
         if name == "north":
             assert f"{len(sent)} messages left, the chain is whole" in c.said(["./start", "egress"], folder=state.parent)
+
+
+def test_the_console_shows_the_hospitals(hospitals: Path) -> None:
+    """At the operator's loopback, over TLS, to whom has logged in: four hospitals online by the SuperLink's account, and the run."""
+    coordinator = hospitals / "made/coordinator"
+    said = c.compose(coordinator, "exec", "-T", "dashboard", "consilium-server", "account", "add", "anna", "--role", "operator")
+    settings = dict(line.split("=", 1) for line in (coordinator / ".env").read_text().splitlines() if "=" in line)
+    trusted = ssl.create_default_context(cafile=coordinator / "ca.crt")
+    with httpx.Client(base_url=f"https://localhost:{settings['CONSILIUM_CONSOLE_PORT']}", verify=trusted, timeout=60) as browser:
+        assert browser.get("/").headers["location"] == "/login"
+        assert browser.post("/login", data={"name": "anna", "password": said.split("password ")[1].split()[0]}).status_code == 303
+        first = " ".join(browser.get("/").text.split())
+        assert "4<i> of 4</i>" in first
+        assert "certificate expires" in first
+        assert all(f"<span>{name}</span>" in first for name in CENTRES)
+        assert "finished" in browser.get("/runs").text
 
 
 def test_one_that_is_killed_comes_back(hospitals: Path) -> None:
