@@ -12,12 +12,12 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from common.compose import active, to_dict
-from common.messages import Answer, Query, Request, Sums
+from common.messages import Query, Request
 from common.weights import Weights
 from server import scores
 from server.aggregation import Spooled
-from server.broadcast import send
-from server.state import Run, reason_of
+from server.queries import apart
+from server.state import Run
 
 FOLDER = "local"
 log = logging.getLogger("consilium.server")
@@ -57,12 +57,7 @@ def score(run: Run) -> None:
         requests: dict[str, Request] = {
             c: Query(run.id, to_dict(run.config), "scores", stage, "val", "", weights) for c in run.expected if c in run.presence
         }
-        sums: Sums = {}
-        for received in send(run, requests):
-            if isinstance(received.reply, Answer):
-                sums |= received.reply.sums
-            else:
-                run.ledger.event(run.id, "withheld", f"scores of the model of {path.stem}: {reason_of(received.reply)}", received.centre)
+        sums = apart(run, requests, f"scores of the model of {path.stem}")
         for task, views in scores.table(sums, run.config, tasks).items():
             found["tasks"][task][path.stem] = views["centres"]
         log.info("the model of %s was scored at %d centres", path.stem, len({key.split("/")[0] for key in sums}))

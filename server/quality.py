@@ -8,11 +8,11 @@ import numpy as np
 from scipy.spatial.distance import jensenshannon
 
 from common.compose import to_dict
-from common.messages import Answer, Query, Request, Sums
+from common.messages import Query, Request, Sums
 from common.quality import MEASURES
 from common.secagg import hides_all
-from server.broadcast import send
-from server.state import Run, reason_of
+from server.queries import apart
+from server.state import Run
 
 
 def survey(run: Run) -> None:
@@ -26,13 +26,7 @@ def survey(run: Run) -> None:
         run.result["quality"] = known
         return
     requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "quality", "") for c in run.presence}
-    sums: Sums = {}
-    for received in send(run, requests):
-        if isinstance(received.reply, Answer):
-            sums |= received.reply.sums
-        else:
-            run.ledger.event(run.id, "withheld", f"data quality: {reason_of(received.reply)}", received.centre)
-    run.result["quality"] = described(sums)
+    run.result["quality"] = described(apart(run, requests, "data quality"))
     run.ledger.add_evidence(run.id, "quality", run.result["quality"])
 
 

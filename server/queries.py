@@ -42,6 +42,17 @@ def asked_secretly(run: Run, requests: Mapping[str, Request]) -> Sums:
     raise AssertionError("a loop that returns or raises")
 
 
+def apart(run: Run, requests: Mapping[str, Request], what: str) -> Sums:
+    """The answers side by side, where keys begin with a cohort's name. Who will not say `what` is none the worse: the ledger says `withheld`."""
+    sums: Sums = {}
+    for received in send(run, requests):
+        if isinstance(received.reply, Answer):
+            sums |= received.reply.sums
+        else:
+            run.ledger.event(run.id, "withheld", f"{what}: {reason_of(received.reply)}", received.centre)
+    return sums
+
+
 def answered(run: Run, requests: Mapping[str, Request]) -> dict[str, Answer]:
     """{centre: its answer}."""
     answers: dict[str, Answer] = {}
