@@ -129,7 +129,10 @@ def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 4
     """One contribution of one picture (or eight) by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
     tasks = {"covid": Task()}
     stage = Stage(
-        batch=8, optimiser=Optimiser("sgd", lr=0.001, momentum=0.0, weight_decay=0.0, schedule="constant"), augment=off(), channels_last=False
+        batch=8,
+        optimiser=Optimiser("sgd", lr=0.001, momentum=0.0, weight_decay=0.0, schedule="constant"),
+        augment=off(),
+        channels_last=False,
     )
     torch.manual_seed(seed)
     made = Tiny(size)
