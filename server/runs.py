@@ -19,6 +19,7 @@ from common.errors import ConsiliumError, nearest
 from common.fingerprint import fingerprint
 from common.logs import about
 from common.schema import Config
+from server import tracking
 from server.coordinator import conduct
 from server.ledger import Ledger
 from server.report import write_report
@@ -89,8 +90,9 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
 
 
 def _carry_out(run: Run) -> dict[str, Any]:
+    curves = os.environ.get("CONSILIUM_TENSORBOARD", "")
     try:
-        with about(run=run.id):
+        with about(run=run.id), tracking.live(run.ledger, run.id, run.folder.parent / curves if curves else None) as run.track:
             result = conduct(run)
         _write_results(run, result)
     except Paused as pause:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
 
     at: tuple[str, int] = ("", 0)  # stage and round in progress
+    track: Callable[[], None] = lambda: None  # called when a round has closed (server/tracking.py)
     # Orders (server/orders.py):
     heard: int = 0  # id of the last order read, ...
     looked: float = -math.inf  # ... when,

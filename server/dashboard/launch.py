@@ -37,7 +37,7 @@ class Launcher:
             config, _ = settings_of(recipe, given, self.runs)
         run = new_id(config)
         what = ["run" if self.reach else "simulate", "--recipe", recipe, "--id", run]
-        self._go(run, [*what, "--runs", str(self.runs), *self.reach, "--", *given])
+        self._go(run, [*what, "--runs", str(self.runs), *self.reach, "--", *map(shlex.quote, given)])
         return run
 
     def resume(self, run: str) -> None:
