@@ -17,7 +17,7 @@ from common.tasks import cells_of
 from server import tables
 from server.figures import Rounds
 from server.ledger import Ledger, Row
-from server.orders import RUNNING, out
+from server.orders import RUNNING, out, whole
 from server.presence import with_sources
 
 DOING = {
@@ -85,7 +85,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     of, now = tables.progress.c, datetime.now(UTC)
     asks = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
     going = row["status"] in RUNNING
-    excluded = out(ledger.audit(run))
+    excluded = out(ledger.audit(whole(row)))
     found: dict[str, Any] = {
         "going": going,
         "stage": "",

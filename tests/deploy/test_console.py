@@ -100,7 +100,7 @@ def start_console(processes: p.Started, operator: str, address: str) -> str:
 
     command = [*map(local, service["command"]), f"--port={port}"]
     assert command[0] == "consilium-server"
-    settings = {key: local(value) for key, value in service["environment"].items() if key != "PGPASSFILE"}
+    settings = {key: local(value) for key, value in service["environment"].items() if key != "PGPASSFILE" and "$" not in value}
     processes.start("dashboard", str(p.BIN / "python"), "-c", "from server.cli import main; main()", *command[1:], **settings)
     p.wait_for(f"https://localhost:{port}/health", made, processes, "dashboard")
     return f"https://localhost:{port}"
