@@ -51,6 +51,11 @@ def centres_of(row: Mapping[str, Any]) -> list[str]:
     return ["pooled"] if row["mode"] == "central" else list(row["config"]["federation"]["centres"])
 
 
+def cohorts_of(row: Mapping[str, Any]) -> list[str]:
+    """Those whose scans are scored and described: each by name, also where one site holds all of them (`pooled`)."""
+    return list(row["config"]["federation"]["centres"])
+
+
 def stages_of(row: Mapping[str, Any]) -> dict[str, int]:
     """{stage: its rounds}, in their order."""
     return {name: stage["rounds"] for name, stage in row["config"]["stages"].items() if stage["rounds"]}
