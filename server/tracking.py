@@ -1,5 +1,5 @@
-"""A run's curves for TensorBoard, from the ledger: of a run that goes on or one long ended, as often as one likes (`export`); or live, round by round,
-into the folder that `$CONSILIUM_TENSORBOARD` of the coordinator's process names.
+"""A run's curves for TensorBoard, from the ledger: of a run that goes on or one long ended, as often as one likes (`export`); or live, round by
+round, into the folder that `$CONSILIUM_TENSORBOARD` of the coordinator's process names.
 
 Every centre, and every view over the centres, is a TensorBoard run of its own, so that they lie in one chart: RUN/north, RUN/macro, RUN/worst ...
 What an earlier writing left there is drawn no more.

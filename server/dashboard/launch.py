@@ -52,8 +52,8 @@ class Launcher:
         self._go(run, [*what, "--runs", str(self.runs)])
 
     def fate(self, run: str, since: datetime | None = None) -> str:
-        """How a process of ours ended whose run never began, or was not taken up (the status is what it is `since` before): its last words; "" while it
-        goes on, or of one that is not ours."""
+        """How a process of ours ended whose run never began, or was not taken up (its status is what it is `since` before): its last words; "" while
+        it goes on, or of one that is not ours."""
         process, began = self.begun.get(run, (None, None))
         if process is None or process.poll() in (None, 0) or (since and began and began < since):
             return ""

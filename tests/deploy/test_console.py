@@ -26,7 +26,9 @@ pytestmark = [
     pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="no PostgreSQL here: apt install postgresql"),
 ]
 CENTRES = ["north", "south"]
-OVERRIDES = f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.epochs=1 stage.batch=4 preprocess.size=32"
+OVERRIDES = (
+    f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.epochs=1 stage.batch=4 preprocess.size=32"
+)
 
 
 class Console(NamedTuple):

@@ -54,7 +54,7 @@ def test_kubernetes_by_schema(file: str, manifest: dict[str, object]) -> None:
 
 
 def test_the_console_is_the_same_in_both() -> None:
-    """In Kubernetes it has the command of the Compose stack, the same folder of runs and ledger, and the way to SuperLink and ledger is open to it."""
+    """In Kubernetes it has the command of the Compose stack, the same folder of runs and ledger, and a way to SuperLink and ledger."""
     service = yaml.safe_load((DEPLOY / "compose.coordinator.yaml").read_text())["services"]["dashboard"]
     manifests = {(m["kind"], m["metadata"]["name"]): m["spec"] for name, m in MANIFESTS if name == "coordinator.yaml"}
     pod = manifests["Deployment", "dashboard"]["template"]

@@ -136,7 +136,7 @@ def test_what_is_ordered_on_a_part_is_ordered_of_all(phantom: Path, tmp_path: Pa
 
     status = lambda: {row["id"][2:]: row["status"] for row in ledger.runs()}  # noqa: E731
     transport = Ordered()
-    with pytest.raises(ConsiliumError, match="run 's-fold-1' is paused: by order of anna: .*; go on with `consilium-server resume s`"):
+    with pytest.raises(ConsiliumError, match=r"run 's-fold-1' is paused: by order of anna: .*; go on with `consilium-server resume s`"):
         carry_out(given, transport, tmp_path, ledger, "s")
     assert status() == {"fold-0": "finished", "fold-1": "paused"}
     with pytest.raises(ConsiliumError, match="run 's-fold-2' is stopped: by order of anna: seen enough"):

@@ -51,7 +51,9 @@ def test_each_round_is_there_when_the_next_begins(config: Config, tmp_path: Path
         tensorboard(ledger, "r", tmp_path / "curves")
 
 
-def test_a_place_that_cannot_be_written_ends_the_curves_and_not_the_run(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_ends_the_curves_and_not_the_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "curves").write_text("a file where a folder should be")
     monkeypatch.setenv("CONSILIUM_TENSORBOARD", str(tmp_path / "curves"))
     result = begin(config, InProcess(sites(2)), tmp_path, open_ledger(tmp_path), "r")
