@@ -121,11 +121,11 @@ def test_the_database_itself_refuses_change(address: str) -> None:
 
 def test_a_question_whose_connection_breaks_is_asked_again(postgresql: str) -> None:
     ledger = begin(postgresql)
-    other = sa.create_engine(postgresql.replace("postgresql:", "postgresql+psycopg:"))
+    other = sa.create_engine(postgresql.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
     cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()")
-    with ThreadPoolExecutor(1) as beside, other.begin() as database:
+    with ThreadPoolExecutor(1) as beside, other.connect() as database:
         answer = beside.submit(ledger.read, sa.select(runs.c.id, sa.func.pg_sleep(2)))
-        while not database.execute(cut).all():
+        while not database.execute(cut).all() and not answer.done():
             time.sleep(0.05)
         assert [row["id"] for row in answer.result()] == ["r1"]
     other.dispose()
