@@ -174,7 +174,7 @@ def renormed(encoder: nn.Module, backbone: Backbone) -> nn.Module:
     """The encoder with its batch norms as `backbone.norm` wants them; frozen ones are a fixed scale and shift of every channel."""
     if backbone.norm == "group":
         return group_norm(encoder, backbone.groups)
-    return freeze_batch_norm_2d(encoder) if backbone.norm == "frozen" else encoder  # type: ignore[no-untyped-call, no-any-return]
+    return freeze_batch_norm_2d(encoder) if backbone.norm == "frozen" else encoder  # type: ignore[no-untyped-call]
 
 
 def width_of(encoder: nn.Module) -> int:
