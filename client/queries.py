@@ -21,6 +21,7 @@ from client.quality import quality
 from client.severity import severity
 from client.store import Store
 from client.trainer import infer
+from common.compose import active
 from common.errors import Refused
 from common.messages import Sums
 from common.metrics import SEVERITY_EDGES, SHARE_EDGES, histogram, joint_histogram, overlap_sums, regression_sums
@@ -78,7 +79,7 @@ def scores(q: Question) -> Sums:
         return found
     for centre in sorted(set(whole.cohort)):
         scans = whole.take(np.flatnonzero([c == centre for c in whole.cohort]))
-        tasks = {t: q.config.tasks[t] for t in (q.stage.tasks or list(q.config.tasks))}
+        tasks = {t: q.config.tasks[t] for t in active(q.config, q.stage)}
         tasks = {t: task for t, task in tasks.items() if scans.labelled(t).any() or (task.burden and np.isfinite(scans.extra[t]).any())}
         kept: dict[str, list[Tensor]] = {}
         for start in range(0, len(scans), q.stage.batch) if tasks else []:
