@@ -24,8 +24,9 @@ from client.trainer import infer
 from common.compose import active
 from common.errors import Refused
 from common.messages import Sums
-from common.metrics import SEVERITY_EDGES, SHARE_EDGES, histogram, joint_histogram, overlap_sums, regression_sums
+from common.metrics import histogram, regression_sums
 from common.model import Model
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES, joint_histogram, overlap_sums
 from common.schema import Config, Stage, Task
 from common.tasks import cells_of, loss_sum, outputs_of
 

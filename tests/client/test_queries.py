@@ -16,8 +16,9 @@ from client.dataset import Scans
 from client.queries import QUERIES, Question, class_counts
 from common.errors import Refused
 from common.messages import Sums, add
-from common.metrics import SEVERITY_EDGES, SHARE_EDGES, binary_metrics, regression_sums
+from common.metrics import binary_metrics, regression_sums
 from common.model import Model, make_model
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES
 from common.schema import Backbone, Config, Contrast, Decoder, Evaluation, Federation, Stage, Task
 
 SPLITS = ("train", "val", "test")

@@ -15,19 +15,16 @@ from rich.console import Console
 
 from common.messages import Sums
 from common.metrics import (
-    SEVERITY_EDGES,
-    SHARE_EDGES,
     binary_metrics,
+    binary_reasons,
     challenge_score,
     histogram,
-    joint_histogram,
     multiclass_metrics,
     multiclass_reasons,
-    overlap_sums,
-    reasons,
     regression_sums,
     summary,
 )
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES, joint_histogram, overlap_sums
 from common.schema import Config, Evaluation, Task
 from server import scores as tables
 from server.report import POINTS, side_by_side, table, thinned, write_report
@@ -40,7 +37,7 @@ def scored(hists: dict[str, Any]) -> dict[str, Any]:
     """A binary task's part of a result."""
     per_centre = {centre: binary_metrics(hist) for centre, hist in hists.items()}
     views = summary(per_centre, binary_metrics(np.sum(list(hists.values()), axis=0)))
-    shown = {centre: {**values, "loss": 0.4, "reasons": reasons(hists[centre])} for centre, values in per_centre.items()}
+    shown = {centre: {**values, "loss": 0.4, "reasons": binary_reasons(hists[centre])} for centre, values in per_centre.items()}
     return {
         "centres": shown,
         **views,
