@@ -38,7 +38,8 @@ def cohort(
     shares: Annotated[tuple[float, float, float], typer.Option(help="of train, val and test, by patient")] = (0.7, 0.15, 0.15),
 ) -> None:
     """Build and check a cohort table from a folder of scans."""
-    from client.cohort import build_cohort, check, load_cohort, save_cohort
+    from client.cohort import build_cohort, load_cohort, save_cohort
+    from client.targets import check
     from common.compose import compose
 
     table, skipped = build_cohort(folder, centre, seed, shares)
