@@ -17,7 +17,7 @@ from client.lungs import body_box, lung_areas, paper_body, paper_box_of, shown
 from client.readers import Unread, Volume, read_scan
 from client.slices import keep, slices_of, square
 from common.schema import Preprocess
-from tests.client.test_readers import dataset, write
+from tests.client.dicom_files import dataset, write
 
 SELECTIONS: list[Selection] = ["kds", "zquantile", "even"]  # those that a look at some slices serves
 
