@@ -100,12 +100,7 @@ def cut(mask: NDArray[np.uint8], indices: NDArray[np.integer] | list[int], box: 
 
 
 def to_nifti(
-    path_out: Path,
-    probability: NDArray[np.floating],
-    indices: NDArray[np.integer] | list[int],
-    box: lungs.Box,
-    volume: Volume,
-    cut: float,
+    path_out: Path, probability: NDArray[np.floating], indices: NDArray[np.integer] | list[int], box: lungs.Box, volume: Volume, cut: float
 ) -> None:
     """Write the kept slices' maps [S, size, size] as a mask of the whole scan: uint8 NIfTI, 1 from probability `cut` on, lying over the scan.
 

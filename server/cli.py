@@ -132,8 +132,7 @@ def export_run(
     run_id: Annotated[str, typer.Argument(metavar="RUN")],
     to: Annotated[str, typer.Option(help="safetensors | onnx | csv | card | tensorboard")],
     out: Annotated[
-        str,
-        typer.Option(help="the file to write (card: .md or .html); a folder for tensorboard; empty: in the run's folder, or here"),
+        str, typer.Option(help="the file to write (card: .md or .html); a folder for tensorboard; empty: in the run's folder, or here")
     ] = "",
     runs: Runs = "",
     ledger: str = "",

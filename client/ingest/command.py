@@ -20,8 +20,7 @@ console = Console()
 
 def ingest(
     source: Annotated[
-        str,
-        typer.Argument(help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site"),
+        str, typer.Argument(help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site")
     ] = "",
     data: Annotated[Path | None, typer.Option(help="the cohort's folder, or its .csv; default: `data` of --site")] = None,
     site: Annotated[Path | None, typer.Option(help="site.yaml")] = None,

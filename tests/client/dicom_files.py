@@ -7,15 +7,9 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import (
-    UID,
-    CTImageStorage,
-    ExplicitVRLittleEndian,
-    generate_uid,
-)
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from client.readers import Volume
-from tests.client.dicom_files import SIZE, dataset, level, levels, said, stack, write
 
 SIZE = 24
 STUDY = generate_uid(entropy_srcs=["study"])

@@ -15,14 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.chest import chest
-from client.cohort import (
-    build_cohort,
-    label_columns,
-    load_cohort,
-    of_modality,
-    save_cohort,
-    split_of,
-)
+from client.cohort import build_cohort, label_columns, load_cohort, of_modality, save_cohort, split_of
 from client.phantom import HOSPITALS, write_series
 from common.errors import ConsiliumError
 

@@ -14,14 +14,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.pixels.encoders.base import get_encoder
 from pydicom.sequence import Sequence
-from pydicom.uid import (
-    UID,
-    DigitalXRayImageStorageForPresentation,
-    EnhancedCTImageStorage,
-    JPEG2000Lossless,
-    JPEGLSLossless,
-    RLELossless,
-)
+from pydicom.uid import UID, DigitalXRayImageStorageForPresentation, EnhancedCTImageStorage, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from client.readers import read_scan, scan_kind
 from client.readers.dicom import choose_series, find_series
