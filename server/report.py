@@ -55,7 +55,7 @@ POINTS, FEWEST = 10_000, 100
 
 
 def write_report(path: Path, result: Result) -> None:
-    """Writes the page to `path`, whole or not at all. `result`: see `tests/server/test_report.py` for one with every part."""
+    """Writes the page to `path`, whole or not at all. `result`: see `tests/server/results.py` for one with every part."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(PAGE).render(**_context(result), plotly=Markup(get_plotlyjs()))
     part = Path(path).with_name(f"{Path(path).name}.part")
