@@ -130,7 +130,7 @@ def check(config: Config) -> Config:
         refuse_unprotected(config)
     if config.privacy.secagg:
         refuse_unhidden(config, config.privacy.secagg)
-    if config.privacy.kind != "none":  # batch norms tell of the batch; the one architecture of all centres
+    if config.privacy.kind != "none" and config.backbone.norm == "batch":  # they tell of the batch; the one architecture of all centres
         config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, norm="group"))
     if config.federation.mode == "local" and config.federation.evaluation == "loco":
         raise ConsiliumError(

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, GroupNormAct  # type: ignore[attr-defined]
+from timm.layers import BatchNormAct2d, GroupNormAct, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from common.backbones import PAPERS
@@ -56,7 +56,7 @@ class Model(nn.Module):
         self.decoder: Decoder | None = None
         if needs_decoder(tasks):
             self.decoder = make_decoder(self.encoder, backbone.name, backbone.decoder)
-            if backbone.norm == "group":
+            if backbone.norm != "batch":  # nobody has its statistics to keep
                 group_norm(self.decoder, backbone.groups)
         self.pool = backbone.pool
         self.kinds = {name: task.kind for name, task in tasks.items()}
@@ -167,7 +167,14 @@ def make_encoder(backbone: Backbone) -> nn.Module:
     known(backbone)
     options: dict[str, Any] = {"drop_path_rate": backbone.drop_path} if backbone.drop_path else {}
     encoder: nn.Module = timm.create_model(backbone.name, pretrained=False, num_classes=0, in_chans=3, **options)
-    return group_norm(encoder, backbone.groups) if backbone.norm == "group" else encoder
+    return renormed(encoder, backbone)
+
+
+def renormed(encoder: nn.Module, backbone: Backbone) -> nn.Module:
+    """The encoder with its batch norms as `backbone.norm` wants them; frozen ones are a fixed scale and shift of every channel."""
+    if backbone.norm == "group":
+        return group_norm(encoder, backbone.groups)
+    return freeze_batch_norm_2d(encoder) if backbone.norm == "frozen" else encoder  # type: ignore[no-untyped-call]
 
 
 def width_of(encoder: nn.Module) -> int:
@@ -198,7 +205,7 @@ def refuse_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ConsiliumError(
-                f"privacy=patient: the backbone has a {type(module).__name__} that group norm cannot replace; choose another"
+                f"privacy=patient: the backbone has a {type(module).__name__} that backbone.norm can neither replace nor freeze; choose another"
             )
 
 

@@ -223,7 +223,9 @@ class Backbone:
     name: str = "test_resnet"
     weights: str = "random"  # random | timm (the coordinator fetches them) | a file of the coordinator's
     pool: Literal["mean", "max"] = "mean"  # over the slices of a scan
-    norm: Literal["batch", "group"] = "batch"  # group: every BatchNorm2d replaced by GroupNorm
+    norm: Literal["batch", "group", "frozen"] = (
+        "batch"  # of the encoder; group: BatchNorm2d becomes GroupNorm; frozen: as `weights` have it
+    )
     groups: int = 32  # of a GroupNorm, at most: their number divides the channels
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the three (equal) channels of a picture in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -231,6 +233,10 @@ class Backbone:
     decoder: Decoder = field(default_factory=Decoder)
 
     def __post_init__(self) -> None:
+        _require(
+            self.norm != "frozen" or self.weights != "random",
+            "backbone.norm is frozen, but backbone.weights random: there are no statistics to keep; give weights, or norm group",
+        )
         _require(min(self.std) > 0, f"backbone.std is {self.std}; each must be above 0")
         _require(1 <= self.groups <= 1024, f"backbone.groups is {self.groups}; it must be 1 to 1024")
 

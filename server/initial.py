@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConsiliumError
-from common.model import Model, group_norm, make_model, refuse_batch_norm
+from common.model import Model, make_model, refuse_batch_norm, renormed
 from common.schema import Config
 from common.seeds import derive
 
@@ -38,9 +38,7 @@ def initial_model(config: Config) -> Model:
                 f"timm's weights for '{config.backbone.name}' could not be fetched ({type(error).__name__}); the coordinator needs internet for "
                 "backbone.weights=timm: give a file (backbone.weights=/path/weights.safetensors) or backbone.weights=random"
             ) from error
-        if config.backbone.norm == "group":
-            encoder = group_norm(encoder, config.backbone.groups)
-        state = encoder.state_dict()
+        state = renormed(encoder, config.backbone).state_dict()
     else:
         state = read_weights(Path(source).expanduser())
     own = model.encoder.state_dict()

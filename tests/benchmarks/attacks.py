@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import shutil
@@ -25,18 +26,19 @@ from client.chest import chest
 from client.dataset import Scans, batches, in_order, joined
 from client.objective import Batch
 from client.phantom import HOSPITALS
-from client.private import Protection, drawn
+from client.private import Protection, drawn, rows_of
 from client.scans import read_scans
 from client.trainer import infer, train
 from common.accountant import noise_for
 from common.codec import decode, encode
 from common.compose import compose
 from common.errors import ConsiliumError
-from common.model import make_model
 from common.schema import Augment, Codec, Config, Optimiser, Stage, Task
 from common.weights import flatten, layout_of
+from server.initial import initial_model
 from server.runs import begin, open_ledger
 from tests.attacks import ATTACKS, Hostile, Tiny, damage, inverted, membership, psnr, ssim
+from tests.benchmarks import real_ct
 from tests.inprocess import sites
 
 SMALL = [
@@ -78,20 +80,26 @@ def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
     return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
 
 
-def pool(out: Path, scans: int = 96) -> tuple[Config, Scans]:
-    """All centres' phantom scans together."""
-    config = config_of(out)
-    held = [part for site in sites(4) for part in read_scans(site, config)[0].values()]
+def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, Scans]:
+    """Scans of all centres, one a patient."""
+    if data == "phantom":
+        config = config_of(out)
+    else:
+        weights = f"backbone.weights={real_ct.data_folder()}/weights/mobilenetv1_075_tfjs_imagenet.pth"
+        config = compose([*real_ct.BASE, "stage.tasks=[covid]", weights, f"federation.root={real_ct.prepared(real_ct.data_folder(), out)}"])
+    held = [part for site in sites(len(config.federation.centres)) for part in read_scans(site, config)[0].values()]
     whole = joined(held)
-    return config, whole.take(np.random.default_rng(1).permutation(len(whole))[:scans])
+    firsts = np.array([rows[0] for rows in rows_of(whole).values()])
+    return config, whole.take(np.random.default_rng(1).permutation(firsts)[:scans])
 
 
-def members(out: Path, seed: int, target: float, models: int = 12, epochs: int = 25) -> dict[str, Any]:
-    """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for group norm alone."""
-    config, scans = pool(out)
-    backbone = replace(config.backbone, norm="group" if target else "batch")
+def members(out: Path, data: str, seed: int, target: float, models: int = 12, epochs: int = 25) -> dict[str, Any]:
+    """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private
+    models alone. The real slices' models begin from ImageNet's weights."""
+    config, scans = pool(out, data)
+    backbone = replace(config.backbone, norm=("group" if data == "phantom" else "frozen") if target else "batch")
     tasks = {"covid": config.tasks["covid"]}
-    stage = Stage(batch=12, precision="bf16", optimiser=Optimiser(lr=2e-3))
+    stage = Stage(batch=12, precision="bf16" if data == "phantom" else "fp32", optimiser=Optimiser(lr=2e-3 if data == "phantom" else 3e-4))
     rng = np.random.default_rng(seed)
     # each scan in half of the models: the likelihood ratio wants both kinds of shadow
     inside = np.stack([rng.permutation(models) < models // 2 for _ in range(len(scans))], axis=1)
@@ -99,20 +107,11 @@ def members(out: Path, seed: int, target: float, models: int = 12, epochs: int =
     for k in range(models):
         own = scans.take(np.flatnonzero(inside[k]))
         steps, odds = epochs * -(-len(own) // stage.batch), stage.batch / len(own)
-        model = make_model(backbone, tasks, k)
+        model = initial_model(replace(config, backbone=backbone, tasks=tasks, seed=k))
         if target > 0:
             noise = noise_for(target, 1e-5, ((odds, steps),))
-            own.patients = [str(i) for i in range(len(own))]
-            train(
-                model,
-                drawn(own, tasks, odds, steps, k),
-                stage,
-                tasks,
-                {},
-                steps=steps,
-                seed=k,
-                protection=Protection(1.0, noise, stage.batch),
-            )
+            patients, hidden = drawn(own, tasks, odds, steps, k), Protection(1.0, noise, stage.batch)
+            train(model, patients, stage, tasks, {}, steps=steps, seed=k, protection=hidden)
         else:
             train(model, batches(own, tasks, stage, steps, k), stage, tasks, {}, steps=steps, seed=k)
         z = infer(model, in_order(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0].double().numpy()
@@ -122,7 +121,7 @@ def members(out: Path, seed: int, target: float, models: int = 12, epochs: int =
     return {"auc": auc, "tpr": found, "right inside": float(np.mean(right, 0)[0]), "right outside": float(np.mean(right, 0)[1])}
 
 
-MEMBERS = {"none": 0.0, "none, group norm": -1.0, "patient, epsilon 8": 8.0, "patient, epsilon 1": 1.0}
+MEMBERS = {"none": 0.0, "none, their norms": -1.0, "patient, epsilon 8": 8.0, "patient, epsilon 1": 1.0}
 
 
 def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 400) -> dict[str, Any]:
@@ -220,9 +219,9 @@ def main() -> None:
             text.append(f"| {d} | " + " | ".join(f"{cell(r, 'worst', 'spoilt')} / {cell(r, 'fooled', '–')}" for r in row) + " |")
     if "membership" in parts:
         text.append("\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|")
-        for d, target in MEMBERS.items():
-            some = [kept(out, f"membership {d} {s}", lambda t=target, s=s: members(out, s, t)) for s in seeds]  # type: ignore[misc]
-            text.append(f"| {d} | " + " | ".join(cell(some, k, "") for k in ("auc", "tpr", "right inside", "right outside")) + " |")
+        for data, (d, target) in itertools.product(("phantom", "ct_multisource"), MEMBERS.items()):
+            some = [kept(out, f"membership {data} {d} {s}", lambda a=data, t=target, s=s: members(out, a, s, t)) for s in seeds]  # type: ignore[misc]
+            text.append(f"| {data}, {d} | " + " | ".join(cell(some, k, "") for k in ("auc", "tpr", "right inside", "right outside")) + " |")
     (out / "table.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 

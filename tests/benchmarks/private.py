@@ -32,6 +32,7 @@ from common.metrics import binary_metrics, histogram
 from common.model import Model, make_model
 from common.schema import Backbone, Stage, Task
 from server.runs import begin, open_ledger
+from tests.benchmarks import real_ct
 from tests.inprocess import InProcess, sites
 
 MODELS = [
@@ -114,26 +115,37 @@ def figures() -> None:
         print(f"{centres:7} {target:8.0f} {8:7} {values:8} {noise:12.2f} {noise / centres * values**0.5:16.2f}")
 
 
-def auc(scale: float, rounds: int, seeds: int, only: str, more: list[str]) -> None:
-    settings = {"none": [], "none, group norm": ["backbone.norm=group"]}
-    settings |= {f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}"] for e in (8, 3, 1)}
+def federation_of(data: str, folder: Path, scale: float) -> list[str]:
+    """Overrides: made-up hospitals, or the three real sources (real_ct.py), either way from ImageNet weights."""
+    weights = [f"backbone.weights={real_ct.data_folder()}/weights/mobilenetv1_075_tfjs_imagenet.pth"]
+    if data == "phantom":
+        small = ["backbone=mobilenetv1_075", "preprocess.size=64", f"federation.phantom.scale={scale}", f"federation.root={folder}/data"]
+        return [*small, *weights, "evaluation.choose=last", "stage.pace=equal"]
+    return [*real_ct.BASE, *weights, f"federation.root={real_ct.prepared(real_ct.data_folder(), folder)}"]
+
+
+def auc(data: str, scale: float, seeds: int, only: str, more: list[str]) -> None:
+    """Test AUC by epsilon. `more` comes last, and so says how: the whole network, or a head on a frozen one."""
+    settings = {"none": ["backbone.norm=frozen"], "none, batch norm": []}
+    settings |= {f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}", "backbone.norm=frozen"] for e in (8, 3, 1)}
     with tempfile.TemporaryDirectory() as folder:
-        print(f"{'':18} {'macro':>6} {'worst':>6}  epsilon spent  seconds")
+        base, runs = federation_of(data, Path(folder), scale), Path(folder) / "runs"
+        print(f"{'':18} {'val.':>6} {'macro':>6} {'worst':>6}  epsilon spent  CPU seconds")
         for name, own in ((name, own) for name, own in settings.items() if only in name):
             for seed in range(1, seeds + 1):
-                few = [f"federation.root={folder}/data", f"federation.phantom.scale={scale}", f"stage.rounds={rounds}", f"seed={seed}"]
-                config = compose([*few, "stage.tasks=[covid]", "evaluation.choose=last", *own, *more])
-                runs = Path(folder) / "runs"
-                for book in Path(folder).glob("data/*/.consilium/budget/*"):
+                config = compose([*base, "stage.tasks=[covid]", *own, *more, f"seed={seed}"])
+                for book in Path(folder).glob("**/.consilium/budget/*"):
                     book.unlink()  # so that what is said is this run's
-                began = time.perf_counter()
-                result = begin(config, InProcess(sites()), runs, open_ledger(runs), f"{name.replace(' ', '-').replace(',', '')}-{seed}")
-                scores = result["test"]["covid"]
-                spent = [c["epsilon"] for c in result["stages"][-1]["rounds"][-1]["centres"].values() if c["epsilon"] is not None]
+                began = time.process_time()
+                federation = InProcess(sites(len(config.federation.centres)))
+                result = begin(config, federation, runs, open_ledger(runs), f"{name.replace(' ', '-').replace(',', '')}-{seed}")
+                scores, last = result["test"]["covid"], result["stages"][-1]["rounds"][-1]
+                spent = [c["epsilon"] for c in last["centres"].values() if c["epsilon"] is not None]
                 said = f"{min(spent):.2f} to {max(spent):.2f}" if spent else "–"
                 print(
-                    f"{name:18} {scores['macro']['auc']:6.3f} {scores['worst']['auc']['value']:6.3f}  {said:14} "
-                    f"{time.perf_counter() - began:6.0f}  seed {seed}",
+                    f"{name:18} {last['val']['covid']['macro']['auc']:6.3f} {scores['macro']['auc']:6.3f} {scores['worst']['auc']['value']:6.3f}  "
+                    f"{said:14} {time.process_time() - began:6.0f}  seed {seed}  "
+                    + "  ".join(f"{c} {one['auc']:.3f}" for c, one in scores["centres"].items()),
                     flush=True,
                 )
 
@@ -144,8 +156,8 @@ def main() -> None:
     parser.add_argument("--auc", action="store_true")
     parser.add_argument("--figures", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--scale", type=float, default=0.3)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--data", choices=["phantom", "ct_multisource"], default="phantom", help="of the federations")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the phantom")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="of the federations: those with this in their name, e.g. epsilon")
     given, more = parser.parse_known_args()  # more: overrides of the federations, e.g. stage.batch=32
@@ -156,7 +168,7 @@ def main() -> None:
     if given.steps or every:
         steps(given.repeats)
     if given.auc or every:
-        auc(given.scale, given.rounds, given.seeds, given.only, more)
+        auc(given.data, given.scale, given.seeds, given.only, more)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,16 @@ def write_federation(data: Path, out: Path) -> Path:
     return root
 
 
+def prepared(data: Path, out: Path, workers: int = 1) -> Path:
+    """The federation's root, every picture preprocessed."""
+    root = write_federation(data, out)
+    for centre in CENTRES:  # once, before the runs look
+        cohort = pd.read_csv(root / centre / "cohort.csv")
+        _, skipped = preprocess(cohort, root / centre, PREPROCESS, Store(root / centre / ".consilium" / "slices"), workers)
+        print(f"{centre}: {len(cohort)} scans, {len(skipped)} skipped", flush=True)
+    return root
+
+
 def name_of(setting: str, seed: int, overrides: list[str]) -> str:
     """A run's id; other overrides make it another run."""
     plain = "".join(c if c.isalnum() else "-" for c in setting)
@@ -230,11 +240,7 @@ def main() -> None:
     data, out = data_folder(), given.out.resolve()
     for folder in ("results", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    root = write_federation(data, out)
-    for centre in CENTRES:  # once, before the workers look
-        cohort = pd.read_csv(root / centre / "cohort.csv")
-        _, skipped = preprocess(cohort, root / centre, PREPROCESS, Store(root / centre / ".consilium" / "slices"), given.workers)
-        print(f"{centre}: {len(cohort)} scans, {len(skipped)} skipped", flush=True)
+    prepared(data, out, given.workers)
     jobs = [(setting, seed, str(data), str(out)) for seed in seeds for setting in settings]
     with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(run_one, jobs):

@@ -141,6 +141,10 @@ def test_privacy_gives_every_centre_the_same_group_norms() -> None:
     config = compose(["privacy=patient", "backbone=efficientnet_b7", "stage.precision=bf16"])
     assert config.backbone.norm == "group"
     assert (config.privacy.epsilon, config.privacy.noise) == (8.0, 0.0)
+    kept = compose(
+        ["privacy=patient", "backbone.norm=frozen", "backbone.weights=imagenet.pth", "backbone=efficientnet_b7", "stage.precision=bf16"]
+    )
+    assert kept.backbone.norm == "frozen"
     assert compose(["privacy=patient", "privacy.noise=1.1", "privacy.epsilon=0"]).privacy.noise == 1.1
 
 

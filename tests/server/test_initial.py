@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from common.compose import compose
 from common.errors import ConsiliumError
-from common.model import make_model
+from common.model import make_model, refuse_batch_norm
 from common.schema import Config, Task
 from server.initial import initial_model
 
@@ -35,6 +35,21 @@ def test_group_norm_takes_what_a_batch_norm_file_has(tmp_path: Path) -> None:
     torch.save(make_model(config().backbone, config().tasks, 99).encoder.state_dict(), tmp_path / "bn.pth")
     model = initial_model(config(weights=str(tmp_path / "bn.pth"), norm="group"))
     assert not any("running" in name for name in model.state_dict())
+
+
+def test_frozen_norms_are_the_files_and_no_batch_moves_them(tmp_path: Path) -> None:
+    donor = make_model(config().backbone, config().tasks, 99)
+    x = torch.rand(6, 2, 32, 32)
+    donor(x)  # in training mode: its statistics are no longer 0 and 1
+    torch.save(donor.encoder.state_dict(), tmp_path / "bn.pth")
+    model = initial_model(config(weights=str(tmp_path / "bn.pth"), norm="frozen")).train()
+    torch.testing.assert_close(model.read(x, {"features"}), donor.eval().read(x, {"features"}))
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    model(x)
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+    refuse_batch_norm(model)
+    with pytest.raises(ValueError, match="there are no statistics to keep"):
+        config(norm="frozen")
 
 
 def test_decoder_and_heads_stay_random_by_the_seed(tmp_path: Path) -> None:

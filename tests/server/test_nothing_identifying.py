@@ -18,6 +18,7 @@ from common.messages import Reply, Request, Sums, pack
 from server.runs import begin, open_ledger
 from tests.client.planted import plant
 from tests.inprocess import InProcess, phantom_config
+from tests.server.dashboard.test_console import PAGES, logged_in
 
 SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 
@@ -67,7 +68,8 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
 
     monkeypatch.setitem(answer.QUERIES, "scores", failing)
     config = phantom_config(tmp_path / "nowhere", "federation.quorum=0.5", "stage.rounds=1")
-    result = begin(config, InProcess(sites, hook), runs, open_ledger(runs), "r")
+    ledger = open_ledger(runs)
+    result = begin(config, InProcess(sites, hook), runs, ledger, "r")
     assert sum(c["skipped"] for c in result["centres"].values()) == 4  # the provoked failures did happen
     assert {"south"} <= {o["centre"] for o in result["left_out"] if "RuntimeError" in o["reason"]}
     database = sqlite3.connect(runs / "ledger.db")
@@ -80,6 +82,10 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
     assert {"report.html", "metrics.json", "model.safetensors", "config.yaml"} <= {p.name for p in files}
     assert any("checkpoint" in str(p) for p in files)
     egress = [(homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in config.federation.centres]
-    for text in [*sent, *rows, *(p.read_bytes().decode("latin-1") for p in files), *egress, caplog.text]:
+    client = logged_in(ledger, runs=runs)
+    console = [client.get(path) for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv")]
+    assert [page.status_code for page in console] == [200] * len(console)
+    assert "RuntimeError" in "".join(page.text for page in console)  # the failures are shown
+    for text in [*sent, *rows, *(p.read_bytes().decode("latin-1") for p in files), *egress, caplog.text, *(page.text for page in console)]:
         for secret in SECRETS:
             assert secret not in text
