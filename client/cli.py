@@ -52,8 +52,8 @@ def cohort(
         shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
     console.print(shown)
     for sentence in check(table, compose().tasks):
-        console.print(f"note: {sentence}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(table)} scans written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
+        say(f"note: {sentence}")
+    say(f"{len(table)} scans written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -82,7 +82,7 @@ def preprocess(
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
-    console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}")
 
 
 @app.command()
@@ -97,7 +97,7 @@ def montage(
     from common.compose import compose
 
     draw(scan, compose(settings or []).preprocess, out, window)
-    console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False, markup=False, soft_wrap=True)
+    say(f"{out} shows pixels of a patient: it must not leave the centre")
 
 
 @app.command()
@@ -123,7 +123,7 @@ def predict(
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)
-    console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
+    say(f"{len(table)} predictions written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -151,7 +151,7 @@ def phantom(
         folder = where / centre
         table, store = of_modality(load_cohort(folder, centre), config.preprocess.modality), Store(folder / ".consilium" / "slices")
         keys, skipped = bring_in(table, folder, config.preprocess, store, workers, masks=masks_wanted(config))
-        console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False, markup=False, soft_wrap=True)
+        say(f"{centre}: {sum(map(bool, keys))} scans ready")
         _list(skipped)
 
 
@@ -168,12 +168,11 @@ def show_egress(
     for entry in egress.read(state):
         count, last = count + 1, entry["hash"]
         what = f"{entry['kind']} {entry['query']}".strip()
-        shown.add_row(
-            entry["time"], entry["run"], entry["stage"], str(entry["round"] or ""), what, str(entry["bytes"]), entry["digest"][:12]
-        )
+        run_, round_, size = entry["run"], str(entry["round"] or ""), str(entry["bytes"])
+        shown.add_row(entry["time"], run_, entry["stage"], round_, what, size, entry["digest"][:12])
     if not verify:
         console.print(shown)
-    console.print(f"{count} messages left, the chain is whole; it ends with {last}", highlight=False, soft_wrap=True)
+    say(f"{count} messages left, the chain is whole; it ends with {last}")
 
 
 @app.command("policy")
@@ -183,8 +182,8 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     from common.fingerprint import fingerprint
 
     for rule, value in describe(load_policy(str(path))).items():
-        console.print(f"{rule}: {value}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"code installed here: {fingerprint()}", highlight=False)
+        say(f"{rule}: {value}")
+    say(f"code installed here: {fingerprint()}")
 
 
 @app.command()
@@ -232,10 +231,15 @@ def metrics(
         typer.echo(text.decode(), nl=False)
 
 
+def say(text: str) -> None:
+    """As it is, on one line: paths and names are no markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _list(skipped: list[Skipped]) -> None:
     """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
     for one in skipped:
-        console.print(f"skipped {one.path}: {one.reason}", highlight=False, markup=False, soft_wrap=True)
+        say(f"skipped {one.path}: {one.reason}")
 
 
 def main() -> None:

@@ -99,11 +99,8 @@ def load_cohort(path: Path, centre: str) -> pd.DataFrame:
         )
     names = [*FIRST, "series", "modality", "lungs"]
     try:
-        df = (
-            pd.read_parquet(path)
-            if path.suffix == ".parquet"
-            else pd.read_csv(path, dtype=dict.fromkeys(names, str), skipinitialspace=True)
-        )
+        csv = path.suffix != ".parquet"
+        df = pd.read_csv(path, dtype=dict.fromkeys(names, str), skipinitialspace=True) if csv else pd.read_parquet(path)
     except pd.errors.EmptyDataError:
         df = pd.DataFrame()
     except Exception as error:  # pandas and pyarrow fail in many ways, and their texts quote the file

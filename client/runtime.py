@@ -23,6 +23,7 @@ from client.dataset import Scans, batches
 from client.site import Site
 from client.trainer import train
 from common.compose import to_dict
+from common.files import write_whole
 from common.model import make_model
 from common.schema import Config, Precision, Stage, Task
 
@@ -62,7 +63,8 @@ def fastest(site: Site, config: Config, stage: Stage, tasks: Mapping[str, Task],
         known[key] = [*min(times, key=lambda c: times[c])]
         shown = (f"{c.precision}{' channels-last' * c.channels_last} {c.threads} threads {1000 * t:.0f} ms" for c, t in times.items())
         log.info("a training step: %s", ", ".join(shown))
-        _write(folder / "runtime.json", known)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "runtime.json", json.dumps(known, indent=1).encode())
     choice = Choice(*known[key])
     log.info("training in %s%s, %d threads", choice.precision, ", channels-last" * choice.channels_last, choice.threads)
     return choice
@@ -112,10 +114,3 @@ def _known(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}  # none yet, or damaged: measured again
-
-
-def _write(path: Path, known: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(known, indent=1))
-    os.replace(part, path)

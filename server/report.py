@@ -7,7 +7,6 @@ that paused has no test), and a metric that is undefined is shown as such, never
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from rich.table import Table
 from rich.text import Text
 
+from common.files import write_whole
 from common.metrics import leading
 from server.figures import (
     COLOURS,
@@ -58,9 +58,7 @@ def write_report(path: Path, result: Result) -> None:
     """Writes the page to `path`, whole or not at all. `result`: see `tests/server/results.py` for one with every part."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(PAGE).render(**_context(result), plotly=Markup(get_plotlyjs()))
-    part = Path(path).with_name(f"{Path(path).name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text.encode())
 
 
 def table(result: Result) -> Table:
