@@ -12,7 +12,7 @@ from rich.table import Table
 
 from client.ingest.command import ingest
 from common.chain import START
-from common.cli import run
+from common.cli import run, say
 from common.errors import ConsiliumError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def cohort(
         shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
     console.print(shown)
     for sentence in check(table, compose().tasks):
-        say(f"note: {sentence}")
-    say(f"{len(table)} scans written to {out}, {len(skipped)} skipped")
+        say(console, f"note: {sentence}")
+    say(console, f"{len(table)} scans written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -82,7 +82,7 @@ def preprocess(
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
-    say(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}")
+    say(console, f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}")
 
 
 @app.command()
@@ -97,7 +97,7 @@ def montage(
     from common.compose import compose
 
     draw(scan, compose(settings or []).preprocess, out, window)
-    say(f"{out} shows pixels of a patient: it must not leave the centre")
+    say(console, f"{out} shows pixels of a patient: it must not leave the centre")
 
 
 @app.command()
@@ -123,7 +123,7 @@ def predict(
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)
-    say(f"{len(table)} predictions written to {out}, {len(skipped)} skipped")
+    say(console, f"{len(table)} predictions written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -151,7 +151,7 @@ def phantom(
         folder = where / centre
         table, store = of_modality(load_cohort(folder, centre), config.preprocess.modality), Store(folder / ".consilium" / "slices")
         keys, skipped = bring_in(table, folder, config.preprocess, store, workers, masks=masks_wanted(config))
-        say(f"{centre}: {sum(map(bool, keys))} scans ready")
+        say(console, f"{centre}: {sum(map(bool, keys))} scans ready")
         _list(skipped)
 
 
@@ -172,7 +172,7 @@ def show_egress(
         shown.add_row(entry["time"], run_, entry["stage"], round_, what, size, entry["digest"][:12])
     if not verify:
         console.print(shown)
-    say(f"{count} messages left, the chain is whole; it ends with {last}")
+    say(console, f"{count} messages left, the chain is whole; it ends with {last}")
 
 
 @app.command("policy")
@@ -182,8 +182,8 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     from common.fingerprint import fingerprint
 
     for rule, value in describe(load_policy(str(path))).items():
-        say(f"{rule}: {value}")
-    say(f"code installed here: {fingerprint()}")
+        say(console, f"{rule}: {value}")
+    say(console, f"code installed here: {fingerprint()}")
 
 
 @app.command()
@@ -231,15 +231,10 @@ def metrics(
         typer.echo(text.decode(), nl=False)
 
 
-def say(text: str) -> None:
-    """As it is, on one line: paths and names are no markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _list(skipped: list[Skipped]) -> None:
     """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
     for one in skipped:
-        say(f"skipped {one.path}: {one.reason}")
+        say(console, f"skipped {one.path}: {one.reason}")
 
 
 def main() -> None:

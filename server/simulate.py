@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
+from common.cli import say
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.logs import said
@@ -84,7 +85,7 @@ def submit(
     (runs / f"{run}.log").replace(runs / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
     what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {runs / run / 'report.html'}"
-    console.print(what, highlight=False, soft_wrap=True)
+    say(console, what)
     return runs / run
 
 
@@ -145,7 +146,7 @@ def stream(run_id: str, home: Path, environment: dict[str, str], log: Path, seen
                 if sentence.startswith("error: "):
                     last = sentence.removeprefix("error: ")
                 else:
-                    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+                    say(console, sentence)
     return last, max(number, seen)
 
 
