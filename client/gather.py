@@ -20,8 +20,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from client.readers.dicom import choose_series
-from client.readers.headers import Series, is_dicom, scan_headers
+from client.readers.headers import Series, choose_series, is_dicom, scan_headers
 from client.readers.nifti import NIFTI
 from client.readers.pictures import PICTURES, natural
 from common.errors import ConsiliumError

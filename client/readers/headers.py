@@ -238,11 +238,6 @@ def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
     return [_series(*key, patient, kind, number, heads) for key, (patient, kind, number, heads) in found.items()], damaged, other
 
 
-def find_series(folder: Path) -> list[Series]:
-    """The CT series and radiographs in a folder and below it (or in one file), by headers alone, in the order they are met."""
-    return scan_headers(folder)[0]
-
-
 def _named(series: Series) -> str:
     number = "without a number" if series.number is None else f"number {series.number}"
     thick = f"{series.thickness:.3g} mm, " if np.isfinite(series.thickness) else ""

@@ -17,7 +17,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import UID, DigitalXRayImageStorageForPresentation, EnhancedCTImageStorage, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from client.readers import read_scan, scan_kind
-from client.readers.dicom import choose_series, find_series
+from client.readers.headers import choose_series, scan_headers
 from common.errors import ConsiliumError
 from tests.client.dicom_files import SIZE, cut, dataset, level, levels, said, stack, write
 
@@ -160,7 +160,7 @@ def test_of_several_series_the_thinnest_axial_one_that_covers_the_chest(tmp_path
     ]
     write(study / "coronal", crowns)
     write(study / "scout", [dataset(0, series="1.2.3.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])])
-    found = find_series(study)
+    found, _, _ = scan_headers(study)
     assert sorted(s.series for s in found) == ["1.2.3.1", "1.2.3.2", "1.2.3.3", "1.2.3.5"]
     assert {s.patient for s in found} == {"SECRET"}
     chosen, notes = choose_series(found)
