@@ -126,16 +126,16 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: str, default: Any = None) -> Any:
+def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: str) -> Any:
     """A tag of a multi-frame file: the frame's own, else the shared one, else the file's."""
     if isinstance(dataset, dict):  # of a plain file, which has one frame
-        return dataset.get(tag, default)
+        return dataset.get(tag)
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(groups) or []
         inner = items[index].get(sequence) if index < len(items) else None
         if inner and tag in inner[0]:
             return inner[0].get(tag)
-    return dataset.get(tag, default)
+    return dataset.get(tag)
 
 
 def _needed(dataset: Dataset | dict[str, Any], tag: str) -> Any:

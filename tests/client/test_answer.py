@@ -143,7 +143,8 @@ def test_a_label_that_is_no_class(copy: Path, caplog: pytest.LogCaptureFixture) 
 def test_a_loss_that_is_not_finite(hospital: Path) -> None:
     weights = start(config_of())
     weights.floats[:] = np.nan
-    reason(answer(site_of(hospital), train(config_of(), weights=weights)))
+    said = reason(answer(site_of(hospital), train(config_of(), weights=weights)))
+    assert said == "the loss became nan at step 0; lower stage.optimiser.lr or set stage.precision=fp32"
 
 
 # --- a coordinator that asks for the wrong thing --------------------------------------------------------------------------------------
