@@ -73,7 +73,7 @@ def counts(q: Question) -> Sums:
 def scores(q: Question) -> Sums:
     """How the model does on the split, by cohort and task: `cohort/task/what` with what = `hist` [2, bins] of a binary task, `confusion` [K, K] of
     a multiclass one, `regression` as in common/metrics.py, `overlap` (and `joint`, severity predicted and known) as in common/overlap.py, and `loss`
-    [2] = (sum, n) of every task. No scan's score leaves: only sums over the cohort. Nothing is computed for a task that no scan here has a label for."""
+    [2] = (sum, n) of every task. No scan's score leaves: only sums over the cohort. A task that no scan here has a label for is not computed."""
     whole = q.scans[q.split]
     found: Sums = {}
     if q.model is None:
