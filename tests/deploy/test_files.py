@@ -55,6 +55,20 @@ def test_kubernetes_by_schema(file: str, manifest: dict[str, object]) -> None:
             assert container["securityContext"] == confined, file
 
 
+def test_the_console_is_the_same_in_both() -> None:
+    """In Kubernetes it has the command of the Compose stack, the same folder of runs and ledger, and a way to SuperLink and ledger."""
+    service = yaml.safe_load((DEPLOY / "compose.coordinator.yaml").read_text())["services"]["dashboard"]
+    manifests = {(m["kind"], m["metadata"]["name"]): m["spec"] for name, m in MANIFESTS if name == "coordinator.yaml"}
+    pod = manifests["Deployment", "dashboard"]["template"]
+    [container] = pod["spec"]["containers"]
+    assert [word.replace("/etc/consilium/server.key", "/run/secrets/server.key") for word in container["command"]] == service["command"]
+    settings = {of["name"]: of["value"] for of in container["env"] if of["name"] != "PGPASSFILE"}
+    assert settings.items() <= service["environment"].items()
+    for part in ("superlink", "postgres"):
+        [rule] = manifests["NetworkPolicy", part]["ingress"]
+        assert {"podSelector": {"matchLabels": pod["metadata"]["labels"]}} in rule["from"]
+
+
 def test_images_fix_what_flower_would_do_by_itself() -> None:
     for name in ("client", "server"):
         text = (DEPLOY / f"{name}.Dockerfile").read_text()
