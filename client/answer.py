@@ -9,7 +9,6 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,31 +16,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import budget, egress, noisy, personal, private, received, secagg, soft_labels, wire
-from client.cohort import label_columns, load_cohort
-from client.dataset import Scans, batches, steps_in_round
-from client.objective import Batch
+from client import budget, egress, noisy, personal, received, secagg, soft_labels, wire
+from client.cohort import label_columns
 from client.policy import Policy, describe, load_policy, permit, release
-from client.queries import QUERIES, Question, class_counts
-from client.runtime import fastest
+from client.queries import QUERIES, Question
+from client.round import account_of, masses, personal_folder, prepared_model, train_round
+from client.runtime import threads
 from client.scans import cohort_of, forget, read_scans
 from client.site import Site, holdings, home, name_of, safe, state_folder
 from client.store import Store
-from client.trainer import train
-from common.accountant import Charge, epsilon, noise_for
-from common.codec import codec_of
-from common.compose import active, config_from, refuse_unprotected
+from common.compose import config_from
 from common.errors import ConsiliumError, Declined, Refused
 from common.fingerprint import fingerprint
-from common.imbalance import logit_adjustment, mass
 from common.logs import about
-from common.messages import Answer, Contribution, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
-from common.model import Model, make_model, refuse_batch_norm
-from common.schema import Config, Stage
+from common.messages import Answer, Hello, Lacking, Presence, Query, Refusal, Reply, Request, Train
+from common.schema import Config
 from common.secagg import ALL, hides_all, masked
-from common.seeds import derive
-from common.tasks import cells_of, columns_of
-from common.weights import Weights, flatten, layout_of, load
+from common.tasks import columns_of
 
 log = logging.getLogger("consilium.centre")
 
@@ -97,9 +88,9 @@ def _answer(site: Site, request: Request) -> Reply:
             return secagg.masked_answer(folder, config, request, said) if masked(config, request) else said
         if not masked(config, request):
             return release(policy, train_round(site, config, request, policy))
-        return secagg.kept(folder, request) or secagg.masked_change(
-            folder, config, request, train_round(site, config, request, policy), masses(site, config)
-        )
+        if again := secagg.kept(folder, request):
+            return again
+        return secagg.masked_change(folder, config, request, train_round(site, config, request, policy), masses(site, config))
     except received.Missing:
         return Lacking(centre)
     except Refused as refused:
@@ -184,7 +175,7 @@ def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
         features,
         stores,
     )
-    with Threads(site.threads):
+    with threads(site.threads):
         sums = QUERIES[request.name](question)
         if request.name == "counts" and masked(config, request):
             sums |= {f"{ALL}/mass/{t}": np.array([value]) for t, value in masses(site, config).items()}
@@ -197,144 +188,8 @@ def query(site: Site, config: Config, request: Query, policy: Policy) -> Answer:
     return Answer(name_of(site, config), sums, time.perf_counter() - began)
 
 
-def train_round(site: Site, config: Config, request: Train, policy: Policy) -> Contribution:
-    """One round of local training from the received weights. With `privacy=patient` it is charged to the cohort's budget before it leaves."""
-    began = time.perf_counter()
-    centre, stage = name_of(site, config), config.stages[request.stage]
-    tasks = {t: config.tasks[t] for t in (stage.tasks or list(config.tasks))}
-    held = read_scans(site, config)[0]["train"]
-    scans = held.with_label(list(tasks)) if len(held) else held
-    if not len(scans):
-        if hides_all(config):  # the coordinator cannot know, and shall not wait for it
-            raise Declined(f"no training scan is labelled for {', '.join(tasks)}")
-        raise Refused(f"{len(held)} training scans, none labelled for {', '.join(tasks)}; check the cohort's split and label columns")
-    account = account_of(site, config, policy) if config.privacy.kind == "patient" else None
-    if account and (again := budget.kept(account, request)):
-        return again
-    adjustments = {}
-    for name, task in tasks.items():
-        if task.prior != "none":
-            counts = (
-                request.global_counts[name] if task.prior == "global" else class_counts(scans.targets[name], len(cells_of(name, task)))[:-1]
-            )
-            adjustments[name] = torch.tensor(logit_adjustment(counts, task.tau, task.adjust), dtype=torch.float32)
-
-    threads = site.threads
-    if stage.runtime == "auto":
-        choice = fastest(site, config, stage, tasks, scans, home(site, config))
-        stage, threads = replace(stage, precision=choice.precision, channels_last=choice.channels_last), choice.threads
-    model = prepared_model(site, config, stage, request.weights, request.run, request.personal)
-    seed = derive(config.seed, request.stage, request.round, centre)
-    protection = None
-    if account:
-        price, protection = terms(config, held, request, model)
-        budget.afford(account, price)
-        _, odds, steps = price
-        some: Iterable[Batch | private.Patients] = private.drawn(scans, tasks, odds, steps, seed)
-    else:
-        steps = steps_in_round(scans, stage, request.average)
-        some = batches(scans, tasks, stage, steps, seed)
-    with Threads(threads):
-        report = train(
-            model,
-            some,
-            stage,
-            tasks,
-            adjustments,
-            protection=protection,
-            progress=((request.round - 1) / stage.rounds, request.round / stage.rounds),
-            steps=steps,
-            rate=request.rate,
-            seed=seed,
-            device=site.torch_device(),
-        )
-    layout = layout_of(model)
-    after = flatten(model, layout)
-    delta = after.floats - request.weights.floats
-    if stage.personal:
-        folder = personal_folder(site, config)
-        personal.save(folder, request.run, request.stage, request.round, after, personal.mask_of(layout, stage.personal))
-        personal.forget(folder, request.run, stage, request.stage, [*request.keep, request.round])
-        if "all" in stage.personal:
-            delta = np.empty(0, np.float32)
-    arrays: dict[str, np.ndarray] = {}
-    if len(delta) and (codec := codec_of(config)) != "fp32" and not masked(config, request):
-        arrays, delta = wire.coded(home(site, config), request, delta, layout, codec), np.empty(0, np.float32)
-    contribution = Contribution(
-        centre,
-        delta,
-        after.integers,
-        round(protection.expected * steps) if protection else report.scans,  # how many were drawn is nobody's business
-        report.steps,
-        {t: list(v) for t, v in report.losses.items()},
-        time.perf_counter() - began,
-        arrays,
-    )
-    if account:
-        contribution.epsilon = epsilon(budget.charge(account, price, request), config.privacy.delta)
-        budget.keep(account, request, contribution)
-    return contribution
-
-
-def masses(site: Site, config: Config) -> dict[str, float]:
-    """{task: what this site's training scans weigh, before it is divided by all centres' sum}."""
-    scans = read_scans(site, config)[0]["train"]
-    cells = {t: class_counts(scans.targets[t], len(cells_of(t, task)), site.smallest_cell)[:-1] for t, task in config.tasks.items()}
-    return {t: mass(n, config.aggregation) for t, n in cells.items()}
-
-
-def account_of(site: Site, config: Config, policy: Policy) -> budget.Account:
-    """The privacy budget of this site's patients: all in its tables, whichever of them a run takes."""
-    tables = [load_cohort(path, centre) for centre, path in holdings(site, config).items()]
-    marks = budget.marks_of(str(patient) for table in tables for patient in table["patient"])
-    return budget.Account(home(site, config) / "budget", marks, policy.epsilon, policy.delta)
-
-
-def terms(config: Config, held: Scans, request: Train, model: Model) -> tuple[Charge, private.Protection]:
-    """What a round of the stage costs, and what protects it: the noise is the run's, planned over all rounds of all its stages. Raises Refused
-    for a configuration that protects nobody."""
-    paces = {n: private.pace(held.with_label(active(config, s)), s, request.average) for n, s in config.stages.items()}
-    plan = tuple((odds, steps * config.stages[n].rounds) for n, (patients, odds, steps) in paces.items() if patients)
-    answers = ((config.privacy.queries, 1.0, noisy.asked(config)),) if config.privacy.queries else ()
-    try:
-        refuse_unprotected(config)
-        refuse_batch_norm(model)
-        noise = config.privacy.noise or noise_for(config.privacy.epsilon, config.privacy.delta, plan, answers)
-    except ConsiliumError as error:
-        raise Refused(str(error)) from error
-    patients, odds, steps = paces[request.stage]
-    return (noise, odds, steps), private.Protection(config.privacy.clip, noise, odds * patients)
-
-
-def prepared_model(site: Site, config: Config, stage: Stage, weights: Weights, run: str, own: list[tuple[str, int]]) -> Model:
-    """The model with the received weights and this centre's personal ones laid over."""
-    model = make_model(config.backbone, config.tasks, 0, stage.channels_last, stage.checkpointing)
-    load(model, layout_of(model), personal.lay_over(personal_folder(site, config), run, [(s, int(r)) for s, r in own], weights))
-    return model
-
-
-def personal_folder(site: Site, config: Config) -> Path:
-    """Where this site's personal weights lie; the pooled site's with the first centre."""
-    return home(site, config) / ("pooled" if config.federation.mode == "central" else "personal")
-
-
 def limit_gpu(gibibytes: float, site: Site) -> None:
     """Let training take no more of the GPU's memory than the policy says."""
     if gibibytes and (device := site.torch_device()).type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gibibytes * 2**30 / whole), device)
-
-
-class Threads:
-    """PyTorch's thread count, 0 for its own choice; the same number gives the same bits."""
-
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        if self.wanted:
-            torch.set_num_threads(self.wanted)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)

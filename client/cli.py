@@ -12,7 +12,7 @@ from rich.table import Table
 
 from client.ingest.command import ingest
 from common.chain import START
-from common.cli import run
+from common.cli import run, say
 from common.errors import ConsiliumError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def cohort(
     shares: Annotated[tuple[float, float, float], typer.Option(help="of train, val and test, by patient")] = (0.7, 0.15, 0.15),
 ) -> None:
     """Build and check a cohort table from a folder of scans."""
-    from client.cohort import build_cohort, check, load_cohort, save_cohort
+    from client.cohort import build_cohort, load_cohort, save_cohort
+    from client.targets import check
     from common.compose import compose
 
     table, skipped = build_cohort(folder, centre, seed, shares)
@@ -51,8 +52,8 @@ def cohort(
         shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
     console.print(shown)
     for sentence in check(table, compose().tasks):
-        console.print(f"note: {sentence}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(table)} scans written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"note: {sentence}")
+    say(console, f"{len(table)} scans written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def preprocess(
     _list(skipped)
     if not any(keys):
         raise ConsiliumError(f"none of the {len(keys)} scans could be made ready; the reasons are listed above")
-    console.print(f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}")
 
 
 @app.command()
@@ -96,7 +97,7 @@ def montage(
     from common.compose import compose
 
     draw(scan, compose(settings or []).preprocess, out, window)
-    console.print(f"{out} shows pixels of a patient: it must not leave the centre", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{out} shows pixels of a patient: it must not leave the centre")
 
 
 @app.command()
@@ -122,7 +123,7 @@ def predict(
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _list(skipped)
-    console.print(f"{len(table)} predictions written to {out}, {len(skipped)} skipped", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{len(table)} predictions written to {out}, {len(skipped)} skipped")
 
 
 @app.command()
@@ -150,7 +151,7 @@ def phantom(
         folder = where / centre
         table, store = of_modality(load_cohort(folder, centre), config.preprocess.modality), Store(folder / ".consilium" / "slices")
         keys, skipped = bring_in(table, folder, config.preprocess, store, workers, masks=masks_wanted(config))
-        console.print(f"{centre}: {sum(map(bool, keys))} scans ready", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{centre}: {sum(map(bool, keys))} scans ready")
         _list(skipped)
 
 
@@ -167,12 +168,11 @@ def show_egress(
     for entry in egress.read(state):
         count, last = count + 1, entry["hash"]
         what = f"{entry['kind']} {entry['query']}".strip()
-        shown.add_row(
-            entry["time"], entry["run"], entry["stage"], str(entry["round"] or ""), what, str(entry["bytes"]), entry["digest"][:12]
-        )
+        run_, round_, size = entry["run"], str(entry["round"] or ""), str(entry["bytes"])
+        shown.add_row(entry["time"], run_, entry["stage"], round_, what, size, entry["digest"][:12])
     if not verify:
         console.print(shown)
-    console.print(f"{count} messages left, the chain is whole; it ends with {last}", highlight=False, soft_wrap=True)
+    say(console, f"{count} messages left, the chain is whole; it ends with {last}")
 
 
 @app.command("policy")
@@ -182,8 +182,8 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     from common.fingerprint import fingerprint
 
     for rule, value in describe(load_policy(str(path))).items():
-        console.print(f"{rule}: {value}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"code installed here: {fingerprint()}", highlight=False)
+        say(console, f"{rule}: {value}")
+    say(console, f"code installed here: {fingerprint()}")
 
 
 @app.command()
@@ -234,7 +234,7 @@ def metrics(
 def _list(skipped: list[Skipped]) -> None:
     """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
     for one in skipped:
-        console.print(f"skipped {one.path}: {one.reason}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"skipped {one.path}: {one.reason}")
 
 
 def main() -> None:

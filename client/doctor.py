@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -22,7 +21,7 @@ from common.errors import ConsiliumError
 from common.findings import Finding, Level
 from common.fingerprint import fingerprint
 from common.keys import public_part, short
-from common.reach import certificate_until, clock, expires
+from common.reach import certificate_until, clock, expires, trusting
 
 FREE = 20e9  # bytes of disk: slices of some ten thousand scans
 
@@ -61,16 +60,13 @@ def _coordinator(address: str, authority: Path) -> Iterator[Finding]:
         return
     proxy = f" through the proxy {os.environ['HTTPS_PROXY']}" if os.environ.get("HTTPS_PROXY") else ""
     try:
-        with (
-            httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15) as client,
-            client.stream("GET", f"https://{address}/health") as answer,
-        ):
+        with trusting(authority) as client, client.stream("GET", f"https://{address}/health") as answer:
             until, date, status = certificate_until(answer), answer.headers.get("date", ""), answer.status_code
     except (httpx.HTTPError, OSError) as error:
-        remedy = "the certificate is not from ca.crt, or not for this name: ask the coordinator" if "certificate" in str(error) else ""
-        yield Finding(
-            "fault", f"coordinator: {address} cannot be reached{proxy} ({error})", remedy or "firewall, proxy (HTTPS_PROXY), name, port?"
-        )
+        remedy = "firewall, proxy (HTTPS_PROXY), name, port?"
+        if "certificate" in str(error):
+            remedy = "the certificate is not from ca.crt, or not for this name: ask the coordinator"
+        yield Finding("fault", f"coordinator: {address} cannot be reached{proxy} ({error})", remedy)
         return
     yield Finding("ok" if status == 200 else "warning", f"coordinator: {address} answers{proxy} ({status})")
     yield expires("coordinator's certificate", until, 30, "ask the coordinator for a new one")
@@ -86,10 +82,8 @@ def _device(site: Site) -> Iterator[Finding]:
         return
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        yield Finding(
-            "ok" if free > 4e9 else "warning",
-            f"device: {torch.cuda.get_device_name(device)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
-        )
+        room = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        yield Finding("ok" if free > 4e9 else "warning", f"device: {torch.cuda.get_device_name(device)}, {room}")
     else:
         yield Finding("ok", f"device: CPU, {len(os.sched_getaffinity(0))} cores")
 
@@ -104,9 +98,8 @@ def _policy(site: Site) -> Iterator[Finding]:
     if not rules:
         yield Finding("warning", "policy: it allows everything", "set `policy` in site.yaml, and in that file what may leave")
     elif policy.fingerprints and fingerprint() not in policy.fingerprints:
-        yield Finding(
-            "fault", f"policy: it does not allow the code installed here, {fingerprint()}", "approve it, or install what is approved"
-        )
+        unknown = f"policy: it does not allow the code installed here, {fingerprint()}"
+        yield Finding("fault", unknown, "approve it, or install what is approved")
     else:
         yield Finding("ok", f"policy: {rules}")
 
@@ -127,11 +120,8 @@ def _data(site: Site) -> Iterator[Finding]:
     yield Finding("ok", f"data: {len(table)} scans of {table['patient'].nunique()} patients ({splits})")
     if gone:
         level: Level = "fault" if len(gone) == len(table) else "warning"
-        yield Finding(
-            level,
-            f"data: {len(gone)} of them cannot be read, the first at {base / str(gone[0])}",
-            "is the folder mounted, and this user's to read?",
-        )
+        first = f"data: {len(gone)} of them cannot be read, the first at {base / str(gone[0])}"
+        yield Finding(level, first, "is the folder mounted, and this user's to read?")
 
 
 def _state(site: Site) -> Iterator[Finding]:
@@ -146,11 +136,8 @@ def _state(site: Site) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(folder).free
     level: Level = "ok" if free > FREE else "warning" if free > FREE / 20 else "fault"
-    yield Finding(
-        level,
-        f"state: {folder}, {free / 1e9:.0f} GB free",
-        "" if level == "ok" else "make room: a full disk ends this centre's part in a run",
-    )
+    remedy = "" if level == "ok" else "make room: a full disk ends this centre's part in a run"
+    yield Finding(level, f"state: {folder}, {free / 1e9:.0f} GB free", remedy)
     if not (folder / egress.NAME).exists():
         yield Finding("ok", "egress log: none yet; if anything ever left from here, it was removed")
         return

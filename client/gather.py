@@ -20,8 +20,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from client.readers.dicom import choose_series
-from client.readers.headers import Series, is_dicom, scan_headers
+from client.readers.headers import Series, choose_series, is_dicom, scan_headers
 from client.readers.nifti import NIFTI
 from client.readers.pictures import PICTURES, natural
 from common.errors import ConsiliumError
@@ -29,16 +28,7 @@ from common.errors import ConsiliumError
 PAPERS = (".csv", ".tsv", ".txt", ".json", ".md", ".xml", ".pdf", ".xlsx", ".parquet", ".html", ".zip", ".png.md5")  # no scans, and no news
 MASK = re.compile(r"(^|[^a-z])(mask|masks|seg|segmentation|label|lesion|gt)([^a-z]|$)")
 COLUMNS = {"file": "path", "image": "path", "filename": "path", "patient_id": "patient", "data_centre": "source"}
-WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +61,9 @@ def gather(folder: Path) -> tuple[pd.DataFrame, list[Skipped]]:
     if not folder.exists():
         raise ConsiliumError(f"{folder} is not there; check the path")
     folder = folder.resolve()
-    listed = (
-        folder if folder.is_file() else next((folder / n for n in ("manifest.csv", "manifest.parquet") if (folder / n).is_file()), None)
-    )
-    if listed:
-        return _manifest(listed)
+    for listed in (folder, folder / "manifest.csv", folder / "manifest.parquet"):
+        if listed.is_file():
+            return _manifest(listed)
     rows, skipped = _walk(folder)
     rows.sort(key=lambda row: natural(str(row["scan"])))
     for row in rows:

@@ -2,8 +2,8 @@
 
 HU volumes are cut at -500 HU, pictures by Otsu's threshold over the whole scan (SSFL++, arXiv 2404.01643: enclosed air =
 fill_holes(mask) - mask). What lies outside the body's outline (the table's inside, a sleeve) and what is small beside the lungs (bowel gas)
-does not count. `paper_areas` and `paper_box` are the first paper's own rule (arXiv 2604.03320), which measures the body instead.
-A radiograph's lungs are darker than what is around them, but enclosed by no threshold: `radiograph_lungs` looks for their shape.
+does not count. `paper_body` is the first paper's own rule (arXiv 2604.03320), which measures the body instead.
+A radiograph's lungs are darker than what is around them, but enclosed by no threshold: client/radiograph_lungs.py looks for their shape.
 """
 
 from __future__ import annotations
@@ -23,15 +23,6 @@ AIR_HU = -500.0
 REDUCED = 160  # pixels that the longer side is reduced to at least; 2 to 3 mm a pixel, thinner than a chest wall
 SMALL = 0.1  # of the largest air space: smaller ones are gas in the gut, or the oesophagus
 FEW = 0.04  # share of a picture: with less lung than this, look again for a reason (a chest's share is 0.08 and more)
-PAPER_WINDOW = (-1000.0, 300.0)  # HU
-
-# Two lungs as an upright radiograph shows them, drawn by hand: x, y in shares of their common box. The heart is at the image's right.
-_X_RIGHT, _Y_RIGHT = "36 25 13 5 1 0 8 22 36 39 41 43", "0 3 17 42 72 100 91 83 82 60 30 6"
-_X_LEFT, _Y_LEFT = "64 75 87 95 99 100 94 86 79 69 61 57", "0 3 17 42 72 100 94 88 82 64 42 6"
-RIGHT_LUNG = np.array([_X_RIGHT.split(), _Y_RIGHT.split()], np.float64).T / 100
-LEFT_LUNG = np.array([_X_LEFT.split(), _Y_LEFT.split()], np.float64).T / 100
-FIT = 128  # a radiograph's sides while its lungs are looked for, pixels
-PLAUSIBLE = 0.2  # correlation of outline and darkness, less the penalties
 
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1 in pixels; the ends are exclusive
 Mask = NDArray[np.bool_]
@@ -131,11 +122,6 @@ def _counts(lungs: Mask) -> NDArray[np.float64]:
     return np.array([np.count_nonzero(slice_) for slice_ in lungs], np.float64)
 
 
-def lung_areas(volume: Volume) -> NDArray[np.float64]:
-    """[Z] mm2 of air inside the body per slice (pixels where the spacing is unknown); zeros where there are no lungs."""
-    return areas_of(look(volume.voxels), volume.spacing)
-
-
 def lung_mask(voxels: NDArray[Any]) -> Mask:
     """The lungs of a scan [Z, H, W] or a slice [H, W] at full size, with their vessels: what a montage outlines."""
     chest = look(voxels if voxels.ndim == 3 else voxels[None])
@@ -205,86 +191,6 @@ def right_and_left(lungs: NDArray[Any]) -> NDArray[np.uint8]:
     return np.where(lungs != 0, np.where(x <= cut, 1, 2), 0).astype(np.uint8)
 
 
-def radiograph_lungs(image: NDArray[np.uint8]) -> Mask:
-    """The lungs of a frontal radiograph [H, W], bone bright; nothing where no pair of lungs stands out.
-
-    An outline of two lungs is laid where what is inside is darkest against what is around it (over place, width and height), then gives way to
-    the picture: near its edge a pixel is lung if it is darker than its surroundings. Measured by tests/client/test_lungs.py.
-    """
-    if min(image.shape) < 16 or np.ptp(image) == 0:
-        return np.zeros(image.shape, bool)
-    dark = _darkness(cv2.resize(image, (FIT, FIT), interpolation=cv2.INTER_AREA).astype(np.float32))
-    likeness, box = _lay_outline(dark)
-    lungs = np.zeros((FIT, FIT), np.uint8)
-    if likeness >= PLAUSIBLE:
-        for outline in (RIGHT_LUNG, LEFT_LUNG):
-            lungs |= _give_way(_filled(outline, box, FIT, FIT), dark)
-    return np.asarray(cv2.resize(lungs.astype(np.float32), image.shape[::-1], interpolation=cv2.INTER_LINEAR) > 0.5)
-
-
-def _darkness(grey: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How much darker than its surroundings each pixel is, in their standard deviations, -2 to 2."""
-
-    def smooth(x: NDArray[Any], sigma: float) -> NDArray[np.float32]:
-        return np.asarray(cv2.GaussianBlur(x, (0, 0), sigma, borderType=cv2.BORDER_REFLECT), np.float32)
-
-    grey = smooth(grey, FIT / 85)
-    around = smooth(grey, FIT / 5.3)
-    return np.asarray(((around - grey) / (np.sqrt(smooth((grey - around) ** 2, FIT / 5.3)) + 3)).clip(-2, 2), np.float32)
-
-
-def _lay_outline(dark: NDArray[np.float32]) -> tuple[float, Box]:
-    """The best correlation of the two lungs' outline with `dark`, less what speaks against its place and size, and its box."""
-    edge, pad = FIT // 5, FIT // 21
-    framed = cv2.copyMakeBorder(dark, edge, edge, edge, edge, cv2.BORDER_CONSTANT, value=-0.7)  # around the picture is no lung
-    best, where = -np.inf, (0, FIT, 0, FIT)
-    for wide in np.arange(0.7, 1.0, 0.06):
-        for high in np.arange(0.55, 1.0, 0.075):
-            w, h = int(wide * FIT), int(high * FIT)
-            shape = sum(_filled(o, (pad, pad + h, pad, pad + w), h + 2 * pad, w + 2 * pad) for o in (RIGHT_LUNG, LEFT_LUNG))
-            like = cv2.matchTemplate(framed, np.asarray(shape, np.float32), cv2.TM_CCOEFF_NORMED)
-            y, x = np.arange(like.shape[0]) + pad - edge, np.arange(like.shape[1]) + pad - edge
-            odd_y, odd_x = (((y + h / 2) / FIT - 0.48) / 0.12) ** 2, (((x + w / 2) / FIT - 0.5) / 0.1) ** 2
-            odd_size = ((wide - 0.84) / 0.1) ** 2 + ((high - 0.8) / 0.12) ** 2
-            like = like - 0.045 * (odd_y[:, None] + odd_x[None, :] + odd_size)
-            i, j = np.unravel_index(int(like.argmax()), like.shape)
-            if like[i, j] > best:
-                best, where = float(like[i, j]), (int(y[i]), int(y[i]) + h, int(x[j]), int(x[j]) + w)
-    return best, where
-
-
-def _filled(outline: NDArray[np.float64], box: Box, h: int, w: int) -> NDArray[np.uint8]:
-    """An outline (x, y in shares of the box) as a mask [h, w] of 0 and 1; what lies outside is cut off."""
-    y0, y1, x0, x1 = box
-    points = np.rint(outline * [x1 - x0 - 1, y1 - y0 - 1] + [x0, y0]).astype(np.int32)
-    return np.asarray(cv2.fillPoly(np.zeros((h, w), np.uint8), [points], 1), np.uint8)
-
-
-def _give_way(laid: NDArray[np.uint8], dark: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """One lung [FIT, FIT] of 0 and 1, where its laid outline and the darkness together speak for it: one piece, without bays or holes."""
-    inside = cv2.distanceTransform(laid, cv2.DIST_L2, 5) - cv2.distanceTransform(1 - laid, cv2.DIST_L2, 5)  # pixels from the edge
-    likely = ((inside / 4).clip(-3, 3) + dark + 0.65 > 0).astype(np.uint8)
-    opened = cv2.morphologyEx(likely, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
-    number, pieces, facts, _ = cv2.connectedComponentsWithStats(opened)
-    if number < 2:
-        return laid
-    piece = (pieces == 1 + facts[1:, cv2.CC_STAT_AREA].argmax()).astype(np.uint8)
-    framed = cv2.copyMakeBorder(piece, 8, 8, 8, 8, cv2.BORDER_CONSTANT)
-    closed = cv2.morphologyEx(framed, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13)))
-    contours, _ = cv2.findContours(closed[8:-8, 8:-8], cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return np.asarray(cv2.drawContours(np.zeros_like(piece), contours, -1, 1, cv2.FILLED), np.uint8)
-
-
-def body_box(volume: Volume) -> Box:
-    """y0, y1, x0, x1 (ends exclusive) of the body, without table and arms."""
-    return body_box_of(look(volume.voxels))
-
-
-def lung_box(volume: Volume) -> Box:
-    """y0, y1, x0, x1 (ends exclusive) of both lungs plus 10 mm."""
-    return lung_box_of(look(volume.voxels), volume.spacing)
-
-
 def paper_body(voxels: Iterable[NDArray[Any]], window: tuple[float, float]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Areas [Z] in pixels and boxes [Z, 4] of the body's filled outer contour, as the first paper's code finds it.
 
@@ -315,22 +221,8 @@ def shown(voxels: NDArray[Any], window: tuple[float, float]) -> NDArray[np.uint8
     return np.asarray(np.rint(grey).clip(0, 255), np.uint8)
 
 
-def _paper(volume: Volume) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    return paper_body(volume.voxels, PAPER_WINDOW if volume.is_hounsfield else (0.0, 255.0))
-
-
-def paper_areas(volume: Volume) -> NDArray[np.float64]:
-    """[Z] mm2 of the body's filled outline: what the first paper's code calls the lung."""
-    return _paper(volume)[0] * volume.spacing[1] * volume.spacing[2]
-
-
-def paper_box(volume: Volume) -> Box:
-    """The box of that outline over all slices, plus 5 pixels; the whole slice where there is none."""
-    return paper_box_of(_paper(volume)[1], volume)
-
-
 def paper_box_of(boxes: NDArray[np.int64], volume: Volume | Unread) -> Box:
-    """`paper_box` from the boxes [Z, 4] of `paper_body`."""
+    """The box of the boxes [Z, 4] of `paper_body` over all slices, plus 5 pixels; the whole slice where there is none."""
     _, H, W = volume.shape
     boxes = boxes[boxes[:, 1] > 0]
     if not len(boxes):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import lungs
+from client.radiograph_lungs import radiograph_lungs
 from client.readers.nifti import NIFTI, axial
 from client.readers.pictures import PICTURES, read_picture, read_slices
 from client.readers.volume import Volume
@@ -62,11 +63,8 @@ def find_lungs(volume: Volume, ct: bool) -> NDArray[np.uint8]:
     """Our own lung mask [Z, H, W] of a scan: 1 right and 2 left of a CT, 1 of a radiograph. All 0 where no lungs are found."""
     if ct:
         return lungs.right_and_left(lungs.lung_mask(volume.voxels))
-    return np.stack([lungs.radiograph_lungs(lungs.shown(image, _shades(volume))) for image in volume.voxels]).astype(np.uint8)
-
-
-def _shades(volume: Volume) -> tuple[float, float]:
-    return lungs.PAPER_WINDOW if volume.is_hounsfield else (0.0, 255.0)
+    shades = (-1000.0, 300.0) if volume.is_hounsfield else (0.0, 255.0)
+    return np.stack([radiograph_lungs(lungs.shown(image, shades)) for image in volume.voxels]).astype(np.uint8)
 
 
 def fitted(mask: NDArray[np.uint8], shape: tuple[int, int, int], picture: bool) -> NDArray[np.uint8]:
@@ -100,12 +98,7 @@ def cut(mask: NDArray[np.uint8], indices: NDArray[np.integer] | list[int], box: 
 
 
 def to_nifti(
-    path_out: Path,
-    probability: NDArray[np.floating],
-    indices: NDArray[np.integer] | list[int],
-    box: lungs.Box,
-    volume: Volume,
-    cut: float,
+    path_out: Path, probability: NDArray[np.floating], indices: NDArray[np.integer] | list[int], box: lungs.Box, volume: Volume, cut: float
 ) -> None:
     """Write the kept slices' maps [S, size, size] as a mask of the whole scan: uint8 NIfTI, 1 from probability `cut` on, lying over the scan.
 

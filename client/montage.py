@@ -25,13 +25,13 @@ PAGE, PANEL, INK, FAINT, LUNG, CHOSEN = "#10151b", "#171e26", "#e8edf2", "#8593a
 FINE = 3  # the curve is drawn so many times larger, then reduced: Pillow's lines have no smooth edges
 
 
-def montage(path: Path, settings: Preprocess, out: Path, window: tuple[float, float] | None = None, series: str | None = None) -> Path:
+def montage(path: Path, settings: Preprocess, out: Path, window: tuple[float, float] | None = None) -> Path:
     """Draw the scan at `path` as `settings` keep it, as a PNG at `out`; `window` is the cohort's own, in the image's units.
 
     Raises ConsiliumError when the scan cannot be read or the picture cannot be written.
     """
-    kept, scan = keep(Path(path), series, settings, window)
-    volume = scan if isinstance(scan, Volume) else read_scan(Path(path), series)
+    kept, scan = keep(Path(path), None, settings, window)
+    volume = scan if isinstance(scan, Volume) else read_scan(Path(path))
     page = draw(volume, kept, settings, window)
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

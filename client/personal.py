@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from client.site import safe
 from common.errors import ConsiliumError
+from common.files import whole, write_whole
 from common.schema import Personal, Stage
 from common.weights import Layout, Weights
 
@@ -23,12 +23,8 @@ def mask_of(layout: Layout, personal: list[Personal]) -> NDArray[np.bool_]:
     """True [P] where a float weight is personal (Li et al., "FedBN", ICLR 2021, for batch norms)."""
     mask = np.zeros(layout.size, dtype=bool)
     for e in layout.floats:
-        own = (
-            "all" in personal
-            or ("batch_norm" in personal and e.batch_norm)
-            or ("heads" in personal and e.group not in ("backbone", "decoder"))
-        )
-        mask[e.where] = own
+        norm, head = "batch_norm" in personal and e.batch_norm, "heads" in personal and e.group not in ("backbone", "decoder")
+        mask[e.where] = norm or head or "all" in personal
     return mask
 
 
@@ -36,9 +32,8 @@ def save(folder: Path, run: str, stage: str, round: int, weights: Weights, mask:
     """Keep the personal part of the weights after a round; written whole or not at all."""
     path = folder / safe(run) / safe(stage) / f"{round:05d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"where": np.packbits(mask), "floats": weights.floats[mask], "integers": weights.integers}, temporary)
-    os.replace(temporary, path)
+    with whole(path) as part:
+        save_file({"where": np.packbits(mask), "floats": weights.floats[mask], "integers": weights.integers}, part)
 
 
 def lay_over(folder: Path, run: str, personal: list[tuple[str, int]], weights: Weights) -> Weights:
@@ -75,9 +70,7 @@ def note(folder: Path, run: str, personal: list[tuple[str, int]], common: Weight
     known = {"personal": personal, "common": digest(common), "own": digest(lay_over(folder, run, personal, common))}
     path = folder / safe(run) / NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(known).encode())
 
 
 def as_tested(folder: Path, common: Weights) -> Weights:

@@ -204,13 +204,7 @@ def _file(base: Path, value: object) -> Path | None:
 
 
 def preprocess(
-    cohort: pd.DataFrame,
-    base: Path,
-    settings: Preprocess,
-    store: Store,
-    workers: int = 1,
-    progress: bool = True,
-    masks: Sequence[str] = (),
+    cohort: pd.DataFrame, base: Path, settings: Preprocess, store: Store, workers: int = 1, progress: bool = True, masks: Sequence[str] = ()
 ) -> tuple[list[str], list[Skipped]]:
     """Bring every scan's slices into the store; returns the key of each row ("" when it cannot be read) and what was skipped, and why.
 

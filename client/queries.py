@@ -21,10 +21,12 @@ from client.quality import quality
 from client.severity import severity
 from client.store import Store
 from client.trainer import infer
+from common.compose import active
 from common.errors import Refused
 from common.messages import Sums
-from common.metrics import SEVERITY_EDGES, SHARE_EDGES, histogram, joint_histogram, overlap_sums, regression_sums
+from common.metrics import histogram, regression_sums
 from common.model import Model
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES, joint_histogram, overlap_sums
 from common.schema import Config, Stage, Task
 from common.tasks import cells_of, loss_sum, outputs_of
 
@@ -70,15 +72,15 @@ def counts(q: Question) -> Sums:
 
 def scores(q: Question) -> Sums:
     """How the model does on the split, by cohort and task: `cohort/task/what` with what = `hist` [2, bins] of a binary task, `confusion` [K, K] of
-    a multiclass one, `regression` and `overlap` (and `joint`, severity predicted and known) as in common/metrics.py, and `loss` [2] = (sum, n) of
-    every task. No scan's score leaves: only sums over the cohort. Nothing is computed for a task that no scan here has a label for."""
+    a multiclass one, `regression` as in common/metrics.py, `overlap` (and `joint`, severity predicted and known) as in common/overlap.py, and `loss`
+    [2] = (sum, n) of every task. No scan's score leaves: only sums over the cohort. A task that no scan here has a label for is not computed."""
     whole = q.scans[q.split]
     found: Sums = {}
     if q.model is None:
         return found
     for centre in sorted(set(whole.cohort)):
         scans = whole.take(np.flatnonzero([c == centre for c in whole.cohort]))
-        tasks = {t: q.config.tasks[t] for t in (q.stage.tasks or list(q.config.tasks))}
+        tasks = {t: q.config.tasks[t] for t in active(q.config, q.stage)}
         tasks = {t: task for t, task in tasks.items() if scans.labelled(t).any() or (task.burden and np.isfinite(scans.extra[t]).any())}
         kept: dict[str, list[Tensor]] = {}
         for start in range(0, len(scans), q.stage.batch) if tasks else []:

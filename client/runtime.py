@@ -6,12 +6,13 @@ with `stage.runtime=auto` every pair takes a few steps of the real training on a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from client.dataset import Scans, batches
 from client.site import Site
 from client.trainer import train
 from common.compose import to_dict
+from common.files import write_whole
 from common.model import make_model
 from common.schema import Config, Precision, Stage, Task
 
@@ -43,28 +45,40 @@ def fastest(site: Site, config: Config, stage: Stage, tasks: Mapping[str, Task],
     """
     device = site.torch_device()
     cores = len(os.sched_getaffinity(0))
-    threads = [site.threads] if site.threads else sorted({1, max(1, cores // 2), cores}, reverse=True)
+    counts = [site.threads] if site.threads else sorted({1, max(1, cores // 2), cores}, reverse=True)
     asked = [to_dict(config)["backbone"], sorted(tasks), stage.batch, stage.accumulate, stage.checkpointing, scans.slices[0].shape]
-    machine = [torch.__version__, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", threads]
+    machine = [torch.__version__, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", counts]
     key = hashlib.sha256(json.dumps([asked, machine]).encode()).hexdigest()[:16]
     known = _known(folder / "runtime.json")
     if key not in known:
         times: dict[Choice, float] = {}
         for precision in precisions(device):
             for channels_last in (True, False):
-                times |= _timed(Choice(precision, channels_last, threads[0]), config, stage, tasks, scans, device)
+                times |= _timed(Choice(precision, channels_last, counts[0]), config, stage, tasks, scans, device)
         if not times:
-            return Choice(stage.precision, stage.channels_last, threads[0])
+            return Choice(stage.precision, stage.channels_last, counts[0])
         best = min(times, key=lambda c: times[c])
-        for fewer in threads[1:]:
+        for fewer in counts[1:]:
             times |= _timed(best._replace(threads=fewer), config, stage, tasks, scans, device)
         known[key] = [*min(times, key=lambda c: times[c])]
         shown = (f"{c.precision}{' channels-last' * c.channels_last} {c.threads} threads {1000 * t:.0f} ms" for c, t in times.items())
         log.info("a training step: %s", ", ".join(shown))
-        _write(folder / "runtime.json", known)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "runtime.json", json.dumps(known, indent=1).encode())
     choice = Choice(*known[key])
     log.info("training in %s%s, %d threads", choice.precision, ", channels-last" * choice.channels_last, choice.threads)
     return choice
+
+
+@contextlib.contextmanager
+def threads(wanted: int) -> Iterator[None]:
+    """PyTorch's thread count, 0 for its own choice; the same number gives the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def precisions(device: torch.device) -> list[Precision]:
@@ -78,23 +92,20 @@ def _timed(
 ) -> dict[Choice, float]:
     """Seconds of a step, the shorter of two after one that warms up; nothing where it does not work at all."""
     trial = replace(stage, precision=choice.precision, channels_last=choice.channels_last)
-    before = torch.get_num_threads()
-    torch.set_num_threads(choice.threads)
     spent = []
     try:
-        model = make_model(config.backbone, config.tasks, 0, trial.channels_last, trial.checkpointing)
-        batch = next(batches(scans, tasks, trial, 1, 0))
-        for _ in range(3):
-            began = time.perf_counter()
-            train(model, [batch], trial, tasks, {}, device=device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            spent.append(time.perf_counter() - began)
+        with threads(choice.threads):
+            model = make_model(config.backbone, config.tasks, 0, trial.channels_last, trial.checkpointing)
+            batch = next(batches(scans, tasks, trial, 1, 0))
+            for _ in range(3):
+                began = time.perf_counter()
+                train(model, [batch], trial, tasks, {}, device=device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                spent.append(time.perf_counter() - began)
     except (RuntimeError, NotImplementedError) as error:
         log.warning("%s%s does not run here: %s", choice.precision, " channels-last" * choice.channels_last, type(error).__name__)
         return {}
-    finally:
-        torch.set_num_threads(before)
     return {choice: min(spent[1:])}
 
 
@@ -103,10 +114,3 @@ def _known(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}  # none yet, or damaged: measured again
-
-
-def _write(path: Path, known: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(known, indent=1))
-    os.replace(part, path)

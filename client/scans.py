@@ -13,12 +13,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from client import soft_labels
-from client.cohort import Skipped, load_cohort, of_modality, targets_of
+from client.cohort import load_cohort, of_modality
 from client.dataset import Scans, joined
+from client.gather import Skipped
 from client.phantom import write_centre
 from client.preprocess import preprocess, stack, stack_masks
 from client.site import Site, data_root, holdings, home, state_folder
 from client.store import Store
+from client.targets import targets_of
 from common.compose import config_from, to_dict
 from common.errors import Refused
 from common.schema import Config, Federation

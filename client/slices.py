@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client import kds, lungs
+from client.radiograph_lungs import radiograph_lungs
 from client.readers import Unread, Volume, open_scan, read_scan
 from common.schema import Preprocess
 
@@ -51,7 +52,7 @@ def slices_of(
         image = scan.read(0)
         areas, indices = np.zeros(Z), np.zeros(1, np.int64)
         if settings.crop == "lungs" and not own:
-            own = lungs.mask_box(lungs.radiograph_lungs(lungs.shown(image, shades)), scan.spacing)
+            own = lungs.mask_box(radiograph_lungs(lungs.shown(image, shades)), scan.spacing)
         box = (0, H, 0, W) if settings.crop == "none" else own or radiograph_box(image)
     else:
         paper = settings.selection == "kds_paper"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from client.queries import Question, assigned, pooled_features
 from client.site import safe
 from common.errors import Refused
+from common.files import write_whole
 
 
 def keep(folder: Path, clustering: str, question: Question) -> None:
@@ -27,9 +27,7 @@ def keep(folder: Path, clustering: str, question: Question) -> None:
             found |= {scans.keys[i]: int(k) for i, k in zip(rows, assigned(features, question.centroids), strict=True)}
     path = _path(folder, clustering)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(found))
-    os.replace(part, path)
+    write_whole(path, json.dumps(found).encode())
 
 
 def read(folder: Path, clustering: str, keys: Sequence[str]) -> NDArray[np.float64]:

@@ -22,7 +22,6 @@ from common.seeds import derive
 from common.tasks import labelled_rows
 
 log = logging.getLogger("consilium.centre")
-__all__ = ["Batch", "Report", "infer", "learning_rate", "make_optimiser", "train"]
 
 
 @dataclass
@@ -78,11 +77,10 @@ def train(
     anchor_sum = [torch.zeros_like(p) for p in anchored]
     optimiser = make_optimiser(movable, stage.optimiser, anchored)
 
-    objective = (
-        Moco(stage, tasks, adjustments, device, seed, model)
-        if any(task.kind == "contrast" for task in tasks.values())
-        else Objective(stage, tasks, adjustments, device, seed)
-    )
+    if any(task.kind == "contrast" for task in tasks.values()):
+        objective: Objective = Moco(stage, tasks, adjustments, device, seed, model)
+    else:
+        objective = Objective(stage, tasks, adjustments, device, seed)
     scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
     report = Report(losses={t: [0.0, 0.0] for t in tasks})
     parts = stage.accumulate

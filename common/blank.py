@@ -10,7 +10,8 @@ import numpy as np
 from common.compose import active
 from common.errors import Refused
 from common.messages import Query, Sums
-from common.metrics import SEVERITY_EDGES, SHARE_EDGES, histogram, joint_histogram, overlap_sums, regression_sums
+from common.metrics import histogram, regression_sums
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES, joint_histogram, overlap_sums
 from common.schema import Config, Task
 from common.secagg import ALL
 from common.tasks import cells_of, outputs_of

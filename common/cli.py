@@ -6,6 +6,7 @@ import logging
 import sys
 
 import typer
+from rich.console import Console
 
 from common.errors import ConsiliumError
 
@@ -21,6 +22,11 @@ def run(app: typer.Typer) -> None:
         if error.filename is None:  # not of a file that the person named: a fault of ours
             raise
         _end(f"{error.filename} cannot be used ({error.strerror}); give another place, or make this one readable and writable")
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: names and paths are no markup, and are not cut."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _end(sentence: str) -> None:

@@ -93,9 +93,8 @@ def _names(path: list[str]) -> list[str]:
     kind: Any = Config
     for key in path:
         hint = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
-        kind = (
-            next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), hint) if typing.get_origin(hint) is not dict else hint
-        )
+        own = () if typing.get_origin(hint) is dict else typing.get_args(hint)
+        kind = next((a for a in own if dataclasses.is_dataclass(a)), hint)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 

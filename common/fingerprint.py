@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fingerprint(root: Path = ROOT) -> str:
+def fingerprint() -> str:
     """SHA-256 (16 hex digits) of the sources that a centre runs: `common/` and `client/` beside this package, by name and content."""
     digest = hashlib.sha256()
-    for path in sorted(p for room in ("client", "common") for p in (root / room).rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(p for room in ("client", "common") for p in (ROOT / room).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -6,10 +6,9 @@ pooled one is the plain sum, and no scan's own score leaves its hospital. Bins a
 into the outer bins); their number is even, so that probability 0.5 is an edge and the metrics at that threshold are exact. The AUC counts
 ties half: it differs from the one over raw scores by at most half the share of (positive, negative) pairs that share a bin.
 
-For a regression it sends the nine sums of `regression_sums`, for a segmentation the seven of `overlap_sums`, and for the rank agreement of
-two numbers their *joint* histogram, float64 [P, T], in bins that are the same everywhere.
+For a regression it sends the nine sums of `regression_sums`, for a segmentation what common/overlap.py measures masks by.
 
-A metric that is not defined is None, never 0 and never 0.5, and `reasons` says why.
+A metric that is not defined is None, never 0 and never 0.5, and `..._reasons` say why.
 """
 
 from __future__ import annotations
@@ -32,12 +31,6 @@ LOWER_IS_BETTER = ("ece", "brier", "mae", "rmse", "loss")
 LEADING = ("auc", "balanced_accuracy", "accuracy", "dice", "r2", "mae", "loss")  # the first that a task has speaks for it
 UNLABELLED = "no labelled scans"
 
-# Bins of a predicted share in [0, 1], narrow where most scans are: near 0.
-SHARE_EDGES = np.linspace(0, 1, 65) ** 2
-# Bins of a severity known on whatever scale the hospital has: log(1 + 10 v) in equal steps up to v = 100. Keeps the integers 0 to 18 apart
-# (grades of 0 to 4, Brixia's score), tells per cents to a twentieth of their value, and leaves a share in [0, 1] 44 bins.
-SEVERITY_EDGES = np.expm1(np.linspace(0, np.log1p(1000), 129)) / 10
-
 
 def edges(bins: int) -> Array:
     """The bins' edges, [bins + 1] logits. Raises ConsiliumError for an odd number of bins."""
@@ -56,7 +49,7 @@ def histogram(logits: NDArray[Any], targets: NDArray[Any], bins: int = 256) -> A
     scores, truth = np.asarray(logits, np.float64).ravel(), np.asarray(targets, np.float64).ravel()
     labelled = ~np.isnan(truth)
     scores, truth = scores[labelled], truth[labelled]
-    _refuse_nan(scores)
+    refuse_nan(scores)
     where = np.searchsorted(inner, scores, side="right")
     return np.stack([np.bincount(where[truth == label], minlength=bins) for label in (0, 1)]).astype(np.float64)
 
@@ -69,26 +62,26 @@ def binary_metrics(hist: Array, threshold: float = 0.5) -> Metrics:
     """
     (tn, fn), (fp, tp) = _outcomes(hist, threshold)
     negatives, positives = tn + fp, fn + tp
-    sensitivity, specificity = _ratio(tp, positives), _ratio(tn, negatives)
+    sensitivity, specificity = ratio(tp, positives), ratio(tn, negatives)
     predicted, observed, n = calibration(hist)
     probability = _probability(hist)
     return {
         "n": negatives + positives,
         "positives": positives,
         "auc": _auc(hist),
-        "f1": _f1(tp, fp, fn),
+        "f1": f1(tp, fp, fn),
         "sensitivity": sensitivity,
         "specificity": specificity,
-        "precision": _ratio(tp, tp + fp) if negatives and positives else None,  # with one class it would be 0 or 1 whatever the model
+        "precision": ratio(tp, tp + fp) if negatives and positives else None,  # with one class it would be 0 or 1 whatever the model
         "balanced_accuracy": None if sensitivity is None or specificity is None else (sensitivity + specificity) / 2,
         "gmean": None if sensitivity is None or specificity is None else math.sqrt(sensitivity * specificity),
-        "accuracy": _ratio(tp + tn, negatives + positives),
-        "ece": _ratio(float((n * np.abs(predicted - observed)).sum()), negatives + positives),
-        "brier": _ratio(float((hist[0] * probability**2 + hist[1] * (1 - probability) ** 2).sum()), negatives + positives),
+        "accuracy": ratio(tp + tn, negatives + positives),
+        "ece": ratio(float((n * np.abs(predicted - observed)).sum()), negatives + positives),
+        "brier": ratio(float((hist[0] * probability**2 + hist[1] * (1 - probability) ** 2).sum()), negatives + positives),
     }
 
 
-def reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
+def binary_reasons(hist: Array, threshold: float = 0.5) -> dict[str, str]:
     """Why a metric of `binary_metrics` is None: {metric: reason}; empty where all are defined."""
     (tn, fn), (fp, tp) = _outcomes(hist, threshold)
     if tn + fn + fp + tp == 0:
@@ -115,7 +108,7 @@ def multiclass_metrics(confusion: Array) -> Metrics:
     several = len(recalls) > 1
     return {
         "n": float(true.sum()),
-        "accuracy": _ratio(float(right.sum()), float(true.sum())),
+        "accuracy": ratio(float(right.sum()), float(true.sum())),
         "balanced_accuracy": float(recalls.mean()) if several else None,
         "gmean": float(recalls.prod() ** (1 / len(recalls))) if several else None,
         "f1": float((2 * right[present] / (true + predicted)[present]).mean()) if several else None,
@@ -137,10 +130,10 @@ def regression_sums(predicted: NDArray[Any], target: NDArray[Any]) -> Array:
 
     e = p - y. A row with a NaN among its targets is dropped. Raises ConsiliumError where a labelled scan's prediction is not a number.
     """
-    p, y = _rows(np.asarray(predicted, np.float64)), _rows(np.asarray(target, np.float64))
+    p, y = rows(np.asarray(predicted, np.float64)), rows(np.asarray(target, np.float64))
     labelled = ~np.isnan(y).any(1)
     p, y = p[labelled], y[labelled]
-    _refuse_nan(p)
+    refuse_nan(p)
     e = p - y
     return np.array([len(y), y.size, *(v.sum() for v in (np.abs(e), e**2, y, y**2, p, p**2, p * y))], np.float64)
 
@@ -151,7 +144,7 @@ def regression_metrics(sums: Array) -> Metrics:
     spread_y, spread_p = _spread(n, y, yy), _spread(n, p, pp)
     return {
         "n": scans,
-        "mae": _ratio(absolute, n),
+        "mae": ratio(absolute, n),
         "rmse": math.sqrt(squared / n) if n else None,
         "r2": 1 - squared / spread_y if spread_y else None,
         "pearson": (py - p * y / n) / math.sqrt(spread_y * spread_p) if spread_y and spread_p else None,
@@ -171,94 +164,13 @@ def _spread(n: float, total: float, squares: float) -> float:
     return spread if spread > 1e-12 * squares else 0.0
 
 
-# --- segmentation ---------------------------------------------------------------------------------------------------------------------
-
-
-def overlap_sums(predicted: NDArray[Any], mask: NDArray[np.uint8], cut: float = 0.5) -> Array:
-    """[7]: scans with a mask, sum of their Dice, pixels true positive, false positive, false negative, scans whose mask is not empty, sum of
-    their Dice.
-
-    `predicted` [N, ...]: bool, or a probability that is called from `cut` on. `mask` [N, ...]: 0, 1, or 255 for a pixel of which nothing is
-    known, which counts nowhere; a scan of only such has no mask. Dice = 2 tp / (2 tp + fp + fn), 1 where nothing was there and nothing found.
-    Raises ConsiliumError where a scan with a mask has a prediction that is not a number.
-    """
-    known = _rows(mask != 255)
-    kept = known.any(1)
-    known, true, called = known[kept], _rows(mask == 1)[kept], _rows(np.asarray(predicted))[kept]
-    if called.dtype != bool:
-        _refuse_nan(called)
-        called = called >= cut
-    tp, fp, fn = ((a & b & known).sum(1, dtype=np.float64) for a, b in ((called, true), (called, ~true), (~called, true)))
-    size = 2 * tp + fp + fn
-    dice = np.where(size > 0, 2 * tp / np.maximum(size, 1), 1.0)
-    affected = tp + fn > 0
-    return np.array([len(dice), dice.sum(), tp.sum(), fp.sum(), fn.sum(), affected.sum(), dice[affected].sum()], np.float64)
-
-
-def overlap_metrics(sums: Array) -> Metrics:
-    """`dice`: mean over scans with a mask; `dice_affected`: over those whose mask is not empty; the others of all their pixels together.
-
-    `n` and `positives` (mask not empty) are scans.
-    """
-    n, dice, tp, fp, fn, affected, dice_affected = map(float, sums)
-    return {
-        "n": n,
-        "positives": affected,
-        "dice": _ratio(dice, n),
-        "dice_affected": _ratio(dice_affected, affected),
-        "dice_pixels": _f1(tp, fp, fn),
-        "sensitivity": _ratio(tp, tp + fn),
-        "precision": _ratio(tp, tp + fp) if affected else None,  # else it would be 0 whatever the model
-    }
-
-
-def overlap_reasons(sums: Array) -> dict[str, str]:
-    """Why a metric of `overlap_metrics` is None: {metric: reason}."""
-    n, affected = float(sums[0]), float(sums[5])
-    why = UNLABELLED if not n else f"all masks are empty ({n:.0f} scans)" if not affected else "no pixel was called affected"
-    return {name: why for name, value in overlap_metrics(sums).items() if value is None}
-
-
-# --- rank agreement -------------------------------------------------------------------------------------------------------------------
-
-
-def joint_histogram(a: NDArray[Any], b: NDArray[Any], edges_a: Array, edges_b: Array) -> Array:
-    """Counts of scans by (bin of `a`, bin of `b`), [P, T], from two numbers each [N] and their bins' edges [P + 1], [T + 1].
-
-    What lies beyond the edges falls into the outer bins; a scan with a NaN in either is dropped.
-    """
-    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
-    known = ~(np.isnan(a) | np.isnan(b))
-    joint = np.zeros((len(edges_a) - 1, len(edges_b) - 1))
-    np.add.at(joint, tuple(np.searchsorted(e[1:-1], x[known], side="right") for e, x in ((edges_a, a), (edges_b, b))), 1)
-    return joint
-
-
-def spearman(joint: Array) -> float | None:
-    """Spearman's rho of the binned numbers: the correlation of their mid-ranks. None unless each takes two different values."""
-    counts_a, counts_b = joint.sum(1), joint.sum(0)
-    n = counts_a.sum()
-    # The mean rank is (n + 1) / 2 with ties and without; measured from there, a bin's ranks are the scans below less those above.
-    ranks_a, ranks_b = (np.cumsum(c) - (c + n) / 2 for c in (counts_a, counts_b))
-    whole = math.sqrt(float(counts_a @ ranks_a**2) * float(counts_b @ ranks_b**2))
-    return float(ranks_a @ joint @ ranks_b) / whole if whole > 0 else None
-
-
-def spearman_reason(joint: Array) -> str:
-    """Why `spearman` is None; empty where it is not."""
-    if spearman(joint) is not None:
-        return ""
-    n = joint.sum()
-    return f"the known or the predicted severity is the same for all {n:.0f} scans" if n > 1 else f"severity is known of {n:.0f} scans"
-
-
 # --- tasks without labels -------------------------------------------------------------------------------------------------------------
 
 
 def loss_metrics(sums: Array) -> Metrics:
     """Of a task whose loss is all that is measured: {n, loss} from [2] = (summed loss, scans)."""
     summed, n = map(float, sums)
-    return {"n": n, "loss": _ratio(summed, n)}
+    return {"n": n, "loss": ratio(summed, n)}
 
 
 def loss_reasons(sums: Array) -> dict[str, str]:
@@ -300,9 +212,9 @@ def challenge_score(hists: Iterable[Array], threshold: float = 0.5, absent: Lite
     scores = []
     for hist in hists:
         (tn, fn), (fp, tp) = _outcomes(hist, threshold)
-        f1 = [value for value in (_f1(tp, fp, fn), _f1(tn, fn, fp)) if value is not None]
-        if f1:
-            scores.append(math.fsum(f1) / (len(f1) if absent == "skip" else 2))
+        known = [value for value in (f1(tp, fp, fn), f1(tn, fn, fp)) if value is not None]
+        if known:
+            scores.append(math.fsum(known) / (len(known) if absent == "skip" else 2))
     return math.fsum(scores) / len(scores) if scores else None
 
 
@@ -345,26 +257,26 @@ def _auc(hist: Array) -> float | None:
     """P(score of a positive > score of a negative), ties half (Mann-Whitney)."""
     negatives, positives = hist
     below = np.cumsum(negatives) - negatives
-    return _ratio(float((positives * (below + negatives / 2)).sum()), float(negatives.sum() * positives.sum()))
+    return ratio(float((positives * (below + negatives / 2)).sum()), float(negatives.sum() * positives.sum()))
 
 
-def _f1(tp: float, fp: float, fn: float) -> float | None:
+def f1(tp: float, fp: float, fn: float) -> float | None:
     """Undefined where the class has no scans, even though false alarms alone would make it 0: nothing was there to be found."""
     return 2 * tp / (2 * tp + fp + fn) if tp + fn > 0 else None
 
 
-def _rows(values: NDArray[Any]) -> NDArray[Any]:
+def rows(values: NDArray[Any]) -> NDArray[Any]:
     """[N, ...] or [N] as [N, values]."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
-def _refuse_nan(predicted: NDArray[Any]) -> None:
+def refuse_nan(predicted: NDArray[Any]) -> None:
     """`predicted` [N, ...]. Raises ConsiliumError."""
-    if lost := int(np.isnan(_rows(predicted)).any(1).sum()):
-        raise ConsiliumError(
-            f"the model's output is not a number for {lost} of {len(predicted)} scans: training diverged, lower the learning rate"
-        )
+    if lost := int(np.isnan(rows(predicted)).any(1).sum()):
+        scans = f"{lost} of {len(predicted)} scans"
+        raise ConsiliumError(f"the model's output is not a number for {scans}: training diverged, lower the learning rate")
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to take a part of."""
     return part / whole if whole > 0 else None

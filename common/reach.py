@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ssl
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 
 from common.findings import Finding
+
+
+def trusting(authority: Path) -> httpx.Client:
+    """A client that trusts the federation's ca.crt, and nobody else. Raises OSError where it cannot be read."""
+    return httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15)
 
 
 def certificate_until(answer: httpx.Response) -> datetime:
@@ -28,9 +34,7 @@ def expires(what: str, until: datetime, warn: int, remedy: str) -> Finding:
 
 def clock(ahead: float) -> Finding:
     """This machine's clock against the coordinator's, in seconds. Flower refuses a signature from 5 s in the future or 5 minutes in the past."""
+    said = f"clock: {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's"
     if -240 < ahead < 3:
-        return Finding(
-            "ok" if ahead > -10 else "warning", f"clock: {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's"
-        )
-    word = "ahead of" if ahead > 0 else "behind"
-    return Finding("fault", f"clock: {abs(ahead):.0f} s {word} the coordinator's, which will refuse what is signed here", "set it by NTP")
+        return Finding("ok" if ahead > -10 else "warning", said)
+    return Finding("fault", f"{said}, which will refuse what is signed here", "set it by NTP")

@@ -105,10 +105,8 @@ class Task:
         _require(0 <= self.dropout < 1, f"a task's dropout is {self.dropout}; it must be in [0, 1)")
         _require(-10 <= self.tau <= 10, f"a task's tau is {self.tau}; it must be in [-10, 10]")
         _require(self.kind == "multiclass" or self.head != "moments", "head: moments needs kind: multiclass")
-        _require(
-            self.head != "moments" or not (self.hidden or self.relu or self.reads == "map"),
-            "head: moments needs a linear head on the features",
-        )
+        linear = not (self.hidden or self.relu or self.reads == "map")
+        _require(self.head != "moments" or linear, "head: moments needs a linear head on the features")
         _require(list(self.edges) == sorted(set(self.edges)), f"a task's edges are {self.edges}; they must ascend")
         _require(not (self.edges or self.clusters) or self.kind == "multiclass", "edges and clusters need kind: multiclass")
         _require(min(self.clusters, default=2) >= 2, f"a task's clusters are {self.clusters}; each must be 2 or more")
@@ -139,20 +137,8 @@ class Augment:
     elastic: float = 0.03  # largest displacement, of the side
 
     def __post_init__(self) -> None:
-        for name in (
-            "p_flip",
-            "p_affine",
-            "p_brightness",
-            "p_value",
-            "p_holes",
-            "shift",
-            "scale",
-            "brightness",
-            "contrast",
-            "hole",
-            "p_elastic",
-            "elastic",
-        ):
+        odds = ("p_flip", "p_affine", "p_brightness", "p_value", "p_holes", "p_elastic")
+        for name in (*odds, "shift", "scale", "brightness", "contrast", "hole", "elastic"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
 
@@ -163,9 +149,7 @@ class Optimiser:
 
     name: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = 3e-4
-    head_lr: float = (
-        1.0  # the heads' and the decoder's learning rate, as a multiple of lr: what is new beside an encoder that has learnt before
-    )
+    head_lr: float = 1.0  # the heads' and the decoder's lr as a multiple of it: what is new beside an encoder that has learnt before
     weight_decay: float = 0.01
     momentum: float = 0.9  # sgd only
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"  # cosine: over all steps of the stage; plateau: see factor
@@ -194,9 +178,8 @@ class Stage:
     batch: int = 10  # scans
     accumulate: int = 1  # a batch is computed in this many parts
     drop_last: bool = False
-    sample: dict[Kind, float] = field(
-        default_factory=dict
-    )  # a batch's shares by kind of label, drawn with replacement; empty: each scan once a pass
+    # a batch's shares by kind of label, drawn with replacement; empty: each scan once a pass
+    sample: dict[Kind, float] = field(default_factory=dict)
     optimiser: Optimiser = field(default_factory=Optimiser)
     augment: Augment = field(default_factory=Augment)
     freeze: list[str] = field(default_factory=list)  # parameter-name patterns (fnmatch)
@@ -313,9 +296,7 @@ class Privacy:
     noise: float = 0.0  # ... the noise multiplier itself: standard deviation of the noise, as a multiple of `clip`
     delta: float = 1e-5  # the chance that the loss is larger; well below 1 / patients of the largest centre
     clip: float = 1.0  # largest L2 norm of one patient's gradient, or of one centre's change of the weights
-    queries: float = (
-        0.0  # patient: noise multiplier of each answer with counts or scores, from the same epsilon; 0: they are exact (client/noisy.py)
-    )
+    queries: float = 0.0  # patient: noise multiplier of counts and scores, paid from the same epsilon; 0: they are exact (client/noisy.py)
     scans: int = 1  # ... of one patient, at most as many count in such an answer
     quantile: float = 0.0  # central: the clip follows this quantile of the changes' norms, from `clip` on; 0: it stays
     secagg: SecureSums | None = None  # not with `central`
@@ -325,10 +306,8 @@ class Privacy:
         _require(self.noise == 0 or 0.3 <= self.noise <= 1000, f"privacy.noise is {self.noise}; it must be 0.3 to 1000, or 0")
         _require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
         _require(0 < self.clip <= 1e6, f"privacy.clip is {self.clip}; it must be above 0")
-        _require(
-            self.queries == 0 or (self.kind == "patient" and 0.3 <= self.queries <= 1000),
-            f"privacy.queries is {self.queries}; it must be 0.3 to 1000 with privacy=patient, or 0",
-        )
+        noisy = self.kind == "patient" and 0.3 <= self.queries <= 1000
+        _require(self.queries == 0 or noisy, f"privacy.queries is {self.queries}; it must be 0.3 to 1000 with privacy=patient, or 0")
         _require(self.scans >= 1, f"privacy.scans is {self.scans}; it must be 1 or more")
         _require(0 <= self.quantile < 1, f"privacy.quantile is {self.quantile}; it must be in [0, 1)")
         _require(
@@ -359,13 +338,11 @@ class Federation:
     name: str = "phantom"
     centres: list[str] = field(default_factory=lambda: ["north", "east", "south", "west"])
     mode: Mode = "federated"
-    evaluation: Literal["holdout", "loco", "kfold"] = (
-        "holdout"  # loco: a run without each centre in turn, tested there; kfold: a run for each fold
-    )
+    # loco: a run without each centre in turn, tested there; kfold: a run for each fold, of whose patients one part is the test split and the next
+    # validation, whatever the cohort's own split is.
+    evaluation: Literal["holdout", "loco", "kfold"] = "holdout"
     folds: int = 5  # kfold
-    fold: int | None = (
-        None  # filled by kfold: this part of the patients is the test split, the next one validation, the cohort's own split is not used
-    )
+    fold: int | None = None  # filled by kfold: the part that is the test split
     unseen: list[str] = field(default_factory=list)  # filled by loco: centres that only test, with all their scans
     root: str = ""  # simulation only: the folder with one subfolder a centre; a hospital names its own in site.yaml
     quorum: float = 1.0  # share of the centres that must have contributed when the deadline passes
@@ -379,9 +356,8 @@ class Federation:
         _require(len(set(self.centres)) == len(self.centres), f"federation.centres names a centre twice: {self.centres}")
         _require(self.folds >= 3, f"federation.folds is {self.folds}; it must be 3 or more")
         _require(self.fold is None or 0 <= self.fold < self.folds, f"federation.fold is {self.fold}; it must be 0 to {self.folds - 1}")
-        _require(
-            set(self.unseen) < set(self.centres), f"federation.unseen is {self.unseen}; it must name some of federation.centres, not all"
-        )
+        some = set(self.unseen) < set(self.centres)
+        _require(some, f"federation.unseen is {self.unseen}; it must name some of federation.centres, not all")
         _require(0 < self.quorum <= 1, f"federation.quorum is {self.quorum}; it must be in (0, 1]")
         _require(self.deadline > 0, f"federation.deadline is {self.deadline}; it must be above 0 seconds")
         _require(self.retries >= 0, f"federation.retries is {self.retries}; it must be 0 or more")
@@ -397,9 +373,7 @@ class Evaluation:
     choose: Literal["best", "last"] = "best"  # last: a small validation set chooses noise, and an annealed stage ends at its best guess
     threshold: float = 0.5
     bins: int = 256  # of the score histograms that leave a centre
-    matrix: Literal["none", "last"] = (
-        "none"  # last: every centre's own model of the last round is scored at every centre (server/matrix.py)
-    )
+    matrix: Literal["none", "last"] = "none"  # last: each centre's own model of the last round is scored at every centre (server/matrix.py)
     quality: bool = True  # ask the centres once what their scans look like (client/quality.py)
     absent: Literal["zero", "skip"] = "skip"  # challenge score: F1 of a class that a source does not have
     patience: int = 0  # rounds without a better validation value before a stage ends; 0: never

@@ -74,11 +74,6 @@ class Layout:
     def integer_size(self) -> int:
         return self.integers[-1].stop if self.integers else 0
 
-    def digest(self) -> str:
-        """Equal for equal layouts: names, shapes and order."""
-        text = "\n".join(f"{e.name} {e.shape}" for e in (*self.floats, *self.integers))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
     def groups(self) -> dict[str, list[slice]]:
         """Contiguous runs of each group in the float buffer."""
         runs: dict[str, list[slice]] = {}

@@ -103,11 +103,10 @@ def _data(result: Result) -> Iterator[str]:
     yield "## Data by centre\n"
     for grid in label_grids(result):
         yield from _table(grid, f"Scans by centre, split and class: {grid.caption.removesuffix(', scans')}")
-    sources = [
-        (name, ", ".join(map(str, facts.get("sources", []))), facts.get("skipped", 0)) for name, facts in result.get("centres", {}).items()
-    ]
     yield "| centre | sources | scans that could not be read |\n|---|---|--:|"
-    yield from (f"| {_plain(name)} | {_plain(said)} | {lost} |" for name, said, lost in sources)
+    for name, facts in result.get("centres", {}).items():
+        sources = ", ".join(map(str, facts.get("sources", [])))
+        yield f"| {_plain(name)} | {_plain(sources)} | {facts.get('skipped', 0)} |"
     yield "\nA cell below a hospital's smallest reportable size is reported as that size.\n"
     drift = drift_grid(result.get("quality", {}))
     if drift.rows:
@@ -150,9 +149,6 @@ def _limits(result: Result, rounds: Rounds) -> Iterator[str]:
 
 def _privacy(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:
     privacy = config.get("privacy", {})
-    if secagg := privacy.get("secagg"):
-        hidden = "changes of the weights" if secagg["hide"] == "model" else "changes of the weights, counts and scores"
-        yield f"Centres' {hidden} were added up by secure aggregation: the coordinator saw sums over centres only.\n"
     yield "## Privacy\n"
     looks = ", histograms of what the scans look like" if result.get("quality") else ""
     yield f"What left the hospitals: {LEAVES}{looks}, facts about the centre's software. No image, no identifier, no score of a single scan.\n"
@@ -162,8 +158,9 @@ def _privacy(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:
     if privacy.get("kind", "none") != "none":
         grid = privacy_grid(rounds, privacy)
         yield from _table(grid, grid.caption)
-    if privacy.get("secagg"):
-        yield "Secure aggregation: the coordinator saw sums of the centres' changes, no centre's own.\n"
+    if secagg := privacy.get("secagg"):
+        hidden = "changes of the weights" if secagg["hide"] == "model" else "changes of the weights, counts and scores"
+        yield f"Secure aggregation: the coordinator saw sums of the centres' {hidden}, no centre's own.\n"
 
 
 def _training(result: Result, config: Result, rounds: Rounds) -> Iterator[str]:

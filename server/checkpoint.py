@@ -64,9 +64,8 @@ def save(run_dir: Path, state: State) -> Path:
                     (folder / f"{name}.json").unlink(missing_ok=True)  # a round done again: its old JSON would vouch for the wrong arrays
         last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
         entries = len(state.history)
-        for k in range(
-            max(0, min(last.get("entries", 0), entries - 1)), entries
-        ):  # the last one always: its round may have been done again
+        new = max(0, min(last.get("entries", 0), entries - 1))  # the last one always: its round may have been done again
+        for k in range(new, entries):
             write_whole(_entry(folder, k), json.dumps(state.history[k]).encode())
         header = {"number": last["number"] + 1, "stage": state.stage, "round": state.round, "sha256": sums, "entries": entries}
         header["facts"] = state.facts

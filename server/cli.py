@@ -14,7 +14,7 @@ import typer
 import yaml
 from rich.table import Table
 
-from common.cli import run
+from common.cli import run, say
 from common.compose import compose, to_dict
 from common.errors import ConsiliumError, nearest
 from common.findings import show
@@ -69,7 +69,7 @@ def report(run_id: Annotated[str, typer.Argument(metavar="RUN")] = "latest", run
     result = json.loads((folder / "metrics.json").read_text())
     reports.write_report(folder / "report.html", result)
     console.print(reports.table(result))
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    say(console, f"report: {folder / 'report.html'}")
 
 
 @app.command("runs")
@@ -132,8 +132,7 @@ def export_run(
     run_id: Annotated[str, typer.Argument(metavar="RUN")],
     to: Annotated[str, typer.Option(help="safetensors | onnx | csv | card | tensorboard")],
     out: Annotated[
-        str,
-        typer.Option(help="the file to write (card: .md or .html); a folder for tensorboard; empty: in the run's folder, or here"),
+        str, typer.Option(help="the file to write (card: .md or .html); a folder for tensorboard; empty: in the run's folder, or here")
     ] = "",
     runs: Runs = "",
     ledger: str = "",

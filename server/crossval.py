@@ -19,6 +19,7 @@ import yaml
 
 from common.compose import active, config_from, to_dict
 from common.errors import ConsiliumError
+from common.files import write_whole
 from common.messages import Sums, add
 from common.schema import Config
 from server.ledger import Ledger
@@ -80,9 +81,7 @@ def play(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: 
     if not results:
         raise ConsiliumError(f"no part of cross-validation '{run}' can be trained: {next(iter(untrained.values()))}")
     found = {"run": run, "evaluation": config.federation.evaluation, "untrained": untrained, **summary(results)}
-    written = runs / run / f"{SUMMARY}.part"  # whole or not at all: its presence says that all are finished
-    written.write_text(json.dumps(found, indent=1))
-    written.replace(runs / run / SUMMARY)
+    write_whole(runs / run / SUMMARY, json.dumps(found, indent=1).encode())  # its presence says that all are finished
     return found
 
 

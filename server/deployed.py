@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from common.errors import ConsiliumError
 from common.keys import read_public, wire_form
-from common.reach import certificate_until
+from common.reach import certificate_until, trusting
 from server.health import Node
 from server.runs import runs_folder
 from server.simulate import QUIET, settings_of, submit
@@ -30,9 +29,8 @@ def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
     wanted = {wire_form(read_public(path)): path.stem for path in sorted(centres.glob("*.pub"))}
     if not wanted:
         raise ConsiliumError(f"{centres} holds no public key of a centre; `consilium-server provision` writes them to coordinator/centres")
-    try:
-        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
-        known = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"}
+    with control(address, authority) as client:
+        known = {node.public_key: node for node in listed(client)}
         for public, centre in wanted.items():
             if public not in known:
                 node = client.RegisterNode(RegisterNodeRequest(public_key=public, name=centre)).node_id
@@ -41,6 +39,14 @@ def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
             if public not in wanted:
                 client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
                 yield f"{node.name or node.node_id}: let in no more"
+
+
+@contextlib.contextmanager
+def control(address: str, authority: Path) -> Iterator[ControlHttpClient]:
+    """The SuperLink's Control API. Raises ConsiliumError where it cannot be reached, or refuses what is asked."""
+    try:
+        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
+        yield client
         client.close()
     except httpx.HTTPStatusError as error:
         raise ConsiliumError(f"the SuperLink at {address} refused ({error.response.status_code} {error.response.text[:200]})") from error
@@ -48,15 +54,15 @@ def admit(centres: Path, address: str, authority: Path) -> Iterator[str]:
         raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
 
 
+def listed(client: ControlHttpClient) -> list[NodeInfo]:
+    """The nodes that it lets in."""
+    return [node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"]
+
+
 def nodes(address: str, authority: Path) -> list[Node]:
     """The centres that the SuperLink knows. Raises ConsiliumError."""
-    try:
-        client = ControlHttpClient.from_server_address(address, False, authority.read_bytes(), [])
-        known = [node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"]
-        client.close()
-    except (httpx.HTTPError, OSError) as error:
-        raise ConsiliumError(f"the SuperLink at {address} cannot be reached with {authority} ({error}); is it running?") from error
-    return [understood(node) for node in known]
+    with control(address, authority) as client:
+        return [understood(node) for node in listed(client)]
 
 
 def certificates(address: str, authority: Path) -> dict[str, datetime]:
@@ -64,10 +70,7 @@ def certificates(address: str, authority: Path) -> dict[str, datetime]:
     found: dict[str, datetime] = {}
     with contextlib.suppress(httpx.HTTPError, OSError, ValueError):  # that it cannot be read or reached is told by `nodes`
         found["authority"] = x509.load_pem_x509_certificate(authority.read_bytes()).not_valid_after_utc
-        with (
-            httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15) as client,
-            client.stream("GET", f"https://{address}/health") as answer,
-        ):
+        with trusting(authority) as client, client.stream("GET", f"https://{address}/health") as answer:
             found["coordinator"] = certificate_until(answer)
     return found
 

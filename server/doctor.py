@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import ssl
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-from flwr.proto.control_pb2 import ListNodesRequest
-from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from common.errors import ConsiliumError
-from common.findings import Finding
+from common.findings import Finding, Level
 from common.fingerprint import fingerprint
 from common.keys import read_public, short, wire_form
-from common.reach import certificate_until, expires
+from common.reach import certificate_until, expires, trusting
+from server.deployed import control, listed
 from server.runs import open_ledger
 
 HIDDEN = ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/openapi.json")  # what hospitals must not reach
@@ -35,14 +33,11 @@ def examine(superlink: str, authority: Path, centres: Path, runs: Path, public: 
 
 def _answers(what: str, address: str, authority: Path) -> Iterator[Finding]:
     try:
-        with _client(authority) as client, client.stream("GET", f"https://{address}/health") as answer:
+        with trusting(authority) as client, client.stream("GET", f"https://{address}/health") as answer:
             until, status = certificate_until(answer), answer.status_code
     except (httpx.HTTPError, OSError) as error:
-        yield Finding(
-            "fault",
-            f"{what}: {address} cannot be reached ({error})",
-            "is it running, and its certificate for this name and by this ca.crt?",
-        )
+        remedy = "is it running, and its certificate for this name and by this ca.crt?"
+        yield Finding("fault", f"{what}: {address} cannot be reached ({error})", remedy)
         return
     yield Finding("ok" if status == 200 else "fault", f"{what}: {address} answers ({status})")
     yield expires(f"{what}'s certificate", until, 45, "consilium-server provision ... --reissue coordinator")
@@ -51,10 +46,9 @@ def _answers(what: str, address: str, authority: Path) -> Iterator[Finding]:
 def _centres(superlink: str, authority: Path, centres: Path) -> Iterator[Finding]:
     """Each enrolled centre: known to the SuperLink, online?"""
     try:
-        client = ControlHttpClient.from_server_address(superlink, False, authority.read_bytes(), [])
-        known = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info if node.status != "unregistered"}
-        client.close()
-    except (httpx.HTTPError, OSError):
+        with control(superlink, authority) as client:
+            known = {node.public_key: node for node in listed(client)}
+    except ConsiliumError:
         return  # said already
     for path in sorted(centres.glob("*.pub")):
         try:
@@ -76,17 +70,14 @@ def _centres(superlink: str, authority: Path, centres: Path) -> Iterator[Finding
 
 def _proxy(public: str, authority: Path) -> Iterator[Finding]:
     """The Control API knows no passwords: it must not be seen from outside."""
-    with _client(authority) as client:
+    with trusting(authority) as client:
         try:
             seen = [path for path in HIDDEN if client.post(f"https://{public}{path}").status_code != 404]
         except (httpx.HTTPError, OSError):
             return  # said already
     if seen:
-        yield Finding(
-            "fault",
-            f"proxy: {', '.join(seen)} can be reached from outside",
-            "let hospitals reach nginx with deploy/nginx.conf, never the SuperLink",
-        )
+        remedy = "let hospitals reach nginx with deploy/nginx.conf, never the SuperLink"
+        yield Finding("fault", f"proxy: {', '.join(seen)} can be reached from outside", remedy)
     else:
         yield Finding("ok", "proxy: only the Fleet paths and health can be reached from outside")
 
@@ -102,10 +93,5 @@ def _ledger(runs: Path) -> Iterator[Finding]:
     except ConsiliumError as error:
         yield Finding("fault", f"ledger: {error}")
     free = shutil.disk_usage(runs).free / 1e9
-    yield Finding(
-        "ok" if free > 20 else "warning" if free > 2 else "fault", f"results: {runs}, {free:.0f} GB free", "" if free > 20 else "make room"
-    )
-
-
-def _client(authority: Path) -> httpx.Client:
-    return httpx.Client(verify=ssl.create_default_context(cafile=str(authority)), timeout=15)
+    level: Level = "ok" if free > 20 else "warning" if free > 2 else "fault"
+    yield Finding(level, f"results: {runs}, {free:.0f} GB free", "" if level == "ok" else "make room")

@@ -128,12 +128,8 @@ def cost_figures(rounds: Rounds, names: Sequence[str]) -> list[Figure]:
         return []
     seconds = {name: [finite(r.get("centres", {}).get(name, {}).get("seconds")) for _, _, r in rounds] for name in names}
     time = over_rounds("Time a round (bars) and training at each centre (lines)", "time, s", rounds, names, seconds)
-    bar = {
-        "type": "bar",
-        "x": x,
-        "y": [finite(r.get("seconds")) if r["round"] else None for _, _, r in rounds],
-        "marker": {"color": "var(--line)"},
-    }
+    taken = [finite(r.get("seconds")) if r["round"] else None for _, _, r in rounds]
+    bar = {"type": "bar", "x": x, "y": taken, "marker": {"color": "var(--line)"}}
     bar |= {"customdata": [f"{html.escape(str(stage))}, round {r['round']}" for _, stage, r in rounds]}
     time["data"].insert(0, {**bar, "hovertemplate": "%{customdata}<br>%{y:.1f} s in all<extra></extra>"})
     traffic = over_rounds("Traffic of a round, all centres", "MB", rounds, names, {})
@@ -221,30 +217,10 @@ def over_rounds(
                 data.append({**trace, "customdata": where})
     starts = [(i, stage) for k, (i, stage, _) in enumerate(rounds) if k == 0 or rounds[k - 1][1] != stage]
     several = len(starts) > 1
-    shapes = [
-        {
-            "type": "line",
-            "x0": i - 0.5,
-            "x1": i - 0.5,
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            "line": {"color": "var(--soft)", "width": 1, "dash": "dot"},
-        }
-        for i, _ in starts[1:]
-    ]
-    texts = [
-        {
-            "x": i - 0.4,
-            "y": 1,
-            "yref": "paper",
-            "yanchor": "bottom",
-            "xanchor": "left",
-            "showarrow": False,
-            "text": html.escape(str(stage))[:24],
-        }
-        for i, stage in starts
-    ]
+    dotted = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "var(--soft)", "width": 1, "dash": "dot"}}
+    shapes = [{**dotted, "x0": i - 0.5, "x1": i - 0.5} for i, _ in starts[1:]]
+    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "showarrow": False}
+    texts = [{**above, "x": i - 0.4, "text": html.escape(str(stage))[:24]} for i, stage in starts]
     shown = rounds[:: -(-len(rounds) // 16) or 1]  # as many numbers as there is room for; each stage counts its own rounds
     ticks = {"tickvals": [i for i, _, _ in shown], "ticktext": [str(r["round"]) for _, _, r in shown]}
     xaxis = {"title": {"text": "round"}, "range": [min(x, default=0) - 0.5, max(x, default=1) + 0.5], **ticks}

@@ -47,11 +47,10 @@ def initial_model(config: Config) -> Model:
     if config.backbone.norm == "group":
         missing = [k for k in missing if "running" not in k and "num_batches" not in k]
     if missing or wrong:
-        what = (
-            f"lacks '{missing[0]}'"
-            if missing
-            else f"has '{wrong[0]}' of shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-        )
+        if missing:
+            what = f"lacks '{missing[0]}'"
+        else:
+            what = f"has '{wrong[0]}' of shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
         raise ConsiliumError(
             f"the weights '{source}' do not fit backbone '{config.backbone.name}': the file {what}; name the backbone they were made for"
         )

@@ -8,75 +8,28 @@ the last one unless asked for all. A round's rows are one transaction: a process
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from common.chain import START, linked
 from common.errors import ConsiliumError
 from common.imbalance import effective_number
 from server import tables
+from server.database import Database, again, alone, finite
 
 STATUS = ("started", "resumed", "paused", "stopped", "finished", "failed")  # the kinds of event that are a run's status
 Row = dict[str, Any]
-AWAY = 300.0  # seconds that a database which was there may be away
-log = logging.getLogger("consilium.server")
 
 
-class Broken(ConsiliumError):
-    """The connection broke in the middle of a transaction, which may or may not have been kept."""
-
-
-class Ledger:
+class Ledger(Database):
     """An open ledger. Every method raises ConsiliumError, one sentence, where the database cannot be used."""
-
-    def __init__(self, address: str) -> None:
-        """`address`: ``sqlite:///runs/ledger.db`` or ``postgresql://user@host/name``; the tables are made when absent."""
-        try:
-            url = sa.make_url(address)
-        except ArgumentError:
-            shown = address if "@" not in address else "***"  # it may hold a password
-            raise ConsiliumError(f"'{shown}' is no database address; write e.g. sqlite:///runs/ledger.db") from None
-        if url.drivername in ("postgres", "postgresql"):
-            url = url.set(drivername="postgresql+psycopg")
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise ConsiliumError(f"the ledger cannot be kept in '{url.drivername}'; give a sqlite:/// or postgresql:// address")
-        self.seen = False
-        self.address = url.render_as_string(hide_password=True)  # for messages
-        try:
-            if url.get_backend_name() == "sqlite" and url.database:
-                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=_json)
-        except ModuleNotFoundError:
-            raise ConsiliumError("a PostgreSQL ledger needs psycopg: pip install 'consilium[postgresql]'") from None
-        except OSError as error:
-            raise ConsiliumError(f"the ledger's folder cannot be made for {self.address}: {error.strerror}") from None
-        if url.get_backend_name() == "sqlite":
-            sa.event.listen(self._engine, "connect", _sqlite_connect)
-            sa.event.listen(self._engine, "begin", _sqlite_begin)
-        with self._open() as database:
-            _alone(database)  # two coordinators starting at once
-            tables.schema.create_all(database)
-            inspector = sa.inspect(database)
-            for table in tables.schema.tables.values():
-                if lacking := {c.name for c in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}:
-                    columns = ", ".join(sorted(lacking))
-                    raise ConsiliumError(
-                        f"{self.address} was written by another version (its {table.name} lack {columns}); name a new ledger"
-                    )
-        self.seen = True
 
     # ---- writing
 
+    @again
     def start_run(self, run: str, *, recipe: str, mode: str, config: Mapping[str, Any], code: str) -> None:
         """A new run and its event `started`."""
         with self._open() as database:
@@ -86,16 +39,19 @@ class Ledger:
             database.execute(tables.runs.insert(), row)
             database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": "started", "detail": "", "centre": None})
 
+    @again
     def event(self, run: str, kind: str, detail: str = "", centre: str | None = None) -> None:
         """Something that happened; the kinds of `STATUS` are the run's new status."""
         with self._open() as database:
             database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": kind, "detail": detail, "centre": centre})
 
+    @again
     def add_centre(self, run: str, centre: str, facts: Mapping[str, Any]) -> None:
         """What a centre said of itself when it joined: counts, sources, versions, failed scans, device. JSON."""
         with self._open() as database:
             database.execute(tables.centres.insert(), {"run": run, "time": _now(), "centre": centre, "facts": dict(facts)})
 
+    @again
     def add_round(
         self,
         run: str,
@@ -119,17 +75,15 @@ class Ledger:
             at = {"run": run, "stage": stage, "round": round, "attempt": attempt}
             database.execute(tables.rounds.insert(), {**at, "started": started, "seconds": seconds, "closed_because": closed_because})
             kept = [c.name for c in tables.contributions.columns if c.name not in ("id", "centre", *at)]
-            replies = [{**at, "centre": name, **{key: _finite(said.get(key)) for key in kept}} for name, said in contributions.items()]
+            replies = [{**at, "centre": name, **{key: finite(said.get(key)) for key in kept}} for name, said in contributions.items()]
             shares = [{**at, "part": part, "effective": effective_number(of), "weights": of} for part, of in weights.items()]
-            for table, rows in (
-                (tables.contributions, replies),
-                (tables.shares, shares),
-                (tables.scores, _scores(at, "val", scores or {})),
-            ):
+            scored = _scores(at, "val", scores or {})
+            for table, rows in ((tables.contributions, replies), (tables.shares, shares), (tables.scores, scored)):
                 if rows:
                     database.execute(table.insert(), rows)
         return attempt
 
+    @again
     def add_metrics(self, run: str, stage: str, round: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """Scores outside of a round (the test, at the end), of the weights after this round.
 
@@ -142,25 +96,29 @@ class Ledger:
             if rows := _scores(at, split, scores):
                 database.execute(tables.scores.insert(), rows)
 
+    @again
     def progress(self, run: str, stage: str, round: int, doing: str, **facts: Any) -> None:
         """Who is asked (`asked`), or one centre's answer (`centre`, `seconds`, `reason`, `bytes_up`, `bytes_down`)."""
         with self._open() as database:
             at = {"run": run, "time": _now(), "stage": stage, "round": round, "doing": doing}
             database.execute(tables.progress.insert(), at | facts)
 
+    @again
     def note(self, who: str, what: str, why: str, run: str = "", centre: str = "") -> None:
         """An entry of the audit trail: what a person did. Orders to a run are among them (server/orders.py)."""
         with self._open() as database:
-            _alone(database)
+            alone(database)
             last = database.scalar(sa.select(tables.audit.c.hash).order_by(tables.audit.c.id.desc()).limit(1))
             entry = {"time": _now().isoformat(), "who": who, "what": what, "run": run, "centre": centre, "why": why}
             database.execute(tables.audit.insert(), linked(entry, last or START) | {"time": datetime.fromisoformat(entry["time"])})
 
+    @again
     def add_account(self, name: str, role: str, password: str | None) -> None:
         """An account as it is from now on; `password` is its hash."""
         with self._open() as database:
             database.execute(tables.accounts.insert(), {"time": _now(), "name": name, "role": role, "password": password})
 
+    @again
     def add_evidence(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
         """What was found once in a run rather than in each round: `quality`, `matrix`."""
         with self._open() as database:
@@ -181,21 +139,14 @@ class Ledger:
                     theirs.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence(table.name, "id"), highest)))
         return count
 
-    def close(self) -> None:
-        """Let go of the database: a SQLite ledger is one file then."""
-        self._engine.dispose()
-
     # ---- reading: rows as dicts in the order of writing
 
     def runs(self) -> list[Row]:
         """All runs with their `status` and when it was reached, `since`."""
         last = sa.select(sa.func.max(tables.events.c.id)).where(tables.events.c.kind.in_(STATUS)).group_by(tables.events.c.run)
         joined = tables.runs.join(tables.events, sa.and_(tables.events.c.run == tables.runs.c.id, tables.events.c.id.in_(last)))
-        return self.read(
-            sa.select(tables.runs, tables.events.c.kind.label("status"), tables.events.c.time.label("since"))
-            .select_from(joined)
-            .order_by(tables.events.c.id)
-        )
+        shown = sa.select(tables.runs, tables.events.c.kind.label("status"), tables.events.c.time.label("since"))
+        return self.read(shown.select_from(joined).order_by(tables.events.c.id))
 
     def status(self, run: str) -> str | None:
         """The run's last status; None for an unknown run."""
@@ -237,71 +188,14 @@ class Ledger:
         """{kind: its last body}."""
         return {row["kind"]: row["body"] for row in self.read(_of(tables.evidence, run))}
 
-    def read(self, query: sa.Select[Any]) -> list[Row]:
-        """The rows of any query on `server/tables.py`."""
-        try:
-            return self._read(query)
-        except Broken:  # what was only asked may be asked again
-            return self._read(query)
-
-    def _read(self, query: sa.Select[Any]) -> list[Row]:
-        with self._open(read=True) as database:
-            return [dict(row) for row in database.execute(query).mappings()]
-
-    @contextmanager
-    def _open(self, read: bool = False) -> Iterator[sa.Connection]:
-        """A transaction; the database's own errors become one sentence."""
-        try:
-            with self._connected(read) as connection, connection.begin():
-                yield connection
-        except IntegrityError as error:
-            raise ConsiliumError(f"the ledger {self.address} refuses the row: {_short(error)}") from error
-        except SQLAlchemyError as error:
-            broken = isinstance(error, DBAPIError) and error.connection_invalidated
-            raise (Broken if broken else ConsiliumError)(f"the ledger {self.address} cannot be used: {_short(error)}") from error
-
-    def _connected(self, read: bool) -> sa.Connection:
-        """A connection; a database that was there and is away, because it is being restarted, is waited for."""
-        until = time.monotonic() + (AWAY if self.seen else 0)
-        while True:
-            try:
-                return self._engine.execution_options(read=read).connect()
-            except OperationalError as error:
-                if time.monotonic() > until:
-                    raise
-                log.warning("the ledger %s is away: waiting (%s)", self.address, _short(error))
-                time.sleep(2)
-
-
-def _sqlite_connect(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by _sqlite_begin, not by Python's guess
-    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "foreign_keys = ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _sqlite_begin(connection: sa.Connection) -> None:
-    # A writer takes its place in the queue at once: one that reads first and then writes is refused, not queued, when another came between.
-    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("read") else "BEGIN IMMEDIATE")
-
 
 def _scores(at: Mapping[str, Any], split: str, scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """One row a task."""
-    return [
-        {
-            **at,
-            "split": split,
-            "task": task,
-            "views": {k: v for k, v in views.items() if k != "centres"},
-            "centres": views.get("centres", {}),
-        }
-        for task, views in scores.items()
-    ]
-
-
-def _alone(database: sa.Connection) -> None:
-    """Writers that must not meet take turns; SQLite's do so anyway."""
-    if database.dialect.name == "postgresql":
-        database.execute(sa.text("SELECT pg_advisory_xact_lock(20260403320)"))
+    rows = []
+    for task, views in scores.items():
+        shown = {k: v for k, v in views.items() if k != "centres"}
+        rows.append({**at, "split": split, "task": task, "views": shown, "centres": views.get("centres", {})})
+    return rows
 
 
 def _last(database: sa.Connection, table: sa.Table, **where: Any) -> int:
@@ -322,24 +216,6 @@ def _last_attempts(table: sa.Table, run: str, *also: str) -> sa.Select[Any]:
     newest = last.group_by(*(source.c[key] for key in keys)).subquery()
     same = sa.and_(*(table.c[key] == newest.c[key] for key in (*keys, "attempt")))
     return sa.select(table).join(newest, same).where(table.c.run == run).order_by(table.c.id)
-
-
-def _finite(value: Any) -> Any:
-    """Not-a-number and infinity are no values in SQL, nor in JSON: NULL."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return {key: _finite(of) for key, of in value.items()} if isinstance(value, dict) else value
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value))
-
-
-def _short(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
 def _now() -> datetime:

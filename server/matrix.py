@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from common.compose import active, to_dict
-from common.messages import Query, Request
+from common.messages import Query
 from common.weights import Weights
 from server import scores
 from server.aggregation import Spooled
@@ -54,9 +54,7 @@ def score(run: Run) -> None:
     for path in sorted(rounds[-1].glob("*.safetensors")):
         own = load_file(path)
         weights = Weights(own["floats"], own["integers"])
-        requests: dict[str, Request] = {
-            c: Query(run.id, to_dict(run.config), "scores", stage, "val", "", weights) for c in run.expected if c in run.presence
-        }
+        requests = {c: Query(run.id, to_dict(run.config), "scores", stage, "val", "", weights) for c in run.expected if c in run.presence}
         sums = apart(run, requests, f"scores of the model of {path.stem}")
         for task, views in scores.table(sums, run.config, tasks).items():
             found["tasks"][task][path.stem] = views["centres"]

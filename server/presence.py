@@ -13,7 +13,7 @@ import yaml
 from common.compose import active, check, to_dict
 from common.errors import ConsiliumError
 from common.fingerprint import fingerprint
-from common.messages import Hello, Presence, Query, Request
+from common.messages import Hello, Presence, Query
 from common.schema import Config
 from common.secagg import hides_all
 from common.tasks import columns_of
@@ -32,9 +32,8 @@ def greet(run: Run) -> None:
     if len(run.presence) < run.quorum:
         absent = [c for c in run.expected if c not in run.presence]
         why = by_reason({c: refused[c] for c in absent if c in refused})
-        help_ = (
-            f"nothing heard from {', '.join(absent)}; start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
-        )
+        more = f"start more nodes (simulation: --federation-config num-supernodes={len(run.expected)})"
+        help_ = f"nothing heard from {', '.join(absent)}; {more}"
         raise Paused(f"{len(run.presence)} of {len(run.expected)} centres are ready, {run.quorum} are needed ({why or help_})")
     columns = sorted({c for p in run.presence.values() for c in p.columns})
     for name, task in run.config.tasks.items():
@@ -102,9 +101,8 @@ def meet(run: Run, centres: list[str], wait: float) -> dict[str, str]:
 
 def count(run: Run, centres: list[str]) -> None:
     """Ask how many scans of each class there are; prior and centre weights come from these counts."""
-    requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres}
     if not (hides_all(run.config) and run.counts):  # a second sum, with those who came later, would differ by their own counts
-        run.counts |= ask(run, requests)
+        run.counts |= ask(run, {c: Query(run.id, to_dict(run.config), "counts", "") for c in centres})
     for centre in centres:
         said = run.presence[centre]
         held = {key: n.tolist() for key, n in run.counts.items() if key.split("/")[0] in said.cohorts}

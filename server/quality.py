@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial.distance import jensenshannon
 
 from common.compose import to_dict
-from common.messages import Query, Request, Sums
+from common.messages import Query, Sums
 from common.quality import MEASURES
 from common.secagg import hides_all
 from server.queries import apart
@@ -25,7 +25,7 @@ def survey(run: Run) -> None:
     if known := run.ledger.evidence(run.id).get("quality"):  # a run that goes on
         run.result["quality"] = known
         return
-    requests: dict[str, Request] = {c: Query(run.id, to_dict(run.config), "quality", "") for c in run.presence}
+    requests = {c: Query(run.id, to_dict(run.config), "quality", "") for c in run.presence}
     run.result["quality"] = described(apart(run, requests, "data quality"))
     run.ledger.add_evidence(run.id, "quality", run.result["quality"])
 

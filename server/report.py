@@ -7,7 +7,6 @@ that paused has no test), and a metric that is undefined is shown as such, never
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from rich.table import Table
 from rich.text import Text
 
+from common.files import write_whole
 from common.metrics import leading
 from server.figures import (
     COLOURS,
@@ -55,12 +55,10 @@ POINTS, FEWEST = 10_000, 100
 
 
 def write_report(path: Path, result: Result) -> None:
-    """Writes the page to `path`, whole or not at all. `result`: see `tests/server/test_report.py` for one with every part."""
+    """Writes the page to `path`, whole or not at all. `result`: see `tests/server/results.py` for one with every part."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(PAGE).render(**_context(result), plotly=Markup(get_plotlyjs()))
-    part = Path(path).with_name(f"{Path(path).name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text.encode())
 
 
 def table(result: Result) -> Table:
@@ -132,13 +130,8 @@ def _context(result: Result) -> dict[str, Any]:
     data = json.dumps({f["id"]: {"data": f["data"], "layout": f["layout"]} for f in drawn}, allow_nan=False).replace("<", "\\u003c")
     recipe, mode, run = (str(result.get(key, "")) for key in ("recipe", "mode", "run"))
     centres, played = len(result.get("centres", {})), sum(r["round"] > 0 for _, _, r in rounds)  # round 0 is what a stage starts from
-    facts = [
-        f"run {run}",
-        mode,
-        f"{centres} centre{'s'[: centres != 1]}",
-        f"{played} round{'s'[: played != 1]}",
-        f"seed {result.get('seed', '?')}",
-    ]
+    facts = [f"run {run}", mode, f"{centres} centre{'s'[: centres != 1]}", f"{played} round{'s'[: played != 1]}"]
+    facts.append(f"seed {result.get('seed', '?')}")
     facts += [f"started {result['started']}"] if result.get("started") else []
     facts += [f"took {duration(result['seconds'])}"] if result.get("seconds") is not None else []
     styles = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}
@@ -174,8 +167,9 @@ def _headline(result: Result, task: str, metric: str) -> dict[str, Any]:
     if not scores:
         return {"headline": [], "headline_note": ""}
     worst = scores.get("worst", {}).get(metric) or {}
-    said = [("mean of centres", _get(scores, "macro", metric), ""), ("pooled", _get(scores, "pooled", metric), "")]
-    said += [("worst centre", worst.get("value"), worst.get("centre") or ""), ("spread", _get(scores, "spread", metric), "best less worst")]
+    macro, pooled, spread = (scores.get(view, {}).get(metric) for view in ("macro", "pooled", "spread"))
+    said = [("mean of centres", macro, ""), ("pooled", pooled, ""), ("worst centre", worst.get("value"), worst.get("centre") or "")]
+    said.append(("spread", spread, "best less worst"))
     if scores.get("challenge_score") is not None:
         said.append(("challenge score", scores["challenge_score"], "mean over sources of (F1⁺ + F1⁻)/2"))
     last = next((stage for stage in reversed(result.get("stages", [])) if stage.get("best")), None)
@@ -183,7 +177,7 @@ def _headline(result: Result, task: str, metric: str) -> dict[str, Any]:
     if last:  # where nothing is exchanged, each centre has its own best
         one = "round" in last["best"]
         which = f"round {last['best']['round']}" if one else "each centre's own best round"
-        compared = _judge(result).get("choose") != "last" and (not one or last["best"].get("value") is not None)
+        compared = _evaluation(result).get("choose") != "last" and (not one or last["best"].get("value") is not None)
         after = f", after {which} of {last['name']}" + (", the best on validation" if compared else "")
     return {
         "headline": [{"label": label, "value": text_of(value) or "undefined", "small": small} for label, value, small in said],
@@ -232,16 +226,12 @@ def chosen(result: Result) -> tuple[str, str]:
 
 def _judged_by(result: Result) -> tuple[str, str]:
     """The task and metric that choose the best round."""
-    return _judge(result).get("task", "covid"), _judge(result).get("metric", "auc")
+    return _evaluation(result).get("task", "covid"), _evaluation(result).get("metric", "auc")
 
 
-def _judge(result: Result) -> Result:
+def _evaluation(result: Result) -> Result:
     evaluation: Result = result.get("config", {}).get("evaluation", {})
     return evaluation
-
-
-def _get(scores: Result, view: str, metric: str) -> Any:
-    return scores.get(view, {}).get(metric)
 
 
 def duration(seconds: float) -> str:

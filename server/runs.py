@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from common.compose import config_from, to_dict
 from common.errors import ConsiliumError, nearest
+from common.files import write_whole
 from common.fingerprint import fingerprint
 from common.logs import about
 from common.schema import Config
@@ -92,11 +93,8 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger, of: Study
         raise ConsiliumError(f"run '{folder.name}' is finished; there is nothing to resume")
     config = config_of(folder)
     said = [] if ledger.status(folder.name) in ("paused", "stopped", "failed") else ["the coordinator's process had ended without a word"]
-    said += [
-        f"by code {fingerprint()}, begun by {row['code']}"
-        for row in ledger.runs()
-        if row["id"] == folder.name and row["code"] != fingerprint()
-    ]
+    begun = next((row["code"] for row in ledger.runs() if row["id"] == folder.name), fingerprint())
+    said += [f"by code {fingerprint()}, begun by {begun}"] if begun != fingerprint() else []
     ledger.event(folder.name, "resumed", "; ".join(said))
     return _carry_out(Run(folder.name, config, folder, transport, ledger), of)
 
@@ -127,10 +125,7 @@ def _write_results(run: Run, result: dict[str, Any]) -> None:
     if all(stage["personal"] for stage in result["stages"]):
         result["notes"].append("nothing was exchanged: every centre kept its own model, and there is no common one to save")
     else:
-        save_file(
-            dict(run.layout.named(run.weights)), run.folder / "model.safetensors", metadata={"config": json.dumps(to_dict(run.config))}
-        )
+        about_it = {"config": json.dumps(to_dict(run.config))}
+        save_file(dict(run.layout.named(run.weights)), run.folder / "model.safetensors", metadata=about_it)
     write_report(run.folder / "report.html", result)
-    part = run.folder / "metrics.json.part"  # last, and whole: its presence says that the run is finished
-    part.write_text(json.dumps(result, indent=1))
-    part.replace(run.folder / "metrics.json")
+    write_whole(run.folder / "metrics.json", json.dumps(result, indent=1).encode())  # last: its presence says that the run is finished

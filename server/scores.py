@@ -14,21 +14,18 @@ from common.metrics import (
     Array,
     Metrics,
     binary_metrics,
+    binary_reasons,
     challenge_score,
     leading,
     loss_metrics,
     loss_reasons,
     multiclass_metrics,
     multiclass_reasons,
-    overlap_metrics,
-    overlap_reasons,
-    reasons,
     regression_metrics,
     regression_reasons,
-    spearman,
-    spearman_reason,
     summary,
 )
+from common.overlap import overlap_metrics, overlap_reasons, spearman, spearman_reason
 from common.schema import Config, Evaluation
 from common.secagg import hides_all
 from common.tasks import cells_of
@@ -45,7 +42,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "binary": Measure("hist", binary_metrics, reasons),
+    "binary": Measure("hist", binary_metrics, binary_reasons),
     "multiclass": Measure("confusion", multiclass_metrics, multiclass_reasons),
     "regression": Measure("regression", regression_metrics, regression_reasons),
     "segmentation": Measure("overlap", overlap_metrics, overlap_reasons),

@@ -55,7 +55,7 @@ def summed(run: Run, said: Mapping[str, Contribution | Answer], size: int, blank
 
     enough(len(roster), max(threshold, least))
     boxes: dict[str, dict[str, Bytes]] = {}
-    share: dict[str, Request] = {c: Share(run.id, config, name, roster) for c in roster}
+    share = {c: Share(run.id, config, name, roster) for c in roster}
     for centre, reply in replies(run, share, why):
         if isinstance(reply, Shares) and reply.shares.keys() == roster.keys() - {centre}:
             boxes[centre] = reply.shares
@@ -66,7 +66,7 @@ def summed(run: Run, said: Mapping[str, Contribution | Answer], size: int, blank
     width = secagg.bytes_of(run.config)
     values, exact = np.zeros(size, secagg.ring(width)), np.zeros(sum(a.size for a in blank.values()), np.uint64)
     survivors: list[str] = []
-    mask: dict[str, Request] = {c: Mask(run.id, config, name, {by: box[c] for by, box in boxes.items() if by != c}) for c in boxes}
+    mask = {c: Mask(run.id, config, name, {by: box[c] for by, box in boxes.items() if by != c}) for c in boxes}
     for centre, reply in replies(run, mask, why):
         if not isinstance(reply, Masked):
             why[centre] = reason_of(reply)
@@ -82,7 +82,7 @@ def summed(run: Run, said: Mapping[str, Contribution | Answer], size: int, blank
     enough(len(survivors), max(threshold, least))
 
     opened: dict[str, Unmasked] = {}
-    unmask: dict[str, Request] = {c: Unmask(run.id, config, name, survivors) for c in survivors}
+    unmask = {c: Unmask(run.id, config, name, survivors) for c in survivors}
     for centre, reply in replies(run, unmask, why):
         if isinstance(reply, Unmasked) and reply.shares.keys() == boxes.keys():
             opened[centre] = reply

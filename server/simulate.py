@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
+from common.cli import say
 from common.compose import compose
 from common.errors import ConsiliumError
 from common.logs import said
@@ -42,12 +43,12 @@ QUIET = {
 console = Console(width=max(Console().width, 110))  # a table per centre needs the room, also in a CI log
 
 
-def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", cpus: int = 1, gpus: float = 0.0, run: str = "") -> Path:
+def simulate(recipe: str, overrides: list[str], runs: str = "", resume: str = "", gpus: float = 0.0, run: str = "") -> Path:
     """Run to the end and print the table per centre; returns the run's folder. Raises ConsiliumError when the run did not finish."""
     folder = runs_folder(runs)
     config, settings = settings_of(recipe, overrides, folder, resume, run)
     nodes = 1 if config.federation.mode == "central" else len(config.federation.centres)
-    federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus}"
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus={gpus}"
     with superlink() as (home, environment):
         return submit(config, settings, folder, home, environment, ["--federation-config", federation])
 
@@ -86,7 +87,7 @@ def submit(
     (runs / f"{run}.log").replace(runs / run / "flower.log")
     console.print(table(json.loads(metrics.read_text())))
     what = f"cross-validation: {metrics}" if metrics.name == SUMMARY else f"report: {runs / run / 'report.html'}"
-    console.print(what, highlight=False, soft_wrap=True)
+    say(console, what)
     return runs / run
 
 
@@ -102,11 +103,8 @@ def superlink() -> Iterator[tuple[Path, dict[str, str]]]:
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        environment = (
-            os.environ
-            | QUIET
-            | {"FLWR_HOME": str(home), "RAY_TMPDIR": temporary, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        )
+        own = {"FLWR_HOME": str(home), "RAY_TMPDIR": temporary, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = os.environ | QUIET | own
         command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
         with (Path(temporary) / "superlink.log").open("w") as log:
             process = subprocess.Popen(command, cwd=empty, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -150,7 +148,7 @@ def stream(run_id: str, home: Path, environment: dict[str, str], log: Path, seen
                 if sentence.startswith("error: "):
                     last = sentence.removeprefix("error: ")
                 else:
-                    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+                    say(console, sentence)
     return last, max(number, seen)
 
 

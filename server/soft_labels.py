@@ -6,26 +6,22 @@ The centres answer with sums for each cluster and keep the cluster of each scan 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.compose import check, to_dict
-from common.messages import Query, Request
+from common.messages import Query, Sums
 from common.model import width_of
 from common.schema import Config
 from common.seeds import derive
 from common.weights import Weights, flatten, layout_of
 from server.initial import initial_model
-from server.kmeans import choose
+from server.kmeans import Ask, Floats, Moments, choose
 from server.queries import ask
 from server.state import Run
 
 log = logging.getLogger("consilium.server")
-Floats = NDArray[np.float64]
-Sums = tuple[Floats, Floats, Floats]
 
 
 def cluster(run: Run, config: Config) -> Config:
@@ -39,10 +35,8 @@ def cluster(run: Run, config: Config) -> Config:
         seed = derive(config.seed, "clusters", name)
         found = choose(train, val, train(np.zeros((1, width_of(model.encoder)))), task.clusters, seed)
         clustering = f"{run.id[:80]}-{name}"
-        ask(
-            run,
-            _requests(run, config, Query(run.id, to_dict(config), "clusters", "", "train", name, weights, [], found.centroids, clustering)),
-        )
+        last = Query(run.id, to_dict(config), "clusters", "", "train", name, weights, [], found.centroids, clustering)
+        _ask(run, config, last)
         tried = ", ".join(f"{k}: {index:.1f}" for k, index in found.tried.items() if index is not None)
         said = f"task '{name}': {len(found.sizes)} clusters of {', '.join(f'{n:.0f}' for n in found.sizes)} scans (index on validation: {tried})"
         log.info("%s", said)
@@ -52,20 +46,20 @@ def cluster(run: Run, config: Config) -> Config:
     return config
 
 
-def asker(run: Run, config: Config, task: str, split: str, weights: Weights) -> Callable[[Floats], Sums]:
+def asker(run: Run, config: Config, task: str, split: str, weights: Weights) -> Ask:
     """A step of k-means as a function: centroids [K, D] -> (n [K], sum [K, D], sum of squared lengths [K]) over all centres. The weights travel
     the first time only."""
     known = False
 
-    def step(centroids: Floats) -> Sums:
+    def step(centroids: Floats) -> Moments:
         nonlocal known
         query = Query(run.id, to_dict(config), "clusters", "", split, task, None if known else weights, [], centroids)
-        sums, known = ask(run, _requests(run, config, query)), True
+        sums, known = _ask(run, config, query), True
         k, d = centroids.shape
         return sums.get("n", np.zeros(k)), sums.get("sum", np.zeros((k, d))), sums.get("square", np.zeros(k))
 
     return step
 
 
-def _requests(run: Run, config: Config, query: Query) -> dict[str, Request]:
-    return {c: query for c in run.presence if c not in config.federation.unseen}
+def _ask(run: Run, config: Config, query: Query) -> Sums:
+    return ask(run, {c: query for c in run.presence if c not in config.federation.unseen})

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from client import answer as centre_side
+from client import round as centre_side
 from client.dataset import Scans, in_order, joined
 from client.predict import load_model
 from client.scans import read_scans

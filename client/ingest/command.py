@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from common.cli import say
 from common.errors import ConsiliumError
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ console = Console()
 
 def ingest(
     source: Annotated[
-        str,
-        typer.Argument(help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site"),
+        str, typer.Argument(help="https://pacs/dicom-web, dicom://AET@host:port?aet=OURS or a folder; default: `pacs` of --site")
     ] = "",
     data: Annotated[Path | None, typer.Option(help="the cohort's folder, or its .csv; default: `data` of --site")] = None,
     site: Annotated[Path | None, typer.Option(help="site.yaml")] = None,
@@ -66,7 +66,7 @@ def ingest(
         console.print("stopped; what came is kept, and the next ingest goes on from here")
         return
     _report(done)
-    console.print(f"the cohort is {place.table}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"the cohort is {place.table}")
     if done.failed:
         raise typer.Exit(1)
 
@@ -89,8 +89,8 @@ def _source(address: str, quiet: float) -> Source:
 def _report(done: Done) -> None:
     """Studies by their new names only: what is printed may end in a log."""
     for one in done.skipped:
-        console.print(f"study {one.path}: {one.reason}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"study {one.path}: {one.reason}")
     for note in done.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"note: {note}")
     counts = f"{done.came} studies came, {done.before} were here, {done.empty} held nothing to take, {done.failed} could not be brought in"
-    console.print(counts, highlight=False, markup=False, soft_wrap=True)
+    say(console, counts)

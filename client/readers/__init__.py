@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from client.readers.dicom import is_dicom, open_dicom, read_dicom
+from client.readers.dicom import open_dicom, read_dicom
+from client.readers.headers import is_dicom
 from client.readers.nifti import NIFTI, read_nifti
 from client.readers.pictures import PICTURES, open_slices, read_picture, read_slices
 from client.readers.volume import Unread, Volume

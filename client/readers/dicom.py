@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from client.readers.glance import JPEG_2000
-from client.readers.headers import Head, Series, choose_series, find_series, is_dicom, normal_of, scan_headers, view_rank
+from client.readers.headers import Head, Series, choose_series, normal_of, scan_headers, view_rank
 from client.readers.pictures import natural
 from client.readers.stored import stored
 from client.readers.volume import Indices, Unread, Volume, middle_rows
 from common.errors import ConsiliumError
-
-__all__ = ["Series", "choose_series", "find_series", "is_dicom", "open_dicom", "read_dicom", "read_series"]
 
 AIR = -1024
 SAME_PLACE = 0.01  # mm

@@ -126,16 +126,16 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: str, default: Any = None) -> Any:
+def _group(dataset: Dataset | dict[str, Any], frame: int, sequence: str, tag: str) -> Any:
     """A tag of a multi-frame file: the frame's own, else the shared one, else the file's."""
     if isinstance(dataset, dict):  # of a plain file, which has one frame
-        return dataset.get(tag, default)
+        return dataset.get(tag)
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(groups) or []
         inner = items[index].get(sequence) if index < len(items) else None
         if inner and tag in inner[0]:
             return inner[0].get(tag)
-    return dataset.get(tag, default)
+    return dataset.get(tag)
 
 
 def _needed(dataset: Dataset | dict[str, Any], tag: str) -> Any:
@@ -236,11 +236,6 @@ def scan_headers(path: Path) -> tuple[list[Series], int, set[str]]:
             continue
         found.setdefault(key, (patient, kind, None if number is None else int(number), []))[3].extend(heads)
     return [_series(*key, patient, kind, number, heads) for key, (patient, kind, number, heads) in found.items()], damaged, other
-
-
-def find_series(folder: Path) -> list[Series]:
-    """The CT series and radiographs in a folder and below it (or in one file), by headers alone, in the order they are met."""
-    return scan_headers(folder)[0]
 
 
 def _named(series: Series) -> str:

@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def config_of(out: Path, *more: str) -> Config:
 
 def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
     """One federation of four (or five) centres, of which `east` attacks."""
-    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), f"{attack}-{defence}-{seed}".replace(" ", "-").replace(",", "")
+    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), re.sub(r"\W+", "-", f"{attack} {defence} {seed}")
     for book in out.glob("data/*/.consilium/budget/*"):
         book.unlink()  # each run's privacy is counted alone
     try:
@@ -93,7 +94,7 @@ def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, Scans]:
     return config, whole.take(np.random.default_rng(1).permutation(firsts)[:scans])
 
 
-def members(out: Path, data: str, seed: int, target: float, models: int = 12, epochs: int = 25) -> dict[str, Any]:
+def members(out: Path, data: str, seed: int, target: float, models: int = 8, epochs: int = 20) -> dict[str, Any]:
     """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private
     models alone. The real slices' models begin from ImageNet's weights."""
     config, scans = pool(out, data)

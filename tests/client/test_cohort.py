@@ -15,21 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.chest import chest
-from client.cohort import (
-    build_cohort,
-    check,
-    label_columns,
-    label_counts,
-    load_cohort,
-    of_modality,
-    save_cohort,
-    split_of,
-    target,
-    targets_of,
-)
+from client.cohort import build_cohort, label_columns, load_cohort, of_modality, save_cohort, split_of
 from client.phantom import HOSPITALS, write_series
 from common.errors import ConsiliumError
-from common.schema import Task
 
 
 def picture(path: Path) -> None:
@@ -42,12 +30,6 @@ def series(folder: Path, patient: str, *names: object, slices: int = 4) -> None:
     rng = np.random.default_rng(1)
     voxels, _ = chest(rng, rng, HOSPITALS["north"].scanner, True, slices, 64)
     write_series(folder, voxels, HOSPITALS["north"].scanner, names, patient, rng)
-
-
-def table(**columns: object) -> pd.DataFrame:
-    n = len(next(iter(columns.values())))  # type: ignore[arg-type]
-    start = {"scan": [f"s{k}" for k in range(n)], "path": [f"p{k}" for k in range(n)], "split": ["train"] * n}
-    return pd.DataFrame({**start, **columns})
 
 
 def pharos(folder: Path) -> Path:
@@ -232,55 +214,6 @@ def test_nothing_found_says_what_was_seen(tmp_path: Path) -> None:
         build_cohort(tmp_path / "none", "north")
 
 
-def test_targets_and_counts() -> None:
-    df = table(covid=[1, 0, None, 1], severity=["mild", "severe", None, "mild"], grade=[1.0, 2.0, None, 2.0], odd=[1, 2, 3, None])
-    np.testing.assert_array_equal(target(df, "covid"), [1, 0, np.nan, 1])
-    np.testing.assert_array_equal(target(df, "severity", ["severe", "mild"]), [1, 0, np.nan, 1])
-    np.testing.assert_array_equal(target(df, "grade", ["1", "2"]), [0, 1, np.nan, 1])  # names first ...
-    np.testing.assert_array_equal(target(df, "grade", ["a", "b", "c"]), [1, 2, np.nan, 2])  # ... then numbers of classes
-    assert np.isnan(target(df, "absent")).all()
-    assert label_counts(df, "covid").tolist() == [1, 2]
-    assert label_counts(df, "severity", ["severe", "mild", "fatal"]).tolist() == [1, 2, 0]
-    assert label_counts(df, "absent").tolist() == [0, 0]
-    with pytest.raises(ConsiliumError, match="'odd' has 2 values"):
-        target(df, "odd")
-    with pytest.raises(ConsiliumError, match="the classes are: mild"):
-        target(df, "severity", ["mild"])
-
-
-@given(
-    st.lists(st.lists(st.sampled_from([0.0, 1, 2, 3, float("nan")]), min_size=2, max_size=2), min_size=1, max_size=12),
-    st.sets(st.integers(-1, 7), min_size=1, max_size=4),
-)
-def test_a_binned_sum_is_how_many_edges_it_exceeds(rows: list[list[float]], edges: set[int]) -> None:
-    df = pd.DataFrame(rows, columns=["left", "right"])
-    task = Task(kind="multiclass", columns=["left", "right"], edges=sorted(map(float, edges)), classes=list("abcde"[: len(edges) + 1]))
-    for row, got in zip(rows, targets_of(df, "brixia", task), strict=True):
-        total = row[0] + row[1]
-        assert np.isnan(got) if np.isnan(total) else got == sum(total > e for e in edges)
-
-
-def test_targets_of_every_kind_of_task() -> None:
-    df = table(a=[0.0, 3.0, None], b=[1.0, None, 2.0], covid=[1, 0, None], lesion=["a.png", None, "b.png"], word=["x", None, "1"])
-    np.testing.assert_array_equal(targets_of(df, "zones", Task(kind="regression", columns=["a", "b"])), [[0, 1], [3, np.nan], [np.nan, 2]])
-    np.testing.assert_array_equal(targets_of(df, "a", Task(kind="regression")), [[0], [3], [np.nan]])
-    assert np.isnan(targets_of(df, "none", Task(kind="regression", columns=["a", "gone"]))[:, 1]).all()
-    np.testing.assert_array_equal(targets_of(df, "covid", Task()), target(df, "covid"))
-    np.testing.assert_array_equal(targets_of(df, "grade", Task(kind="multiclass", label="a", edges=[0.0, 3.0])), [0, 1, np.nan])
-    for task in (
-        Task(kind="segmentation", label="lesion"),
-        Task(kind="contrast"),
-        Task(kind="inpainting"),
-        Task(kind="multiclass", clusters=[2, 4]),
-    ):
-        assert np.isnan(targets_of(df, "covid", task)).all()
-        assert targets_of(df, "covid", task).shape == (3,)
-    with pytest.raises(ConsiliumError, match="'word' has 1 values that are no numbers"):
-        targets_of(df, "word", Task(kind="regression"))
-    with pytest.raises(ConsiliumError, match="2 classes and 2 edges"):
-        targets_of(df, "a", Task(kind="multiclass", edges=[0.0, 3.0], classes=["low", "high"]))
-
-
 def test_only_the_wanted_modality_is_part(tmp_path: Path) -> None:
     (tmp_path / "cohort.csv").write_text("scan,path,split,modality,lungs\na,x,train,ct,m.png\nb,y,train,XR,\nc,z,val,,\n")
     df = load_cohort(tmp_path, "north")
@@ -307,49 +240,6 @@ def test_a_manifests_masks_move_with_it(tmp_path: Path) -> None:
     assert again["lungs"][0] == "seg/0.png"
     save_cohort(df, tmp_path / "other" / "cohort.csv")
     assert os.path.isabs(load_cohort(tmp_path / "other", "north")["lungs"][0])
-
-
-@given(st.lists(st.sampled_from([0.0, 1.0, float("nan")]), min_size=1, max_size=30), st.randoms())
-def test_counts_do_not_depend_on_the_order_or_the_unlabelled(values: list[float], random: object) -> None:
-    shuffled = list(values)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert label_counts(table(covid=values), "covid").tolist() == label_counts(table(covid=shuffled), "covid").tolist()
-    assert label_counts(table(covid=[*values, None]), "covid").tolist() == label_counts(table(covid=values), "covid").tolist()
-
-
-def test_check_tells_what_is_missing() -> None:
-    tasks = {"covid": Task(), "severity": Task(kind="multiclass", classes=["mild", "severe"]), "source": Task(kind="multiclass")}
-    df = table(covid=[1, 1, 0], source=["north"] * 3, patient=["a", "b", "c"])
-    df["split"] = ["train", "train", "val"]
-    said = check(df, tasks)
-    assert "no scan is in the test split" in said
-    assert any("'severity'" in s and "will not train it" in s for s in said)
-    assert any("'covid' has one class only in train (1)" in s for s in said)
-    assert not any("'source'" in s for s in said)
-    with pytest.raises(ConsiliumError, match="empty"):
-        check(df[:0], tasks)
-    with pytest.raises(ConsiliumError, match="no label for any task; fill at least one of the columns: outcome"):
-        check(df, {"death": Task(label="outcome")})
-
-
-def test_check_counts_masks_numbers_and_bins() -> None:
-    df = table(lesion=["a.png", None, " "], a=[0.0, 3.0, 9.0], b=[1.0, None, 2.0], patient=["a", "b", "c"])
-    df["split"] = ["train", "train", "val"]
-    tasks = {
-        "affected": Task(kind="segmentation", label="lesion"),
-        "zones": Task(kind="regression", columns=["a", "b"]),
-        "bins": Task(kind="multiclass", columns=["a", "b"], edges=[4.0], classes=["low", "high"]),
-        "moco": Task(kind="contrast"),
-    }
-    said = check(df, tasks)
-    assert "task 'affected': masks of 1 in train, 0 in val, 0 in test" in said
-    assert "task 'zones': numbers of 1 in train, 1 in val, 0 in test" in said
-    assert any("'bins' has one class only in train (low)" in s for s in said)
-    assert not any("moco" in s for s in said)
-    said = check(df, {**tasks, "else": Task(kind="segmentation", label="gone"), "sum": Task(kind="regression", columns=["a", "gone"])})
-    assert "no scan has a mask for task 'else' (column 'gone'); this centre will not train it" in said
-    assert any("of which 1 are not there (gone)" in s for s in said)
-    assert check(df, {"moco": Task(kind="contrast")})
 
 
 def test_a_link_that_leads_nowhere_is_listed(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from client.readers import headers as headers_room
 from client.readers.glance import glance
 from client.readers.headers import scan_headers
 from client.readers.volume import reduced
-from tests.client.test_readers import REAL, dataset, stack, write
+from tests.client.dicom_files import dataset, stack, write
+from tests.client.test_readers import REAL
 
 
 def saved(ds: FileDataset, path: Path, syntax: UID = ExplicitVRLittleEndian) -> Path:

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from client.lungs import body_box, lung_areas, lung_box, lung_mask, paper_areas, paper_box, radiograph_lungs, shown
+from client.lungs import Box, areas_of, body_box_of, look, lung_box_of, lung_mask, paper_body, paper_box_of, shown
+from client.radiograph_lungs import radiograph_lungs
 from client.readers import read_scan
 from client.readers.pictures import read_picture
 from client.readers.volume import Volume
@@ -19,6 +20,24 @@ from client.slices import radiograph_box
 
 REAL = Path(os.environ.get("CONSILIUM_REAL_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "ct_dicom"
 RADIOGRAPHS = REAL.parent / "cxr_cohen"
+
+
+def lung_areas(volume: Volume) -> NDArray[np.float64]:
+    return areas_of(look(volume.voxels), volume.spacing)
+
+
+def body_box(volume: Volume) -> Box:
+    return body_box_of(look(volume.voxels))
+
+
+def lung_box(volume: Volume) -> Box:
+    return lung_box_of(look(volume.voxels), volume.spacing)
+
+
+def paper(volume: Volume) -> tuple[NDArray[np.float64], Box]:
+    """The body's areas [Z] in mm2 and box, as `selection: kds_paper` has them."""
+    areas, boxes = paper_body(volume.voxels, (-1000.0, 300.0) if volume.is_hounsfield else (0.0, 255.0))
+    return areas * volume.spacing[1] * volume.spacing[2], paper_box_of(boxes, volume)
 
 
 def ellipse(size: int, cy: float, cx: float, ry: float, rx: float) -> NDArray[np.bool_]:
@@ -108,11 +127,12 @@ def test_pictures_cropped_into_the_lungs_and_pictures_with_a_round_field() -> No
 def test_the_papers_area_is_the_bodys() -> None:
     volume, _ = phantom(256, table=False)
     body = ellipse(256, 120, 128, 75, 105).sum() * 1.5**2
-    np.testing.assert_allclose(paper_areas(volume), body, rtol=0.05)
-    np.testing.assert_allclose(paper_box(volume), [45 - 5, 196 + 5, 23 - 5, 234 + 5], atol=3)
+    areas, box = paper(volume)
+    np.testing.assert_allclose(areas, body, rtol=0.05)
+    np.testing.assert_allclose(box, [45 - 5, 196 + 5, 23 - 5, 234 + 5], atol=3)
     nothing = Volume(np.zeros((2, 40, 50), np.uint8), (1.0, 1.0, 1.0), np.arange(2.0), "CT")
-    assert paper_areas(nothing).tolist() == [0, 0]
-    assert paper_box(nothing) == (0, 40, 0, 50)
+    areas, box = paper(nothing)
+    assert (areas.tolist(), box) == ([0, 0], (0, 40, 0, 50))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real CT series are not here")

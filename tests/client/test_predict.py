@@ -7,12 +7,9 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
-import nibabel
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import torch
 from hypothesis import given
@@ -20,15 +17,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from client import masks
 from client.phantom import write_centre
 from client.predict import columns, load_model, mask_name, numbers, predict
 from client.readers import read_scan
-from client.severity import severity
 from client.slices import slices_of
 from common.compose import compose, to_dict
 from common.errors import ConsiliumError
-from common.metrics import histogram
 from common.model import make_model
 from common.schema import Config, Phantom, Task
 from server.runs import begin, open_ledger
@@ -159,104 +153,10 @@ def saved(path: Path, *overrides: str, tilt: float = 0.0) -> Path:
     return path
 
 
-TRIAGE = ["recipe=triage", "backbone=small", "preprocess.size=32", "preprocess.slices=8"]
-
-
 @pytest.fixture(scope="module")
 def centre(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up hospital: `dicom/<scan>/`, `xr/<scan>.dcm`."""
     return write_centre(tmp_path_factory.mktemp("centre"), "north", Phantom(scale=0.001, slices=12, pixels=64))
-
-
-@pytest.fixture(scope="module")
-def worklist(centre: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, pd.DataFrame]:
-    """(model, folder of masks, table) of the triage recipe on two CTs and a radiograph that a manifest names; the radiograph says so."""
-    root = tmp_path_factory.mktemp("triage")
-    rows = [{"scan": "a/1", "path": centre / "dicom" / "north-0000"}, {"scan": "a%2F1", "path": centre / "dicom" / "north-0003"}]
-    film = {"scan": "film", "path": centre / "xr" / "north-0000.dcm", "modality": "xr"}
-    pd.DataFrame([*rows, film]).to_csv(root / "manifest.csv", index=False)
-    model = saved(root / "plain.safetensors", *TRIAGE)
-    plain, config, _ = load_model(model)  # random weights call a pixel nothing in particular: the head's bias makes it half of them
-    slices = slices_of(read_scan(rows[0]["path"]), config.preprocess).slices
-    with torch.no_grad():
-        middle = plain.eval()(torch.from_numpy(slices)[None] / 255)["lesion"].median().item()
-    tilted = saved(root / "model.safetensors", *TRIAGE, tilt=math.log(0.2 / 0.8) - middle)
-    table, skipped = predict(tilted, root / "manifest.csv", root / "store", masks=root / "masks", sort="lesion_severity")
-    assert [(Path(s.path).name, s.reason) for s in skipped] == [("north-0000.dcm", "it is no CT, for which the model was made")]
-    return tilted, root / "masks", table
-
-
-def test_a_worklist_of_affected_lungs(worklist: tuple[Path, Path, pd.DataFrame]) -> None:
-    """Against the steps by hand: the model's map, our lung finder's sides, the share of each."""
-    path, _, table = worklist
-    assert list(table.columns[2:7]) == ["covid", "lesion_right", "lesion_left", "lesion_severity", "lesion_mask"]
-    assert sorted(table["scan"]) == ["a%2F1", "a/1"]
-    assert table["lesion_severity"].is_monotonic_decreasing
-    model, config, _ = load_model(path)
-    for row in table.itertuples():
-        volume = read_scan(Path(str(row.path)))
-        kept = slices_of(volume, config.preprocess)
-        lungs = masks.cut(masks.find_lungs(volume, True), kept.indices, kept.box, 32)
-        with torch.no_grad():
-            found = model.eval()(torch.from_numpy(kept.slices)[None] / 255)
-        lesion = found["lesion"][0].sigmoid().numpy() >= 0.2
-        sides = [100 * (lesion & (lungs == side)).sum() / (lungs == side).sum() for side in (1, 2)]
-        assert min(sides) > 0
-        assert (row.lesion_right, row.lesion_left) == pytest.approx(sides, abs=0.02)
-        assert row.lesion_severity == pytest.approx(100 * severity(lesion, lungs), abs=0.02)
-        assert row.lesion_severity == max(row.lesion_right, row.lesion_left) < 100
-        assert row.covid == pytest.approx(found["covid"].sigmoid().item(), abs=2e-6)
-
-
-def test_masks_lie_over_their_ct(worklist: tuple[Path, Path, pd.DataFrame]) -> None:
-    """Geometry against the DICOM files' own words; content against the model's map."""
-    path, folder, table = worklist
-    assert sorted(p.name for p in folder.iterdir()) == ["a%252F1_lesion.nii.gz", "a%2F1_lesion.nii.gz"]
-    model, config, _ = load_model(path)
-    for row in table.itertuples():
-        assert Path(str(row.lesion_mask)).name == mask_name(str(row.scan), "lesion")
-        image: Any = nibabel.load(str(row.lesion_mask))
-        files = sorted((pydicom.dcmread(f) for f in Path(str(row.path)).iterdir()), key=lambda d: float(d.ImagePositionPatient[2]))
-        first, (high, wide) = files[0], map(float, files[0].PixelSpacing)
-        assert image.shape == (first.Columns, first.Rows, len(files))
-        assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")  # type: ignore[no-untyped-call]  # as the phantom's columns, rows, slices run
-        assert list(map(float, first.ImageOrientationPatient)) == [1, 0, 0, 0, 1, 0]
-        for column, line, z in ((0, 0, 0), (first.Columns - 1, first.Rows - 1, len(files) - 1)):
-            x, y, high_up = map(float, files[z].ImagePositionPatient)
-            at = (-(x + column * wide), -(y + line * high), high_up)  # LPS, turned to NIfTI's RAS
-            np.testing.assert_allclose((image.affine @ [column, line, z, 1])[:3], at, atol=1e-3)
-
-        volume = read_scan(Path(str(row.path)))
-        kept = slices_of(volume, config.preprocess)
-        with torch.no_grad():
-            lesion = model.eval()(torch.from_numpy(kept.slices)[None] / 255)["lesion"][0].sigmoid().numpy() >= 0.2
-        drawn = masks.read_mask(Path(str(row.lesion_mask)))
-        back = masks.cut(drawn, kept.indices, kept.box, 32)
-        y0, y1, x0, x1 = kept.box
-        shown = masks.cut(np.ones_like(drawn), kept.indices, kept.box, 32) > 0
-        assert (back == lesion)[shown].mean() > 0.95
-        assert drawn.sum() == drawn[kept.indices.min() : kept.indices.max() + 1, y0:y1, x0:x1].sum() > 0
-
-
-def test_a_radiograph_has_a_severity_but_no_sides(centre: Path, tmp_path: Path) -> None:
-    """Its lungs are one mask; and a model of CT says what it was shown."""
-    (tmp_path / "new").mkdir()
-    shutil.copy(centre / "xr" / "north-0000.dcm", tmp_path / "new")
-    film, _ = predict(saved(tmp_path / "a", *TRIAGE, "preprocess.modality=any", tilt=9.0), tmp_path / "new", tmp_path / "store")
-    assert film[["lesion_right", "lesion_left"]].isna().all(axis=None)
-    assert film["lesion_severity"].tolist() == [100]
-    assert "the model was made for" not in film["notes"][0]
-    taken, _ = predict(saved(tmp_path / "b", *TRIAGE), tmp_path / "new", tmp_path / "store")
-    assert "It was read as XR, the model was made for CT." in taken["notes"][0]
-
-
-def test_without_lungs_nothing_is_said_of_them(tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    grey = np.full((64, 64, 12), 40, np.int16)
-    nibabel.save(nibabel.Nifti1Image(grey, np.diag([-1.0, -1, 5, 1])), tmp_path / "new" / "brick.nii.gz")  # type: ignore[no-untyped-call]
-    table, _ = predict(saved(tmp_path / "m.safetensors", *TRIAGE), tmp_path / "new", tmp_path / "store", sort="lesion_severity")
-    assert table.filter(like="lesion").isna().all(axis=None)
-    assert "Its lungs were not found" in table["notes"][0]
 
 
 def test_every_other_kind_of_task_has_its_columns(centre: Path, tmp_path: Path) -> None:
@@ -314,58 +214,3 @@ def test_no_two_masks_share_a_file(pairs: set[tuple[str, str]]) -> None:
     names = {mask_name(*pair) for pair in pairs}
     assert len(names) == len(pairs)
     assert all("/" not in name and "\0" not in name and len(name) < 200 for name in names)
-
-
-# --- a centre's own weights -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def personal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
-    """(model.safetensors, the federation's folder, metrics.json) of multisource_personal at two centres: own norms and heads, then own all."""
-    root = tmp_path_factory.mktemp("personal")
-    few = ["federation.centres=[north,south]", "federation.phantom.scale=0.001", "stage.precision=fp32", "stage.optimiser.lr=0.01"]
-    config = phantom_config(root / "data", "recipe=multisource_personal", *few)
-    (root / "runs").mkdir()
-    result = begin(config, InProcess(sites(2)), root / "runs", open_ledger(root / "runs"), "run")
-    return root / "runs" / "run" / "model.safetensors", root / "data", result
-
-
-def histogram_at(model: Path, data: Path, centre: str, own: Path | None) -> tuple[np.ndarray, set[str]]:
-    """The predictions for a centre's test scans as the run counts them, [2, bins]; and the models' identities."""
-    cohort = pd.read_csv(data / centre / "cohort.csv")
-    test = cohort[(cohort["split"] == "test") & (cohort["modality"] == "CT")]
-    test[["scan", "path"]].to_csv(data / centre / "test.csv", index=False)
-    table, skipped = predict(model, data / centre / "test.csv", data / centre / ".consilium" / "slices", own=own)
-    assert skipped == []
-    assert table["scan"].tolist() == test["scan"].tolist()
-    p = table["covid"].to_numpy()
-    return histogram(np.log(p / (1 - p)), test["covid"].to_numpy(float)), set(table["model"])
-
-
-def test_own_weights_give_what_the_run_was_tested_with(personal: tuple[Path, Path, dict[str, Any]]) -> None:
-    model, data, result = personal
-    for centre in ("north", "south"):
-        own, identity = histogram_at(model, data, centre, data / centre / ".consilium" / "personal" / "run")
-        np.testing.assert_array_equal(own, result["test"]["covid"]["hist"][centre])
-        common, plain = histogram_at(model, data, centre, None)
-        assert not np.array_equal(own, common)
-        assert [i.split("+")[0] for i in identity] == list(plain)
-        assert len(identity | plain) == 2
-
-
-def test_own_weights_of_another_run_or_gone_are_one_sentence(
-    personal: tuple[Path, Path, dict[str, Any]], trained: tuple[Path, Path, Config], tmp_path: Path
-) -> None:
-    model, data, _ = personal
-    own = shutil.copytree(data / "north" / ".consilium" / "personal" / "run", tmp_path / "run")
-    load_model(model, own)
-    with pytest.raises(ConsiliumError, match=r"belong to another model; give the model.safetensors of run 'run'$"):
-        load_model(trained[0], own)
-    with pytest.raises(ConsiliumError, match=r"holds no own weights that a run was tested with \(used.json: FileNotFoundError\)"):
-        load_model(model, tmp_path)
-    last = max((own / "own").iterdir())
-    whole = last.read_bytes()
-    for broken in (whole[:-4] + b"\1\2\3\4", whole[:100], None):
-        last.unlink() if broken is None else last.write_bytes(broken)
-        with pytest.raises(ConsiliumError, match=r"gone or damaged; restore the folder, or predict without --personal$"):
-            load_model(model, own)

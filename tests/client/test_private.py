@@ -116,7 +116,7 @@ def test_one_patient_moves_the_sum_by_the_clip_at_most(seed: int, clip: float, s
     without, one, another = summed(others), summed({"ann": anyone(), **others}), summed({"ann": anyone(), **others})
     assert float((one - without).norm()) <= clip * (1 + 1e-4)  # one more: what the accountant's epsilon is about
     assert float((one - another).norm()) <= 2 * clip * (1 + 1e-4)  # one in another's place
-    assert torch.equal(without, summed(dict(reversed(others.items())))) or torch.allclose(without, summed(others))
+    assert float((without - summed(dict(reversed(others.items())))).norm()) <= 1e-4 * clip  # in whatever order they come
 
 
 def test_a_gradient_that_is_not_finite_counts_as_none() -> None:

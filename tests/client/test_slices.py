@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.kds import Selection, select
-from client.lungs import body_box, lung_areas, paper_body, paper_box_of, shown
+from client.lungs import paper_body, paper_box_of, shown
 from client.readers import Unread, Volume, read_scan
 from client.slices import keep, slices_of, square
 from common.schema import Preprocess
-from tests.client.test_readers import dataset, write
+from tests.client.dicom_files import dataset, write
+from tests.client.test_lungs import body_box, lung_areas
 
 SELECTIONS: list[Selection] = ["kds", "zquantile", "even"]  # those that a look at some slices serves
 

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from common.imbalance import centre_weights, effective_number, log_prior, logit_adjustment
 
 cells = st.dictionaries(
-    st.text("abcdefgh", min_size=1, max_size=3),
-    st.lists(st.integers(0, 100_000), min_size=1, max_size=4),
-    min_size=1,
-    max_size=8,
+    st.text("abcdefgh", min_size=1, max_size=3), st.lists(st.integers(0, 100_000), min_size=1, max_size=4), min_size=1, max_size=8
 )
 taus = st.floats(0, 2)
 

@@ -11,27 +11,19 @@ from sklearn import metrics as reference
 
 from common.errors import ConsiliumError
 from common.metrics import (
-    SEVERITY_EDGES,
-    SHARE_EDGES,
     Array,
     binary_metrics,
+    binary_reasons,
     calibration,
     challenge_score,
     edges,
     histogram,
-    joint_histogram,
     multiclass_metrics,
     multiclass_reasons,
-    overlap_metrics,
-    overlap_reasons,
-    overlap_sums,
-    reasons,
     regression_metrics,
     regression_reasons,
     regression_sums,
     roc,
-    spearman,
-    spearman_reason,
     summary,
 )
 
@@ -128,14 +120,14 @@ def test_a_score_that_is_not_a_number_is_one_sentence() -> None:
 
 def test_one_class_has_no_auc_and_says_why() -> None:
     hist = histogram(np.array([-2.0, 1.0, -3.0]), np.zeros(3))
-    got, why = binary_metrics(hist), reasons(hist)
+    got, why = binary_metrics(hist), binary_reasons(hist)
     assert [got[name] for name in ("auc", "f1", "sensitivity", "precision", "balanced_accuracy", "gmean")] == [None] * 6
     assert got["specificity"] == pytest.approx(2 / 3)
     assert why["auc"] == "one class only (no positive scan among 3)"
     assert set(why) == {name for name, value in got.items() if value is None}
-    assert reasons(histogram(np.array([1.0]), np.ones(1)))["specificity"] == "one class only (no negative scan among 1)"
-    assert set(reasons(np.zeros((2, 8))).values()) == {"no labelled scans"}
-    assert reasons(histogram(np.array([-1.0, -2.0]), np.array([0.0, 1.0]))) == {"precision": "no scan was called positive"}
+    assert binary_reasons(histogram(np.array([1.0]), np.ones(1)))["specificity"] == "one class only (no negative scan among 1)"
+    assert set(binary_reasons(np.zeros((2, 8))).values()) == {"no labelled scans"}
+    assert binary_reasons(histogram(np.array([-1.0, -2.0]), np.array([0.0, 1.0]))) == {"precision": "no scan was called positive"}
     fpr, tpr = roc(hist)
     assert fpr.size == tpr.size == 0
 
@@ -241,74 +233,6 @@ def test_a_regression_without_spread_has_errors_but_no_correlation() -> None:
     nothing = regression_sums(np.zeros((0, 2)), np.zeros((0, 2)))
     assert regression_metrics(nothing) == {"n": 0, "mae": None, "rmse": None, "r2": None, "pearson": None}
     assert set(regression_reasons(nothing).values()) == {"no labelled scans"}
-
-
-def test_overlap_of_three_centres_against_scikit_learn() -> None:
-    random = np.random.default_rng(1)
-    mask = (random.uniform(size=(9, 2, 8, 8)) < 0.2).astype(np.uint8)
-    probability = np.clip(0.5 * mask + random.uniform(0, 0.6, mask.shape), 0, 1)
-    mask[0] = mask[1] = 0  # nothing there ...
-    probability[0] = 0.1  # ... and nothing found
-    mask[2, :, :, :4] = 255  # half of a scan is not known
-    mask[3] = 255  # a scan without a mask, whose output may be anything
-    probability[3] = np.nan
-    sums = np.sum([overlap_sums(probability[part], mask[part], 0.4) for part in (slice(0, 3), slice(3, 4), slice(4, 9))], axis=0)
-    np.testing.assert_array_equal(sums, overlap_sums(probability >= 0.4, mask))
-    dice, pixels = {}, []
-    for i in (0, 1, 2, *range(4, 9)):
-        known = mask[i] != 255
-        pixels.append((mask[i][known], probability[i][known] >= 0.4))
-        dice[i] = reference.f1_score(*pixels[-1], zero_division=1.0)  # Dice is F1 over pixels
-    true, called = (np.concatenate(part) for part in zip(*pixels, strict=True))
-    got = overlap_metrics(sums)
-    assert (got["n"], got["positives"]) == (8, 6)
-    assert (dice[0], dice[1]) == (1, 0)
-    assert got["dice"] == pytest.approx(np.mean(list(dice.values())))
-    assert got["dice_affected"] == pytest.approx(np.mean([v for i, v in dice.items() if i > 1]))
-    assert got["dice_pixels"] == pytest.approx(reference.f1_score(true, called))
-    assert got["sensitivity"] == pytest.approx(reference.recall_score(true, called))
-    assert got["precision"] == pytest.approx(reference.precision_score(true, called))
-    assert overlap_reasons(sums) == {}
-
-
-def test_overlap_that_is_not_defined_says_why() -> None:
-    mask = np.zeros((2, 4, 4), np.uint8)
-    empty = overlap_sums(np.zeros((2, 4, 4)), mask)
-    assert overlap_metrics(empty)["dice"] == 1
-    assert overlap_reasons(empty) == dict.fromkeys(
-        ("dice_affected", "dice_pixels", "sensitivity", "precision"), "all masks are empty (2 scans)"
-    )
-    assert set(overlap_reasons(overlap_sums(np.zeros((2, 4, 4)), mask + 255)).values()) == {"no labelled scans"}
-    assert overlap_reasons(overlap_sums(np.zeros((2, 4, 4)), mask + 1)) == {"precision": "no pixel was called affected"}
-    with pytest.raises(ConsiliumError, match="not a number for 1 of 2 scans"):
-        overlap_sums(np.where(np.arange(2)[:, None, None] == 1, np.nan, mask), mask)
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 100)), min_size=2, max_size=40), st.integers(0, 40))
-def test_spearman_of_two_centres_is_scipys_on_the_binned_numbers(scans: list[tuple[float, float]], cut: int) -> None:
-    share, known = np.array(scans).T
-    first, second = (joint_histogram(share[part], known[part], SHARE_EDGES, SEVERITY_EDGES) for part in (slice(cut), slice(cut, None)))
-    joint = first + second
-    binned = np.digitize(share, SHARE_EDGES[1:-1]), np.digitize(known, SEVERITY_EDGES[1:-1])
-    if min(len(set(b)) for b in binned) < 2:
-        assert spearman(joint) is None
-        assert "the same for all" in spearman_reason(joint)
-    else:
-        assert spearman(joint) == pytest.approx(stats.spearmanr(*binned).statistic)
-        assert spearman_reason(joint) == ""
-
-
-def test_severities_of_any_scale_keep_their_order() -> None:
-    random = np.random.default_rng(3)
-    share = random.beta(1, 8, 300)
-    for known in (np.round(4 * share), np.round(18 * share), 100 * share, share):
-        joint = joint_histogram(share, known, SHARE_EDGES, SEVERITY_EDGES)
-        assert spearman(joint) == pytest.approx(stats.spearmanr(share, known).statistic, abs=0.005)
-    grades = np.arange(19.0)  # integers are exact
-    np.testing.assert_array_equal(joint_histogram(grades, grades, SEVERITY_EDGES, SEVERITY_EDGES).max(0).sum(), 19)
-    some = joint_histogram(np.array([0.1, np.nan, 0.3]), np.array([np.nan, 2.0, 150.0]), SHARE_EDGES, SEVERITY_EDGES)
-    assert some.sum() == some[:, -1].sum() == 1
-    assert spearman_reason(some) == "severity is known of 1 scans"
 
 
 def test_the_worst_of_an_error_is_the_largest() -> None:

@@ -155,7 +155,7 @@ def test_a_contribution_is_not_finite(federation: Federation, long: str) -> None
     """A centre whose memory, or GPU, is broken: NaN in one weight."""
     script = federation.folder / "home-south" / "bin" / "image.py"
     whole = script.read_text()
-    spoiled = "import client.answer as a\nwas = a.train\n"
+    spoiled = "import client.round as a\nwas = a.train\n"
     spoiled += "def train(model, *n, **k):\n    said = was(model, *n, **k)\n    next(model.parameters()).data.fill_(float('nan'))\n    return said\n"
     round = federation.rounds(long)
     script.write_text(whole.replace("if __name__", spoiled + "a.train = train\nif __name__"))

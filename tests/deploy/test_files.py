@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,22 @@ def test_a_kit_is_whole(made: Path) -> None:
     mounted = [v.split(":")[0] for s in coordinator["services"].values() for v in s.get("volumes", []) if v.startswith("./")]
     mounted += [s["file"] for s in coordinator["secrets"].values()]
     assert all((made / "made" / "coordinator" / m).exists() for m in mounted)
+
+
+def test_a_kits_settings_are_its_files_whatever_the_shell_has(made: Path) -> None:
+    kit, seen = made / "kit", made / "seen"
+    kit.mkdir()
+    for name, content in kit_files(load_federation(made / "federation.yaml"), "south", b"key", b"ca").items():
+        (kit / name).write_bytes(content)
+    settings = (kit / "settings.env").read_text()
+    (kit / "settings.env").write_text(re.sub("(?m)^CONSILIUM_STATE=.*", f"CONSILIUM_STATE={made}/state", settings))
+    (made / "docker").write_text(f"#!/bin/sh\nenv > {seen}\n")  # notes what it is called with
+    (made / "docker").chmod(0o755)
+    other = {"PATH": f"{made}:{os.environ['PATH']}", "CONSILIUM_DATA": "/elsewhere", "CONSILIUM_LOG": "text"}
+    subprocess.run(["sh", str(kit / "start")], env=other, check=True)
+    assert "/elsewhere" not in seen.read_text()
+    assert "CONSILIUM_LOG=text" in seen.read_text()  # not in the file: the shell's
+    assert "COMPOSE_FILE=compose.yaml\n" in seen.read_text()
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx here: apt-get install nginx-light")

@@ -7,8 +7,9 @@ from typing import Any
 from common.compose import compose, to_dict
 from server.card import card, page
 from server.quality import described
+from tests.server.results import CENTRES, sample
 from tests.server.test_quality import SUMS
-from tests.server.test_report import CENTRES, Page, sample
+from tests.server.test_report import Page
 
 
 def result(centres: tuple[str, ...] = CENTRES, *overrides: str) -> dict[str, Any]:

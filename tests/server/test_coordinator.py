@@ -21,8 +21,8 @@ from common.errors import ConsiliumError
 from common.fingerprint import fingerprint
 from common.messages import Contribution, Presence, Refusal, Reply, Request, Train
 from common.schema import Config, Evaluation, Optimiser, Stage
-from server.coordinator import plateau
 from server.counts import training
+from server.round import plateau
 from server.runs import begin, open_ledger, resume
 from server.state import Run
 from tests.inprocess import InProcess, phantom_config, sites

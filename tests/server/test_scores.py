@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from common.messages import Presence, Sums
-from common.metrics import SEVERITY_EDGES, SHARE_EDGES, histogram, joint_histogram, overlap_sums, regression_sums
+from common.metrics import histogram, regression_sums
+from common.overlap import SEVERITY_EDGES, SHARE_EDGES, joint_histogram, overlap_sums
 from common.schema import Config, Evaluation, Task
 from server import scores
 

@@ -20,19 +20,7 @@ from common import secagg
 from common.blank import blank
 from common.compose import compose, to_dict
 from common.errors import ConsiliumError, Refused
-from common.messages import (
-    Answer,
-    Contribution,
-    Mask,
-    Masked,
-    Query,
-    Request,
-    Share,
-    Shares,
-    Train,
-    Unmask,
-    Unmasked,
-)
+from common.messages import Answer, Contribution, Mask, Masked, Query, Request, Share, Shares, Train, Unmask, Unmasked
 from common.schema import Config
 from common.weights import NONE, Weights
 from server.secagg import Summed, TooFew, summed

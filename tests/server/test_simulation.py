@@ -31,11 +31,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "CONSILIUM_DATA": str(folder / "data"),
-        "CONSILIUM_RUNS": str(folder / "runs"),
-        "OMP_NUM_THREADS": "1",
-    }
+    return os.environ | {"CONSILIUM_DATA": str(folder / "data"), "CONSILIUM_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
 
 
 def left_running(folder: Path) -> list[str]:
