@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from common.errors import ConsiliumError
 from server import tables
 
 AWAY = 300.0  # seconds that a database which was there may be away
 log = logging.getLogger("consilium.server")
+
+
+class Broken(ConsiliumError):
+    """The connection broke in the middle of a transaction, which may or may not have been kept."""
 
 
 class Database:
@@ -64,6 +68,12 @@ class Database:
 
     def read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """The rows of any query on `server/tables.py`."""
+        try:
+            return self._read(query)
+        except Broken:  # what was only asked may be asked again
+            return self._read(query)
+
+    def _read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._open(read=True) as database:
             return [dict(row) for row in database.execute(query).mappings()]
 
@@ -76,7 +86,8 @@ class Database:
         except IntegrityError as error:
             raise ConsiliumError(f"the ledger {self.address} refuses the row: {_short(error)}") from error
         except SQLAlchemyError as error:
-            raise ConsiliumError(f"the ledger {self.address} cannot be used: {_short(error)}") from error
+            broken = isinstance(error, DBAPIError) and error.connection_invalidated
+            raise (Broken if broken else ConsiliumError)(f"the ledger {self.address} cannot be used: {_short(error)}") from error
 
     def _connected(self, read: bool) -> sa.Connection:
         """A connection; a database that was there and is away, because it is being restarted, is waited for."""

@@ -93,7 +93,7 @@ def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, Scans]:
     return config, whole.take(np.random.default_rng(1).permutation(firsts)[:scans])
 
 
-def members(out: Path, data: str, seed: int, target: float, models: int = 12, epochs: int = 25) -> dict[str, Any]:
+def members(out: Path, data: str, seed: int, target: float, models: int = 8, epochs: int = 20) -> dict[str, Any]:
     """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private
     models alone. The real slices' models begin from ImageNet's weights."""
     config, scans = pool(out, data)
