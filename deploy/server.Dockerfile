@@ -16,17 +16,21 @@ RUN --mount=type=secret,id=ca \
     && python3 -m venv /tmp/sbom && /tmp/sbom/bin/pip install -q cyclonedx-bom==7.5.0 \
     && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/venv/sbom.json
 # Up to here as the client's, so that packages are installed, kept and sent once for both; what only the coordinator has lies above them.
-FROM build AS ledger
+FROM build AS more
 RUN --mount=type=secret,id=ca \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
-    && pip install -c constraints.txt "psycopg[binary]" \
-    && pip install -c constraints.txt --no-deps --target /opt/ledger psycopg psycopg-binary \
+    && python -c "import tomllib; of = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+        print(*of['postgresql'], *of['onnx'], *of['tensorboard'], sep='\n')" > wanted.txt \
+    && pip freeze > before.txt \
+    && pip install -c constraints.txt -r wanted.txt \
+    && pip freeze | grep -vxFf before.txt > added.txt \
+    && pip install --no-deps --target /opt/more -r added.txt \
     && /tmp/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --output-reproducible -o /opt/sbom.json
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv
-COPY --from=ledger /opt/ledger /opt/venv/lib/python3.11/site-packages
-COPY --from=ledger /opt/sbom.json /opt/venv/sbom.json
+COPY --from=more /opt/more /opt/venv/lib/python3.11/site-packages
+COPY --from=more /opt/sbom.json /opt/venv/sbom.json
 # The app that a run is: its fingerprint is what the centres approve. Nothing of `client` is imported here.
 COPY LICENSE pyproject.toml /opt/consilium/
 COPY common /opt/consilium/common

@@ -172,6 +172,7 @@ def close(run: Run, place: dict[str, Any], stage: Stage, entry: dict[str, Any], 
         contributions=entry["centres"], weights=entry["weights"], scores=scores.without_sums(entry["val"]),
     )  # fmt: skip
     save(run, place["name"], entry["round"])
+    run.track()
 
 
 def save(run: Run, stage: str, round: int) -> None:

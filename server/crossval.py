@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from common.files import write_whole
 from common.messages import Sums, add
 from common.schema import Config
 from server.ledger import Ledger
-from server.runs import begin, config_of, find, resume
+from server.orders import part_name
+from server.runs import begin, config_of, find, resume, study
 from server.scores import table
 from server.state import Unlabelled
 from server.transport import Transport
@@ -39,14 +39,11 @@ def parts_of(config: Config) -> dict[str, Config]:
     if federation.evaluation == "loco":
         if len(federation.centres) < 2:
             raise ConsiliumError("federation.evaluation=loco needs two centres or more; one trains while the other is left out")
-        plain = {c: re.sub("[^A-Za-z0-9._-]", "-", c) for c in federation.centres}  # a run's name is a file's
-        if len(set(plain.values())) < len(plain):
-            raise ConsiliumError(
-                f"the parts of the cross-validation would have equal names ({', '.join(plain.values())}); rename one of the centres"
-            )
-        made = {f"without-{plain[c]}": replace(federation, unseen=[c]) for c in federation.centres}
+        made = {part_name(None, [c]): replace(federation, unseen=[c]) for c in federation.centres}
+        if len(made) < len(federation.centres):
+            raise ConsiliumError(f"the parts of the cross-validation would have equal names ({', '.join(made)}); rename one of the centres")
     elif federation.evaluation == "kfold":
-        made = {f"fold-{k}": replace(federation, fold=k) for k in range(federation.folds)}
+        made = {part_name(k, []): replace(federation, fold=k) for k in range(federation.folds)}
     else:
         return {}
     return {name: replace(config, federation=replace(f, evaluation="holdout")) for name, f in made.items()}
@@ -66,7 +63,7 @@ def carry_out(config: Config, transport: Transport, runs: Path, ledger: Ledger, 
 
 def play(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str) -> dict[str, Any]:
     """The parts of a cross-validation that are not finished yet, then its summary."""
-    parts = parts_of(config)
+    parts, of = parts_of(config), study(ledger, run)
     results, untrained = {}, {}
     for number, (name, part) in enumerate(parts.items(), 1):
         own = f"{run}-{name}"
@@ -75,9 +72,9 @@ def play(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: 
             if (runs / own / "metrics.json").is_file():
                 results[name] = json.loads((runs / own / "metrics.json").read_text())
             elif (runs / own / "config.yaml").exists():
-                results[name] = resume(own, transport, runs, ledger)
+                results[name] = resume(own, transport, runs, ledger, of)
             else:
-                results[name] = begin(part, transport, runs, ledger, own)
+                results[name] = begin(part, transport, runs, ledger, own, of)
         except Unlabelled as error:
             log.warning("%s: %s", name, error)
             untrained[name] = str(error)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
@@ -17,12 +18,30 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, Operationa
 from common.errors import ConsiliumError
 from server import tables
 
+P = ParamSpec("P")
+R = TypeVar("R")
 AWAY = 300.0  # seconds that a database which was there may be away
 log = logging.getLogger("consilium.server")
 
 
 class Broken(ConsiliumError):
     """The connection broke in the middle of a transaction, which may or may not have been kept."""
+
+
+def again(method: Callable[P, R]) -> Callable[P, R]:
+    """A transaction that is begun again, once, when its connection broke, as it does when the database is killed: that is waited for.
+
+    Where the first one had been kept after all, a line stands there twice, which harms nothing (a round's second is a higher attempt).
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Broken:
+            return method(*args, **kwargs)
+
+    return call
 
 
 class Database:
@@ -66,14 +85,9 @@ class Database:
         """Let go of the database: a SQLite ledger is one file then."""
         self._engine.dispose()
 
+    @again
     def read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """The rows of any query on `server/tables.py`."""
-        try:
-            return self._read(query)
-        except Broken:  # what was only asked may be asked again
-            return self._read(query)
-
-    def _read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._open(read=True) as database:
             return [dict(row) for row in database.execute(query).mappings()]
 

@@ -18,7 +18,7 @@ from common.chain import START, linked
 from common.errors import ConsiliumError
 from common.imbalance import effective_number
 from server import tables
-from server.database import Database, alone, finite
+from server.database import Database, again, alone, finite
 
 STATUS = ("started", "resumed", "paused", "stopped", "finished", "failed")  # the kinds of event that are a run's status
 Row = dict[str, Any]
@@ -29,6 +29,7 @@ class Ledger(Database):
 
     # ---- writing
 
+    @again
     def start_run(self, run: str, *, recipe: str, mode: str, config: Mapping[str, Any], code: str) -> None:
         """A new run and its event `started`."""
         with self._open() as database:
@@ -38,16 +39,19 @@ class Ledger(Database):
             database.execute(tables.runs.insert(), row)
             database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": "started", "detail": "", "centre": None})
 
+    @again
     def event(self, run: str, kind: str, detail: str = "", centre: str | None = None) -> None:
         """Something that happened; the kinds of `STATUS` are the run's new status."""
         with self._open() as database:
             database.execute(tables.events.insert(), {"run": run, "time": _now(), "kind": kind, "detail": detail, "centre": centre})
 
+    @again
     def add_centre(self, run: str, centre: str, facts: Mapping[str, Any]) -> None:
         """What a centre said of itself when it joined: counts, sources, versions, failed scans, device. JSON."""
         with self._open() as database:
             database.execute(tables.centres.insert(), {"run": run, "time": _now(), "centre": centre, "facts": dict(facts)})
 
+    @again
     def add_round(
         self,
         run: str,
@@ -79,6 +83,7 @@ class Ledger(Database):
                     database.execute(table.insert(), rows)
         return attempt
 
+    @again
     def add_metrics(self, run: str, stage: str, round: int, split: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
         """Scores outside of a round (the test, at the end), of the weights after this round.
 
@@ -91,12 +96,14 @@ class Ledger(Database):
             if rows := _scores(at, split, scores):
                 database.execute(tables.scores.insert(), rows)
 
+    @again
     def progress(self, run: str, stage: str, round: int, doing: str, **facts: Any) -> None:
         """Who is asked (`asked`), or one centre's answer (`centre`, `seconds`, `reason`, `bytes_up`, `bytes_down`)."""
         with self._open() as database:
             at = {"run": run, "time": _now(), "stage": stage, "round": round, "doing": doing}
             database.execute(tables.progress.insert(), at | facts)
 
+    @again
     def note(self, who: str, what: str, why: str, run: str = "", centre: str = "") -> None:
         """An entry of the audit trail: what a person did. Orders to a run are among them (server/orders.py)."""
         with self._open() as database:
@@ -105,11 +112,13 @@ class Ledger(Database):
             entry = {"time": _now().isoformat(), "who": who, "what": what, "run": run, "centre": centre, "why": why}
             database.execute(tables.audit.insert(), linked(entry, last or START) | {"time": datetime.fromisoformat(entry["time"])})
 
+    @again
     def add_account(self, name: str, role: str, password: str | None) -> None:
         """An account as it is from now on; `password` is its hash."""
         with self._open() as database:
             database.execute(tables.accounts.insert(), {"time": _now(), "name": name, "role": role, "password": password})
 
+    @again
     def add_evidence(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
         """What was found once in a run rather than in each round: `quality`, `matrix`."""
         with self._open() as database:

@@ -1,15 +1,16 @@
 """What operators order a run to do: entries of the audit trail, read by the run's coordinator before each round and while it waits for replies.
 
 `pause` lets the round end first; `stop` throws it away; both leave a run that can be resumed. Who is excluded is asked no more, and not waited for,
-until readmitted.
+until readmitted. What is ordered on a part of a cross-validation is ordered of all its parts.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.chain import START, follows
@@ -33,9 +34,9 @@ def heed(run: Run, round_over: bool = False) -> None:
     if not round_over and time.monotonic() < run.looked + LOOK:
         return
     first, run.looked = run.looked == -math.inf, time.monotonic()
-    for order in run.ledger.audit(run.id, run.heard):
+    for order in run.ledger.audit(run.whole, run.heard):
         run.heard, said = order["id"], f"by order of {order['who']}: {order['why']}"
-        if order["what"] in ("pause", "stop") and not first:  # else it was for the process before this one
+        if order["what"] in ("pause", "stop") and order["id"] > run.before:
             run.ordered = (order["what"], said)
         elif order["what"] in ("exclude", "readmit"):
             run.excluded.pop(order["centre"], None)
@@ -62,7 +63,7 @@ def give(ledger: Ledger, who: str, what: str, why: str, run: str, centre: str = 
         raise ConsiliumError(f"run '{run}' is {known['status']}: there is nothing to {what}")
     if what in ("exclude", "readmit"):
         centres = known["config"]["federation"]["centres"]
-        excluded = out(ledger.audit(run))
+        excluded = out(ledger.audit(whole(known)))
         if known["mode"] == "central":
             raise ConsiliumError("a central run has all data in one place: no centre can be left out")
         if centre not in centres:
@@ -71,7 +72,18 @@ def give(ledger: Ledger, who: str, what: str, why: str, run: str, centre: str = 
             raise ConsiliumError(f"'{centre}' is {'excluded already' if centre in excluded else 'not excluded'}")
         if what == "exclude" and set(centres) <= {*excluded, centre}:
             raise ConsiliumError(f"'{centre}' is the last centre; stop the run instead")
-    ledger.note(who, what, why, run, centre)
+    ledger.note(who, what, why, whole(known), centre)
+
+
+def whole(row: Mapping[str, Any]) -> str:
+    """The id that orders to a run of the ledger bear: that of the cross-validation that it is a part of, else its own."""
+    federation = row["config"]["federation"]
+    return str(row["id"]).removesuffix(f"-{part_name(federation.get('fold'), federation.get('unseen', []))}")
+
+
+def part_name(fold: int | None, unseen: Sequence[str]) -> str:
+    """What a part of a cross-validation is called; a run's name is a file's."""
+    return f"fold-{fold}" if fold is not None else f"without-{re.sub('[^A-Za-z0-9._-]', '-', '-'.join(unseen))}"
 
 
 def out(orders: Iterable[Mapping[str, Any]]) -> dict[str, str]:

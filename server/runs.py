@@ -9,7 +9,7 @@ import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from safetensors.numpy import save_file
@@ -20,6 +20,7 @@ from common.files import write_whole
 from common.fingerprint import fingerprint
 from common.logs import about
 from common.schema import Config
+from server import tracking
 from server.coordinator import conduct
 from server.ledger import Ledger
 from server.report import write_report
@@ -58,7 +59,19 @@ def config_of(folder: Path) -> Config:
     return config_from(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
-def begin(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str = "") -> dict[str, Any]:
+class Study(NamedTuple):
+    """The cross-validation that a run is a part of, and the last order that was given before its process began."""
+
+    whole: str
+    before: int
+
+
+def study(ledger: Ledger, whole: str) -> Study:
+    """As its process begins."""
+    return Study(whole, max((order["id"] for order in ledger.audit(whole)), default=0))
+
+
+def begin(config: Config, transport: Transport, runs: Path, ledger: Ledger, run: str = "", of: Study | None = None) -> dict[str, Any]:
     """Carry out a new run. Returns its result; raises ConsiliumError."""
     run = run or new_id(config)
     folder = runs / run
@@ -70,10 +83,10 @@ def begin(config: Config, transport: Transport, runs: Path, ledger: Ledger, run:
     link = runs / f".latest-{os.getpid()}"
     link.symlink_to(run)
     link.replace(runs / "latest")
-    return _carry_out(Run(run, config, folder, transport, ledger))
+    return _carry_out(Run(run, config, folder, transport, ledger), of)
 
 
-def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[str, Any]:
+def resume(run: str, transport: Transport, runs: Path, ledger: Ledger, of: Study | None = None) -> dict[str, Any]:
     """Go on with an interrupted or paused run, with the configuration it was started with. Raises ConsiliumError."""
     folder = find(runs, run)
     if (folder / "metrics.json").exists():
@@ -83,19 +96,21 @@ def resume(run: str, transport: Transport, runs: Path, ledger: Ledger) -> dict[s
     begun = next((row["code"] for row in ledger.runs() if row["id"] == folder.name), fingerprint())
     said += [f"by code {fingerprint()}, begun by {begun}"] if begun != fingerprint() else []
     ledger.event(folder.name, "resumed", "; ".join(said))
-    return _carry_out(Run(folder.name, config, folder, transport, ledger))
+    return _carry_out(Run(folder.name, config, folder, transport, ledger), of)
 
 
-def _carry_out(run: Run) -> dict[str, Any]:
+def _carry_out(run: Run, of: Study | None) -> dict[str, Any]:
+    run.whole, run.before = of or study(run.ledger, run.id)
+    curves = os.environ.get("CONSILIUM_TENSORBOARD", "")
     try:
-        with about(run=run.id):
+        with about(run=run.id), tracking.live(run.ledger, run.id, run.folder.parent / curves if curves else None) as run.track:
             result = conduct(run)
         _write_results(run, result)
     except Paused as pause:
         status = "stopped" if isinstance(pause, Stopped) else "paused"
         run.ledger.event(run.id, status, str(pause))
         raise ConsiliumError(
-            f"run '{run.id}' is {status}: {pause}; go on with `consilium-server resume {run.id}` (deployed: `run --resume {run.id}`)"
+            f"run '{run.id}' is {status}: {pause}; go on with `consilium-server resume {run.whole}` (deployed: `run --resume {run.whole}`)"
         ) from None
     except Exception as error:
         with contextlib.suppress(ConsiliumError):  # it may be the ledger that cannot be used: that is the error to tell

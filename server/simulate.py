@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -59,7 +60,7 @@ def settings_of(recipe: str, overrides: list[str], runs: Path, resume: str = "",
         return config_of(kept), {"resume": kept.name, "runs": str(runs)}
     config = compose([f"recipe={recipe}", *overrides])
     known(config.backbone)  # refused here, at once, rather than by the server in twenty seconds
-    return config, {"recipe": recipe, "overrides": " ".join(overrides), "run": run or new_id(config), "runs": str(runs)}
+    return config, {"recipe": recipe, "overrides": shlex.join(overrides), "run": run or new_id(config), "runs": str(runs)}
 
 
 def submit(
@@ -69,8 +70,9 @@ def submit(
     is away is waited for, for `patience` seconds. Raises ConsiliumError."""
     run = settings.get("run") or settings["resume"]
     runs.mkdir(parents=True, exist_ok=True)
-    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    command = ["flwr", "run", str(APP), "local", "-c", run_config, *more, "--format", "json"]
+    given = home / "run.toml"  # as arguments Flower would cut values at their quotes
+    given.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items()))
+    command = ["flwr", "run", str(APP), "local", "-c", str(given), *more, "--format", "json"]
     submitted = subprocess.run([_tool(command[0]), *command[1:]], env=environment, cwd=home, capture_output=True, text=True)
     try:
         run_id = str(json.loads(submitted.stdout)["run-id"])

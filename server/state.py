@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,11 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)  # what the report is made of; survives in the checkpoint
 
     at: tuple[str, int] = ("", 0)  # stage and round in progress
+    track: Callable[[], None] = lambda: None  # called when a round has closed (server/tracking.py)
     # Orders (server/orders.py):
-    heard: int = 0  # id of the last order read, ...
+    whole: str = ""  # the id that orders bear: the cross-validation's, or the run's own
+    before: int = 0  # id of the last order that was for the process before this one,
+    heard: int = 0  # of the last one read, ...
     looked: float = -math.inf  # ... when,
     ordered: tuple[str, str] = ("", "")  # what is still to be done, and by whose order
     excluded: dict[str, str] = field(default_factory=dict)  # {centre: by whose order and why}

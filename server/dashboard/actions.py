@@ -101,8 +101,8 @@ def resume(shared: Console, who: str, why: str, run: str) -> None:
         raise ConsiliumError(
             f"run '{run}' gave a sign of life at {at['last']:%H:%M:%S} UTC; it can be resumed once it is paused, or silent beyond its deadline"
         )
-    shared.launcher.resume(run)
-    shared.ledger.note(who, "resume", why, run)
+    shared.launcher.resume(orders.whole(row), row["since"])
+    shared.ledger.note(who, "resume", why, orders.whole(row))
 
 
 @router.get("/start")

@@ -65,7 +65,8 @@ def legended(figure: Figure) -> Figure:
 
 def learning(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:
     """Figures, the last validation's table, the test's, the weights with what they follow from, and the matrix."""
-    names = facts.centres_of(row)
+    sites = facts.centres_of(row)
+    names = list(dict.fromkeys([*facts.cohorts_of(row), *sites]))
     last: Mapping[str, Any] = next((r["val"] for _, _, r in reversed(rounds) if r["val"]), {})
     task, metric = facts.judged_by(row, last)
     tested = facts.tested(ledger, row["id"])
@@ -81,7 +82,7 @@ def learning(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:
         "count": len(rounds),
         "scores": [table_of(t, last[t], "validation", metric) for t in sorted(last, key=lambda t: t != task)],
         "tests": [table_of(t, tested[t], "test", metric) for t in sorted(tested, key=lambda t: t != task)],
-        "weights": weights_grid(rounds, names),
+        "weights": weights_grid(rounds, sites),
         "why": why_weights(ledger, row),
         "matrix": matrix(ledger.evidence(row["id"]).get("matrix") or {}, metric),
     }
@@ -184,7 +185,7 @@ def quality(ledger: Ledger, row: Row) -> dict[str, Any]:
     """Counts by class and split of every task; the histograms of the survey, and how far each centre lies from the others."""
     surveyed = ledger.evidence(row["id"]).get("quality") or {}
     said = {r["centre"]: r["facts"] for r in ledger.centres(row["id"])}
-    names = facts.centres_of(row)
+    names = facts.cohorts_of(row)
     figures = [legended(f) for f in quality_figures({name: fewer(of) for name, of in surveyed.items()}, names)]
     config = facts.config_of(row, said)
     labels = {"centres": {c: {"counts": by_class(facts.counts_of(of, config), config)} for c, of in said.items()}}

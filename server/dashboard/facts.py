@@ -17,7 +17,7 @@ from common.tasks import cells_of
 from server import tables
 from server.figures import Rounds
 from server.ledger import Ledger, Row
-from server.orders import RUNNING, out
+from server.orders import RUNNING, out, whole
 from server.presence import with_sources
 
 DOING = {
@@ -49,6 +49,11 @@ def latest(ledger: Ledger) -> Row | None:
 def centres_of(row: Mapping[str, Any]) -> list[str]:
     """Those that a run expects."""
     return ["pooled"] if row["mode"] == "central" else list(row["config"]["federation"]["centres"])
+
+
+def cohorts_of(row: Mapping[str, Any]) -> list[str]:
+    """Those whose scans are scored and described: each by name, also where one site holds all of them (`pooled`)."""
+    return list(row["config"]["federation"]["centres"])
 
 
 def stages_of(row: Mapping[str, Any]) -> dict[str, int]:
@@ -85,7 +90,7 @@ def moment(ledger: Ledger, row: Row) -> dict[str, Any]:
     of, now = tables.progress.c, datetime.now(UTC)
     asks = ledger.read(sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1))
     going = row["status"] in RUNNING
-    excluded = out(ledger.audit(run))
+    excluded = out(ledger.audit(whole(row)))
     found: dict[str, Any] = {
         "going": going,
         "stage": "",

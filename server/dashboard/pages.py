@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.errors import ConsiliumError
-from server import card, export, latest
+from server import card, export, latest, orders
 from server.dashboard import charts, facts, overview
 from server.dashboard.app import Console, console
 from server.dashboard.live import changes, version
@@ -17,15 +17,14 @@ from server.dashboard.render import page
 from server.exposition import exposition
 from server.figures import NAMES
 from server.ledger import Row
-from server.orders import broken
 
 router = APIRouter()
 MOST = 100  # rounds whose per-centre rows a page reads
 
 
 def known(shared: Console, run: str) -> Row:
-    """Raises ConsiliumError."""
-    row = facts.run_of(shared.ledger, run)
+    """Of a cross-validation, its youngest part. Raises ConsiliumError."""
+    row = facts.run_of(shared.ledger, run) or next((r for r in reversed(shared.ledger.runs()) if orders.whole(r) == run), None)
     if row is None:
         raise ConsiliumError(f"the ledger knows no run '{run}'")
     return row
@@ -58,7 +57,7 @@ def runs(request: Request) -> Response:
     """All runs, the youngest first; those begun here that are not in the ledger yet."""
     shared = console(request)
     rows = shared.ledger.runs()
-    there = {row["id"] for row in rows}
+    there = {row["id"] for row in rows} | {orders.whole(row) for row in rows}
     begun = [
         {**entry, "fate": shared.launcher.fate(entry["run"])}
         for entry in shared.ledger.audit()
@@ -82,6 +81,7 @@ def one_run(request: Request, run: str) -> Response:
         "last": {r["centre"]: r for r in latest.closed(ledger, run).get("contributions", [])},
         "events": list(reversed(facts.last_events(ledger, run, 40))),
         "stages": facts.stages_of(row),
+        "fate": shared.launcher.fate(orders.whole(row), row["since"]),
     }
     return page(request, "run.html", found | {"row": row, "seen": now, "live": run})
 
@@ -126,7 +126,7 @@ def evidence(request: Request, run: str) -> Response:
     shared = console(request)
     row, folder = known(shared, run), shared.runs / run
     files = [(name, (folder / name).stat().st_size) for name in FILES if (folder / name).is_file()]
-    trail = shared.ledger.audit(run)[::-1]
+    trail = shared.ledger.audit(orders.whole(row))[::-1]
     made = MADE if (folder / "metrics.json").is_file() else {"scores.csv": MADE["scores.csv"]}
     shown = {"row": row, "seen": version(shared.ledger, run), "live": run, "files": files, "trail": trail, "about": FILES, "made": made}
     return page(request, "evidence.html", shown)
@@ -194,7 +194,7 @@ def audit(request: Request) -> Response:
     """What people did, the latest first, and whether the chain holds."""
     shared = console(request)
     trail = shared.ledger.audit()
-    wrong = broken(trail)
+    wrong = orders.broken(trail)
     last = trail[-1]["hash"] if trail else ""
     return page(request, "audit.html", {"trail": trail[::-1][:500], "count": len(trail), "wrong": wrong, "last": last})
 

@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def config_of(out: Path, *more: str) -> Config:
 
 def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
     """One federation of four (or five) centres, of which `east` attacks."""
-    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), f"{attack}-{defence}-{seed}".replace(" ", "-").replace(",", "")
+    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), re.sub(r"\W+", "-", f"{attack} {defence} {seed}")
     for book in out.glob("data/*/.consilium/budget/*"):
         book.unlink()  # each run's privacy is counted alone
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,20 @@ def test_kubernetes_by_schema(file: str, manifest: dict[str, object]) -> None:
             assert container["securityContext"] == confined, file
 
 
+def test_the_console_is_the_same_in_both() -> None:
+    """In Kubernetes it has the command of the Compose stack, the same folder of runs and ledger, and a way to SuperLink and ledger."""
+    service = yaml.safe_load((DEPLOY / "compose.coordinator.yaml").read_text())["services"]["dashboard"]
+    manifests = {(m["kind"], m["metadata"]["name"]): m["spec"] for name, m in MANIFESTS if name == "coordinator.yaml"}
+    pod = manifests["Deployment", "dashboard"]["template"]
+    [container] = pod["spec"]["containers"]
+    assert [word.replace("/etc/consilium/server.key", "/run/secrets/server.key") for word in container["command"]] == service["command"]
+    settings = {of["name"]: of["value"] for of in container["env"] if of["name"] != "PGPASSFILE"}
+    assert settings.items() <= service["environment"].items()
+    for part in ("superlink", "postgres"):
+        [rule] = manifests["NetworkPolicy", part]["ingress"]
+        assert {"podSelector": {"matchLabels": pod["metadata"]["labels"]}} in rule["from"]
+
+
 def test_images_fix_what_flower_would_do_by_itself() -> None:
     for name in ("client", "server"):
         text = (DEPLOY / f"{name}.Dockerfile").read_text()
@@ -86,6 +102,22 @@ def test_a_kit_is_whole(made: Path) -> None:
     mounted = [v.split(":")[0] for s in coordinator["services"].values() for v in s.get("volumes", []) if v.startswith("./")]
     mounted += [s["file"] for s in coordinator["secrets"].values()]
     assert all((made / "made" / "coordinator" / m).exists() for m in mounted)
+
+
+def test_a_kits_settings_are_its_files_whatever_the_shell_has(made: Path) -> None:
+    kit, seen = made / "kit", made / "seen"
+    kit.mkdir()
+    for name, content in kit_files(load_federation(made / "federation.yaml"), "south", b"key", b"ca").items():
+        (kit / name).write_bytes(content)
+    settings = (kit / "settings.env").read_text()
+    (kit / "settings.env").write_text(re.sub("(?m)^CONSILIUM_STATE=.*", f"CONSILIUM_STATE={made}/state", settings))
+    (made / "docker").write_text(f"#!/bin/sh\nenv > {seen}\n")  # notes what it is called with
+    (made / "docker").chmod(0o755)
+    other = {"PATH": f"{made}:{os.environ['PATH']}", "CONSILIUM_DATA": "/elsewhere", "CONSILIUM_LOG": "text"}
+    subprocess.run(["sh", str(kit / "start")], env=other, check=True)
+    assert "/elsewhere" not in seen.read_text()
+    assert "CONSILIUM_LOG=text" in seen.read_text()  # not in the file: the shell's
+    assert "COMPOSE_FILE=compose.yaml\n" in seen.read_text()
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx here: apt-get install nginx-light")

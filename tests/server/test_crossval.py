@@ -17,6 +17,7 @@ from common.messages import Query, Reply, Request, Train
 from common.metrics import binary_metrics
 from common.schema import Config
 from server.crossval import carry_out, parts_of, summary, take_up
+from server.orders import give, whole
 from server.runs import open_ledger
 from server.scores import table
 from tests.inprocess import InProcess, phantom_config, sites
@@ -117,6 +118,35 @@ def test_every_fold_is_tested_once(phantom: Path, tmp_path: Path) -> None:
     n = {c: metrics["n"] for c, metrics in result["test"]["outcome"]["centres"].items()}
     assert n == {c: films(phantom, c)["outcome"].notna().sum() for c in ("north", "south")}
     assert result["test"]["outcome"]["pooled"]["n"] == sum(n.values())
+
+
+def test_what_is_ordered_on_a_part_is_ordered_of_all(phantom: Path, tmp_path: Path) -> None:
+    """In the first fold's last round south is excluded and a pause ordered: the second one waits, and all goes on without south. A stop during a test
+    is the next fold's."""
+    given, ledger = config(phantom, "federation.evaluation=kfold", "federation.folds=3", "stage.tasks=[brixia]"), open_ledger(tmp_path)
+
+    class Ordered(Watched):
+        def see(self, centre: str, request: Request, reply: Reply) -> Reply:
+            if request.run == "s-fold-0" and centre == "west" and isinstance(request, Train):
+                give(ledger, "anna", "exclude", "its films are looked through", "s-fold-0", "south")
+                give(ledger, "anna", "pause", "as south's films are", "s-fold-0")
+            if request.run == "s-fold-1" and centre == "west" and getattr(request, "split", "") == "test":
+                give(ledger, "anna", "stop", "seen enough", "s-fold-1")
+            return super().see(centre, request, reply)
+
+    status = lambda: {row["id"][2:]: row["status"] for row in ledger.runs()}  # noqa: E731
+    transport = Ordered()
+    with pytest.raises(ConsiliumError, match=r"run 's-fold-1' is paused: by order of anna: .*; go on with `consilium-server resume s`"):
+        carry_out(given, transport, tmp_path, ledger, "s")
+    assert status() == {"fold-0": "finished", "fold-1": "paused"}
+    with pytest.raises(ConsiliumError, match="run 's-fold-2' is stopped: by order of anna: seen enough"):
+        take_up("s", transport, tmp_path, ledger)
+    assert status() == {"fold-0": "finished", "fold-1": "finished", "fold-2": "stopped"}
+    take_up("s", transport, tmp_path, ledger)
+    assert status()["fold-2"] == "finished"
+    assert {run for run, centre in transport.trained if centre == "south"} == {"s-fold-0"}
+    assert {whole(row) for row in ledger.runs()} == {"s"}
+    assert [order["what"] for order in ledger.audit("s")] == ["exclude", "pause", "stop"]
 
 
 def test_the_summary_adds_sums_and_not_metrics() -> None:

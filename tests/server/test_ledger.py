@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from common.errors import ConsiliumError
 from server.ledger import Ledger
-from server.tables import runs, schema
+from server.tables import schema
 
 START = datetime(2020, 3, 1, 12, 0, tzinfo=UTC)
 REPLY = {"accepted": True, "scans": 30, "steps": 3, "norm": 0.5, "loss": 0.7, "seconds": 1.5, "bytes_up": 5_000_000_000, "bytes_down": 9}
@@ -119,16 +119,21 @@ def test_the_database_itself_refuses_change(address: str) -> None:
     assert len(ledger.rounds("r1")) == 1
 
 
-def test_a_question_whose_connection_breaks_is_asked_again(postgresql: str) -> None:
+def test_what_a_broken_connection_interrupts_is_done_again(postgresql: str) -> None:
     ledger = begin(postgresql)
-    other = sa.create_engine(postgresql.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()")
-    with ThreadPoolExecutor(1) as beside, other.connect() as database:
-        answer = beside.submit(ledger.read, sa.select(runs.c.id, sa.func.pg_sleep(2)))
-        while not database.execute(cut).all() and not answer.done():
-            time.sleep(0.05)
-        assert [row["id"] for row in answer.result()] == ["r1"]
+    other = sa.create_engine(postgresql.replace("postgresql:", "postgresql+psycopg:"))
+    at_once = other.execution_options(isolation_level="AUTOCOMMIT")
+    cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pid <> pg_backend_pid()")
+    with ThreadPoolExecutor(1) as beside:
+        for work in (lambda: ledger.event("r1", "paused", "asked for"), lambda: ledger.events("r1")):
+            with other.begin() as holder, at_once.connect() as killer:
+                holder.execute(sa.text("LOCK TABLE events IN ACCESS EXCLUSIVE MODE"))  # so that it stands in the middle
+                done = beside.submit(work)
+                while not killer.execute(cut).all() and not done.done():
+                    time.sleep(0.05)
+            done.result()
     other.dispose()
+    assert [event["kind"] for event in ledger.events("r1")] == ["started", "paused"]
 
 
 def test_a_round_done_again_is_a_higher_attempt_and_the_last_is_shown(address: str) -> None:

@@ -13,7 +13,6 @@ from common.errors import ConsiliumError
 from server import terminal
 from server.cli import app
 from server.ledger import Ledger
-from server.tracking import tensorboard
 from tests.server.test_exposition import ledger as ledger  # a run of two rounds
 
 
@@ -61,5 +60,3 @@ def test_export_csv_card_and_curves_by_the_command(ledger: Ledger, tmp_path: Pat
     curves.Reload()
     assert [(e.step, round(e.value, 6)) for e in curves.Scalars("covid/auc/val")] == [(0, 0.9), (1, 0.9)]
     assert [e.value for e in curves.Scalars("weight/backbone")] == [0.25, 0.25]
-    with pytest.raises(ConsiliumError, match="exists already"):
-        tensorboard(ledger, "r", tmp_path / "tb")

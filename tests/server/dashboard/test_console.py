@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -16,12 +18,15 @@ from starlette.testclient import TestClient
 
 from common.compose import compose, to_dict
 from common.errors import ConsiliumError
+from common.quality import MEASURES
 from server import accounts, tables
+from server.dashboard import facts
 from server.dashboard.access import Trust
 from server.dashboard.app import make
 from server.dashboard.launch import Launcher
 from server.ledger import Ledger
 from server.orders import broken
+from server.quality import described
 from tests.deploy.processes import postgresql
 
 CENTRES = ("north", "east", "south", "west")
@@ -81,6 +86,35 @@ def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None
         assert client.get(path).status_code == 200, path
     assert client.get("/runs/none").status_code == 400
     assert client.get("/none").status_code == 404
+
+
+def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> None:
+    """Central mode: one answers, as `pooled`, of four cohorts."""
+    ledger.start_run("c", recipe="multisource", mode="central", config=config("federation.mode=central"), code="0123456789abcdef")
+    bins = {name: len(of.edges) - 1 for name, of in MEASURES.items()}
+    surveyed = {f"{c}/quality/{name}": np.roll(np.arange(1.0, n + 1), k) for k, c in enumerate(CENTRES) for name, n in bins.items()}
+    ledger.add_evidence("c", "quality", described(surveyed))
+    many(ledger, "c", CENTRES, 2)
+    client = logged_in(ledger)
+    for path in ("/runs/c/data", "/runs/c/learning"):
+        drawn = client.get(path).text.partition("<script")[2]
+        assert all(f'"name": "{c}"' in drawn or f'"name":"{c}"' in drawn for c in CENTRES), path
+    drift = client.get("/runs/c/data").text.partition("<h2>Drift</h2>")[2]
+    assert all(f"<span>{c}</span>" in drift for c in CENTRES)
+
+
+def test_a_run_that_could_not_be_taken_up_says_why(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.event("r", "paused", "enough for today")
+    client = logged_in(ledger)
+    launcher = client.app.state.console.launcher  # type: ignore[attr-defined]
+    (tmp_path / "r.console.log").write_text("error: the SuperLink cannot be reached\n")
+    for when, shown in ((datetime.now(UTC), True), (datetime.now(UTC) - timedelta(hours=1), False)):
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        launcher.begun["r"] = process, when
+        with pytest.raises(ConsiliumError, match="being taken up" if shown else "no run 'r'"):
+            launcher.resume("r", facts.run_of(ledger, "r")["since"])  # type: ignore[index]
+        process.communicate()  # the end of its input is the end of it, with an error
+        assert ("the SuperLink cannot be reached" in client.get("/runs/r").text) is shown
 
 
 def test_what_browsers_are_told(ledger: Ledger) -> None:
