@@ -58,7 +58,7 @@ class Launcher:
         if process is None or process.poll() in (None, 0) or (since and began and began < since):
             return ""
         lines = self._log(run).read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit status {process.returncode}"
+        return lines[-1].removeprefix("error: ") if lines else f"exit status {process.returncode}"
 
     def _go(self, run: str, arguments: list[str]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
