@@ -74,7 +74,8 @@ def fastest(site: Site, config: Config, stage: Stage, tasks: Mapping[str, Task],
 def threads(wanted: int) -> Iterator[None]:
     """PyTorch's thread count, 0 for its own choice; the same number gives the same bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
+    if wanted:
+        torch.set_num_threads(wanted)
     try:
         yield
     finally:

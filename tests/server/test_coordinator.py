@@ -45,7 +45,7 @@ def weights(runs: Path, name: str = "r") -> dict[str, np.ndarray]:
 
 def deadly(phantom: Path, runs: Path, how: str, moment: str, count: int, *overrides: str) -> int:
     command = [sys.executable, "-m", "tests.server.deadly", str(phantom), str(runs), "r", how, moment, str(count), *overrides]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120).returncode
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600).returncode
 
 
 def test_a_run_leaves_what_it_should(phantom: Path, tmp_path: Path) -> None:
