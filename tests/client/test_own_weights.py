@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from client.predict import load_model, predict
 from common.errors import ConsiliumError
 from common.metrics import histogram
-from common.schema import Config
 from server.runs import begin, open_ledger
 from tests.inprocess import InProcess, phantom_config, sites
 
@@ -52,14 +53,14 @@ def test_own_weights_give_what_the_run_was_tested_with(personal: tuple[Path, Pat
         assert len(identity | plain) == 2
 
 
-def test_own_weights_of_another_run_or_gone_are_one_sentence(
-    personal: tuple[Path, Path, dict[str, Any]], trained: tuple[Path, Path, Config], tmp_path: Path
-) -> None:
+def test_own_weights_of_another_run_or_gone_are_one_sentence(personal: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     model, data, _ = personal
     own = shutil.copytree(data / "north" / ".consilium" / "personal" / "run", tmp_path / "run")
     load_model(model, own)
+    with safe_open(model, "pt") as file:
+        save_file({name: file.get_tensor(name) * 2 for name in file.keys()}, tmp_path / "other.safetensors", file.metadata())  # noqa: SIM118
     with pytest.raises(ConsiliumError, match=r"belong to another model; give the model.safetensors of run 'run'$"):
-        load_model(trained[0], own)
+        load_model(tmp_path / "other.safetensors", own)
     with pytest.raises(ConsiliumError, match=r"holds no own weights that a run was tested with \(used.json: FileNotFoundError\)"):
         load_model(model, tmp_path)
     last = max((own / "own").iterdir())
