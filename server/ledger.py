@@ -29,7 +29,6 @@ class Ledger(Database):
 
     # ---- writing
 
-    @again
     def start_run(self, run: str, *, recipe: str, mode: str, config: Mapping[str, Any], code: str) -> None:
         """A new run and its event `started`."""
         with self._open() as database:

@@ -18,7 +18,7 @@ from common.messages import Reply, Request, Sums, pack
 from server.runs import begin, open_ledger
 from tests.client.planted import plant
 from tests.inprocess import InProcess, phantom_config
-from tests.server.dashboard.test_console import PAGES, logged_in
+from tests.server.dashboard.visit import PAGES, logged_in
 
 SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 

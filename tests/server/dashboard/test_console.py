@@ -1,45 +1,27 @@
-"""The console without a browser: who may see and do what, what the pages tell browsers, and how fast a long run of many centres is shown."""
+"""The console without a browser: who may see and do what, what the pages tell browsers."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from starlette.testclient import TestClient
 
-from common.compose import compose, to_dict
 from common.errors import ConsiliumError
 from common.quality import MEASURES
-from server import accounts, tables
+from server import accounts
 from server.dashboard import facts
 from server.dashboard.access import Trust
-from server.dashboard.app import make
-from server.dashboard.launch import Launcher
 from server.ledger import Ledger
 from server.orders import broken
 from server.quality import described
 from tests.deploy.processes import postgresql
-
-CENTRES = ("north", "east", "south", "west")
-PAGES = ("/", "/runs", "/runs/r", "/runs/r/learning", "/runs/r/privacy", "/runs/r/data", "/runs/r/evidence", "/audit", "/accounts")
-
-
-@cache
-def config(*overrides: str) -> dict[str, Any]:
-    return to_dict(compose(["tasks.source.classes=[a,b]", *overrides]))
-
-
-def started(ledger: Ledger, run: str, *overrides: str) -> None:
-    ledger.start_run(run, recipe="multisource", mode="federated", config=config(*overrides), code="0123456789abcdef")
+from tests.server.dashboard.visit import CENTRES, PAGES, browser, config, logged_in, many, started, token
 
 
 @pytest.fixture
@@ -47,25 +29,6 @@ def ledger(tmp_path: Path) -> Ledger:
     made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     started(made, "r")
     return made
-
-
-def browser(
-    ledger: Ledger, address: str = "10.1.2.3", trust: Trust | None = None, secure: bool = False, runs: Path | None = None
-) -> TestClient:
-    runs = runs or Path(str(ledger._engine.url.database)).parent
-    app = make(ledger, runs, Launcher(runs, ""), trust or Trust(), secure)
-    return TestClient(app, base_url="https://console" if secure else "http://console", client=(address, 50000), follow_redirects=False)
-
-
-def logged_in(ledger: Ledger, role: str = "operator", **how: Any) -> TestClient:
-    client = browser(ledger, **how)
-    password = accounts.give(ledger, role, role, "the test")
-    assert client.post("/login", data={"name": role, "password": password}).status_code == 303
-    return client
-
-
-def token(client: TestClient) -> str:
-    return re.search(r'name="csrf" value="([^"]+)"', client.get("/accounts").text)[1]  # type: ignore[index]
 
 
 def test_nothing_is_to_be_seen_without_a_log_in(ledger: Ledger) -> None:
@@ -256,97 +219,6 @@ def test_names_are_text(tmp_path: Path) -> None:
     client = logged_in(ledger)
     for path in PAGES:
         assert "<script>alert" not in client.get(path).text, path
-
-
-def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> None:
-    """Rounds as the coordinator writes them, in few transactions."""
-    draws = np.random.default_rng(1)
-    began = datetime.now(UTC) - timedelta(seconds=30 * rounds)
-    named = ("auc", "f1", "sensitivity", "specificity", "balanced_accuracy", "accuracy", "ece", "brier", "loss")
-    for first in range(0, rounds + 1, 100):
-        rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "contributions": [], "shares": [], "scores": [], "progress": []}
-        for r in range(first, min(first + 100, rounds + 1)):
-            at, when = {"run": run, "stage": "main", "round": r, "attempt": 1}, began + timedelta(seconds=30 * r)
-            rows["rounds"].append({**at, "started": when, "seconds": 30.0, "closed_because": "all replied"})
-            values = {
-                c: {m: float(v) for m, v in zip(named, draws.random(len(named)), strict=True)} | {"n": 40, "positives": 20} for c in centres
-            }
-            worst = min(values, key=lambda c: values[c]["auc"])
-            macro = {m: float(np.mean([values[c][m] for c in centres])) for m in named}
-            views = {"macro": macro, "pooled": macro, "spread": macro, "worst": {"auc": {"value": values[worst]["auc"], "centre": worst}}}
-            rows["scores"] += [{**at, "split": "val", "task": t, "views": views, "centres": values} for t in ("covid", "source")]
-            rows["progress"].append(
-                {"run": run, "time": when, "stage": "main", "round": r, "doing": "train", "asked": list(centres)} | NOBODY
-            )
-            if r:
-                share = dict.fromkeys(centres, 1 / len(centres))
-                rows["shares"] += [
-                    {**at, "part": part, "effective": float(len(centres)), "weights": share} for part in ("backbone", "covid", "source")
-                ]
-                for c in centres:
-                    said = {
-                        "accepted": True,
-                        "reason": "",
-                        "scans": 80,
-                        "steps": 8,
-                        "norm": 1.0,
-                        "loss": 0.5,
-                        "epsilon": None,
-                        "seconds": 20.0,
-                    }
-                    rows["contributions"].append({**at, "centre": c, **said, "bytes_up": 6_000_000, "bytes_down": 24_000_000})
-            for doing in ("train", "scores"):
-                told = {"run": run, "time": when, "stage": "main", "round": r, "doing": doing, "asked": None}
-                rows["progress"] += [
-                    {**told, "centre": c, "seconds": 20.0, "reason": None, "bytes_up": 6_000_000, "bytes_down": 24_000_000} for c in centres
-                ]
-        with ledger._open() as database:
-            for name, these in rows.items():
-                if these:
-                    database.execute(tables.schema.tables[name].insert(), these)
-
-
-NOBODY = {"centre": None, "seconds": None, "reason": None, "bytes_up": None, "bytes_down": None}
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
-    """A hundred centres, a thousand rounds, and twenty other runs."""
-    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('long') / 'ledger.db'}")
-    centres = tuple(f"centre{k:03d}" for k in range(100))
-    for k in range(20):
-        started(ledger, f"other{k}")
-        ledger.event(f"other{k}", "finished")
-    started(ledger, "r", f"federation.centres=[{','.join(centres)}]", "stage.rounds=2000")
-    for c in centres:
-        held = {f"{c}/{split}/{task}": [40.0, 40.0, 0.0] for split in ("train", "val", "test") for task in ("covid", "source")}
-        ledger.add_centre("r", c, {"counts": held, "sources": [c], "versions": {"torch": "2"}, "skipped": {}, "device": "cpu"})
-    many(ledger, "r", centres, 1000)
-    return ledger
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [*PAGES, "/metrics"])
-def test_a_hundred_centres_and_a_thousand_rounds(long: Ledger, path: str) -> None:
-    """In less than 300 ms, also when the ledger has just grown, and in a page that a browser can hold."""
-    client = logged_in(long)
-    client.get(path)  # templates are compiled once
-    grown = []
-    for _ in range(3):
-        long.event("r", "left_out", "no reply within 3600 s", "centre007")
-        grown.append(timed(client, path))
-    kept = timed(client, path)
-    size = len(client.get(path).content)
-    print(f"{path}: {1000 * min(grown):.0f} ms, unchanged {1000 * kept:.0f} ms, {size / 1e3:.0f} kB")
-    assert min(grown) < 0.3
-    assert size < 1.5e6
-
-
-def timed(client: TestClient, path: str) -> float:
-    """CPU seconds, as other processes share this machine's cores."""
-    began = time.process_time()
-    assert client.get(path).status_code == 200
-    return time.process_time() - began
 
 
 def test_the_trail_s_chain_is_checked(ledger: Ledger) -> None:
