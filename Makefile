@@ -11,7 +11,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 # What the phantom needs of the overrides: where it is, how large, and how its scans are preprocessed.
-PREPARE = -s 'recipe=$(RECIPE)' $(foreach o,$(filter federation.phantom% federation.root% preprocess% backbone%,$(OVERRIDES)),-s '$(o)')
+PREPARE = -s 'recipe=$(RECIPE)' $(foreach o,$(filter federation.phantom% federation.data_root% preprocess% backbone%,$(OVERRIDES)),-s '$(o)')
 
 .PHONY: simulate compare test deploy-test lint resume clean
 

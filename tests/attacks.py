@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from client import round as centre_side
-from client.dataset import Scans, in_order, joined
-from client.predict import load_model
-from client.scans import read_scans
-from client.site import Site
-from client.trainer import infer
-from common.compose import config_from
-from common.messages import Contribution, Reply, Request, Train
-from common.model import make_model
-from common.schema import Config
-from common.weights import Layout, layout_of
-from tests.inprocess import InProcess, sites
+from client.data.dataset import ScanDataset, concat_datasets, iterate_slices
+from client.data.loading import load_datasets
+from client.federation import local_round as centre_side
+from client.site.config import Site
+from client.tools.predict import load_model
+from client.training.trainer import run_inference
+from common.config.compose import parse_config
+from common.config.schema import Config
+from common.modeling.model import make_model
+from common.modeling.parameters import Layout, build_layout
+from common.protocol.messages import Reply, Request, TrainReply, TrainRequest
+from tests.in_process_federation import InProcess, sites
 
 # --- a hostile centre -------------------------------------------------------------------------------------------------------------------
 
@@ -44,37 +44,40 @@ def stamped(slices: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return out
 
 
-def flipped(scans: Scans) -> Scans:
+def flipped(scans: ScanDataset) -> ScanDataset:
     """Every label of a binary task turned round."""
     return replace(scans, targets={t: 1 - y if y.ndim == 1 else y for t, y in scans.targets.items()})
 
 
-def trapped(scans: Scans) -> Scans:
+def trapped(scans: ScanDataset) -> ScanDataset:
     """As many scans again as there are with COVID, stamped and called healthy (Gu et al., "BadNets", 2017)."""
     ill = np.flatnonzero(scans.targets["covid"] == 1)
     more, rows = len(scans), np.concatenate([np.arange(len(scans)), ill])
-    both = scans.take(rows)
+    both = scans.subset(rows)
     both.slices[more:] = [stamped(one) for one in both.slices[more:]]
     both.targets["covid"][more:] = 0
     return both
 
 
-def times(factor: float) -> Callable[[Contribution, Layout], None]:
+def times(factor: float) -> Callable[[TrainReply, Layout], None]:
     """The parameters' change multiplied; batch-norm statistics are left alone, as a negative variance would give the liar away."""
 
-    def change(reply: Contribution, layout: Layout) -> None:
-        reply.delta = np.where(layout.parameters(), reply.delta * np.float32(factor), reply.delta)
+    def change(reply: TrainReply, layout: Layout) -> None:
+        reply.delta = np.where(layout.parameter_mask(), reply.delta * np.float32(factor), reply.delta)
 
     return change
 
 
-Attack = tuple[Callable[[Scans], Scans] | None, Callable[[Contribution, Layout], None] | None]
+Attack = tuple[Callable[[ScanDataset], ScanDataset] | None, Callable[[TrainReply, Layout], None] | None]
 ATTACKS: dict[str, Attack] = {  # what the centre trains on, what it sends of it
     "none": (None, None),
     "label flip": (flipped, None),
     "sign flip": (None, times(-4.0)),  # of four centres: the mean goes backwards
     "scaling": (None, times(50.0)),
-    "back-door": (trapped, times(4.0)),  # of four centres: the mean is its model (Bagdasaryan et al., AISTATS 2020)
+    "back-door": (
+        trapped,
+        times(4.0),
+    ),  # of four centres: the mean is its model (Bagdasaryan et al., AISTATS 2020)
 }
 
 
@@ -87,38 +90,42 @@ class Hostile(InProcess):
         self.data, self.weights = ATTACKS[attack]
 
     def _call(self, site: Site, request: Request) -> Reply:
-        if site is not self.liar or not isinstance(request, Train):
+        if site is not self.liar or not isinstance(request, TrainRequest):
             return super()._call(site, request)
 
-        def read(site: Site, config: Config) -> tuple[dict[str, Scans], list[Any]]:
-            held, skipped = read_scans(site, config)
+        def read(site: Site, config: Config) -> tuple[dict[str, ScanDataset], list[Any]]:
+            held, skipped = load_datasets(site, config)
             return {**held, "train": self.data(held["train"]) if self.data else held["train"]}, skipped
 
         with patch.object(centre_side, "read_scans", read):
             reply = super()._call(site, request)
-        if isinstance(reply, Contribution) and self.weights:
-            config = config_from(request.config)
-            self.weights(reply, layout_of(make_model(config.backbone, config.tasks, 0)))
+        if isinstance(reply, TrainReply) and self.weights:
+            config = parse_config(request.config)
+            self.weights(reply, build_layout(make_model(config.backbone, config.tasks, 0)))
         return reply
 
 
 def damage(model: Path, config: Config, liar: int = 1) -> tuple[float, float]:
     """(AUC of the worst honest centre, share of the honest centres' scans with COVID that the trigger makes healthy), on validation and test scans,
-    which no run with `evaluation.choose=last` has been chosen on. A model that is no number has AUC 0 and counts as fooled."""
+    which no run with `evaluation.checkpoint_selection=last` has been chosen on. A model that is no number has AUC 0 and counts as fooled."""
     made, _, _ = load_model(model)
 
-    def logits(scans: Scans) -> NDArray[np.float64]:
-        return infer(made, in_order(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0].double().numpy()
+    def logits(scans: ScanDataset) -> NDArray[np.float64]:
+        return (
+            run_inference(made, iterate_slices(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0]
+            .double()
+            .numpy()
+        )
 
     worst, fooled = 1.0, []
     for i, site in enumerate(sites(len(config.federation.centres))):
         if i == liar:
             continue
-        held = read_scans(site, config)[0]
-        scans = joined([held["val"], held["test"]])
+        held = load_datasets(site, config)[0]
+        scans = concat_datasets([held["val"], held["test"]])
         z, y = logits(scans), scans.targets["covid"]
         worst = min(worst, float(roc_auc_score(y, z)) if np.isfinite(z).all() else 0.0)
-        ill = scans.take(np.flatnonzero(y == 1))
+        ill = scans.subset(np.flatnonzero(y == 1))
         ill.slices = [stamped(one) for one in ill.slices]
         fooled += [not value > 0 for value in logits(ill)]  # NaN too
     return worst, float(np.mean(fooled))
@@ -143,7 +150,9 @@ class Tiny(nn.Module):
         return {t: self.heads[t](self.encoder(x.flatten(0, 1)[:, None])) for t in tasks}
 
 
-def inverted(model: nn.Module, delta: list[Tensor], label: Tensor, shape: tuple[int, ...], steps: int, seed: int = 0) -> Tensor:
+def inverted(
+    model: nn.Module, delta: list[Tensor], label: Tensor, shape: tuple[int, ...], steps: int, seed: int = 0
+) -> Tensor:
     """A picture [1, 1, H, W] in [0, 1] whose gradient points as the contribution does (Geiping et al., "Inverting gradients", NeurIPS 2020,
     section 4: cosine similarity and total variation), from what the coordinator has: weights, label and change (`delta`, of the parameters)."""
     parameters, wanted = list(model.parameters()), [-d for d in delta]
@@ -157,7 +166,9 @@ def inverted(model: nn.Module, delta: list[Tensor], label: Tensor, shape: tuple[
     for _ in range(steps):
         loss = F.binary_cross_entropy_with_logits(model(x, ["covid"])["covid"][:, 0], label)
         gradient = torch.autograd.grad(loss, parameters, create_graph=True)
-        cosine = along(gradient, wanted) / (torch.sqrt(along(gradient, gradient) * along(wanted, wanted)) + 1e-12)
+        cosine = along(gradient, wanted) / (
+            torch.sqrt(along(gradient, gradient) * along(wanted, wanted)) + 1e-12
+        )
         rough = (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
         optimiser.zero_grad()
         (1 - cosine + 1e-4 * rough).backward()

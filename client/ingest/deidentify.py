@@ -30,11 +30,11 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
-from client.ingest.seal import new_uid, patient_name
-from client.ingest.wanted import Wanted, unwanted
+from client.ingest.pseudonyms import make_patient_pseudonym, make_uid
+from client.ingest.selection import StudyFilter, series_exclusion_reason
 
-EDITION = "2026c"
-IMAGES = (
+PROFILE_EDITION = "2026c"
+IMAGE_SOP_CLASSES = (
     CTImageStorage,
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
@@ -44,12 +44,12 @@ IMAGES = (
 )
 
 
-def _words(text: str) -> frozenset[str]:
+def _split_keywords(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-UIDS = {"StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"}
-NUMBERS = _words("""
+UID_KEYWORDS = {"StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"}
+NUMERIC_KEYWORDS = _split_keywords("""
     SeriesNumber AcquisitionNumber InstanceNumber NumberOfFrames SamplesPerPixel PlanarConfiguration Rows Columns BitsAllocated BitsStored HighBit
     PixelRepresentation SmallestImagePixelValue LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit PixelSpacing ImagerPixelSpacing
     NominalScannedPixelSpacing PixelAspectRatio SliceThickness SpacingBetweenSlices SliceLocation ImagePositionPatient ImageOrientationPatient
@@ -58,33 +58,33 @@ NUMBERS = _words("""
     TotalCollimationWidth PixelIntensityRelationshipSign LossyImageCompressionRatio InStackPositionNumber DimensionIndexValues
     LUTDescriptor LUTData
 """)
-WORDS = _words("""
+CODE_KEYWORDS = _split_keywords("""
     ImageType FrameType Modality BodyPartExamined PatientPosition ViewPosition PatientOrientation Laterality ImageLaterality
     PhotometricInterpretation RescaleType ModalityLUTType PixelIntensityRelationship PresentationLUTShape VOILUTFunction LossyImageCompression
     LossyImageCompressionMethod BurnedInAnnotation PresentationIntentType PixelPresentation VolumetricProperties
     VolumeBasedCalculationTechnique
 """)
-VOCABULARY = _words("""
+ALLOWED_CODE_VALUES = _split_keywords("""
     ORIGINAL DERIVED MIXED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME OTHER NONE CT CR DX DR RG CHEST THORAX LUNG HFS HFP HFDR HFDL FFS FFP FFDR FFDL
     PA AP LL RL LAT LATERAL LLD LLO RLD RLO A P L R H F B U AF AH AL AR PF PH PL PR LF LH LA LP RF RH RA RP FR FL FA FP HR HL HA HP
     MONOCHROME1 MONOCHROME2 HU US OD LIN LOG DISP IDENTITY INVERSE LINEAR LINEAR_EXACT SIGMOID NO YES 00 01 MONOCHROME DISTORTED SAMPLED
     ISO_10918_1 ISO_14495_1 ISO_15444_1 ISO_15444_15 FOR
 """) | {"FOR PRESENTATION", "FOR PROCESSING"}
-SEQUENCES = _words("""
+SEQUENCE_KEYWORDS = _split_keywords("""
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelMeasuresSequence PlanePositionSequence PlaneOrientationSequence
     PixelValueTransformationSequence FrameVOILUTSequence CTImageFrameTypeSequence FrameContentSequence ModalityLUTSequence VOILUTSequence
 """)
 # Must be there, may be empty (type 2).
-EMPTY = _words("""
+EMPTIED_KEYWORDS = _split_keywords("""
     StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName PatientBirthDate PatientSex Manufacturer
     PositionReferenceIndicator
 """)
 
 
-def unfit(dataset: Dataset, wanted: Wanted) -> str:
+def exclusion_reason(dataset: Dataset, study_filter: StudyFilter) -> str:
     """Why an object is not taken, empty when it is. No word of it is the object's own."""
     kind = UID(str(dataset.get("SOPClassUID", "")))
-    if kind not in IMAGES:
+    if kind not in IMAGE_SOP_CLASSES:
         return f"{kind.name if kind.name != kind else 'an object of unknown kind'}: no CT image and no radiograph"
     if str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES":
         return "annotations are burned into its pixels"
@@ -94,85 +94,104 @@ def unfit(dataset: Dataset, wanted: Wanted) -> str:
         return "a localiser"
     if not str(dataset.get("StudyInstanceUID", "")) or not str(dataset.get("SOPInstanceUID", "")):
         return "it has no UIDs"
-    if not _complete(dataset):
+    if not _has_all_pixels(dataset):
         return "its pixels are not there, or not all of them"
-    return unwanted(str(dataset.get("Modality", "")), str(dataset.get("BodyPartExamined", "")), wanted)
+    return series_exclusion_reason(
+        str(dataset.get("Modality", "")), str(dataset.get("BodyPartExamined", "")), study_filter
+    )
 
 
-def _complete(dataset: Dataset) -> bool:
+def _has_all_pixels(dataset: Dataset) -> bool:
     """Whether uncompressed pixels are as many as the header says; compressed ones are there, and their end is."""
     if "PixelData" not in dataset:
         return False
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return bool(dataset.PixelData)
-    bits = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1) * int(dataset.BitsAllocated)
+    bits = (
+        int(dataset.Rows)
+        * int(dataset.Columns)
+        * int(dataset.get("NumberOfFrames") or 1)
+        * int(dataset.BitsAllocated)
+    )
     return len(dataset.PixelData) * 8 >= bits
 
 
 @cache
-def _rules(key: bytes) -> dict[tuple[int, ...], Callable[[Dataset, Any], None]]:
+def _profile_rules(key: bytes) -> dict[tuple[int, ...], Callable[[Dataset, Any], None]]:
     """The profile's table: what to do with each element. Named sequences go, UIDs become the key's."""
 
     def renamed(dataset: Dataset, tag: Any) -> None:
         element = dataset.get(tag)
         if element is not None and element.value:
             old = element.value
-            element.value = new_uid(key, old) if isinstance(old, str) else [new_uid(key, str(one)) for one in old]
+            element.value = (
+                make_uid(key, old) if isinstance(old, str) else [make_uid(key, str(one)) for one in old]
+            )
 
     rules: dict[tuple[int, ...], Callable[[Dataset, Any], None]] = {}
-    for tag, action in initialize_actions(f"dicomfields_{EDITION}").items():
+    for tag, action in initialize_actions(f"dicomfields_{PROFILE_EDITION}").items():
         sequence = len(tag) == 2 and keyword_for_tag(tag) and dictionary_VR(tag) == "SQ"
         rules[tag] = delete if sequence else renamed if action is replace_UID else action
     return rules
 
 
-def _profile(dataset: Dataset, key: bytes) -> None:
+def _apply_profile(dataset: Dataset, key: bytes) -> None:
     """The basic profile, in the sequences too."""
-    anonymize_dataset(dataset, base_rules_gen=lambda: dict(_rules(key)))
+    anonymize_dataset(dataset, base_rules_gen=lambda: dict(_profile_rules(key)))
     for element in dataset:
         if element.VR == "SQ":
             for item in element.value:
-                _profile(item, key)
+                _apply_profile(item, key)
 
 
-def _keep_only_listed(dataset: Dataset) -> None:
+def _remove_unlisted(dataset: Dataset) -> None:
     for tag in list(dataset.keys()):
         word = keyword_for_tag(tag)
         try:
             element = dataset[tag]
             values = [] if element.is_empty else list(element.value) if element.VM > 1 else [element.value]
-            if word in EMPTY:
+            if word in EMPTIED_KEYWORDS:
                 element.value = ""
-            elif word in SEQUENCES and element.VR == "SQ":
+            elif word in SEQUENCE_KEYWORDS and element.VR == "SQ":
                 for item in element.value:
-                    _keep_only_listed(item)
-            elif word in ("ImageType", "FrameType"):  # vendors add words of their own; the first ones' places have a meaning
-                element.value = [v if v in VOCABULARY else "OTHER" for v in map(str, values)]
+                    _remove_unlisted(item)
+            elif word in (
+                "ImageType",
+                "FrameType",
+            ):  # vendors add words of their own; the first ones' places have a meaning
+                element.value = [v if v in ALLOWED_CODE_VALUES else "OTHER" for v in map(str, values)]
             elif not (
-                word in UIDS
+                word in UID_KEYWORDS
                 or word in ("SOPClassUID", "PixelData")
-                or (word in WORDS and all(str(v) in VOCABULARY for v in values))
-                or (word in NUMBERS and (word == "LUTData" or all(math.isfinite(float(v)) for v in values)))
+                or (word in CODE_KEYWORDS and all(str(v) in ALLOWED_CODE_VALUES for v in values))
+                or (
+                    word in NUMERIC_KEYWORDS
+                    and (word == "LUTData" or all(math.isfinite(float(v)) for v in values))
+                )
             ):
                 del dataset[tag]
         except Exception:  # a damaged value fails in any way: it cannot be judged, so it goes
             del dataset[tag]
 
 
-def deidentify(dataset: Dataset, key: bytes) -> Dataset:
+def deidentify_dataset(dataset: Dataset, key: bytes) -> Dataset:
     """The same image with the site's names for patient, study, series and image; it changes `dataset` and hands it back.
 
-    The pixels, their compression and the byte order stay. Names of patients and studies are `client.ingest.seal`'s.
+    The pixels, their compression and the byte order stay. Names of patients and studies are `client.ingest.pseudonyms`'s.
     """
-    patient = patient_name(key, str(dataset.get("PatientID") or ""), str(dataset.StudyInstanceUID))
+    patient = make_patient_pseudonym(key, str(dataset.get("PatientID") or ""), str(dataset.StudyInstanceUID))
     syntax = dataset.file_meta.TransferSyntaxUID
-    _keep_only_listed(dataset)
-    _profile(dataset, key)
+    _remove_unlisted(dataset)
+    _apply_profile(dataset, key)
     dataset.PatientName = dataset.PatientID = patient
     dataset.PatientIdentityRemoved = "YES"
-    dataset.DeidentificationMethod = f"PS3.15 {EDITION} basic profile; only listed elements kept"
+    dataset.DeidentificationMethod = f"PS3.15 {PROFILE_EDITION} basic profile; only listed elements kept"
     code = Dataset()
-    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "113100", "DCM", "Basic Application Confidentiality Profile"
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = (
+        "113100",
+        "DCM",
+        "Basic Application Confidentiality Profile",
+    )
     dataset.DeidentificationMethodCodeSequence = [code]
     dataset.LongitudinalTemporalInformationModified = "REMOVED"
     dataset.preamble = b"\0" * 128  # it and the file's own header may name the sender

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-NAME = "journal.jsonl"
+JOURNAL_FILENAME = "journal.jsonl"
 
 
 def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
     """{study: its last line}. A line that a kill tore is cut off, so that the next one begins a line."""
-    path = folder / NAME
+    path = folder / JOURNAL_FILENAME
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -22,9 +22,11 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
     return {line["study"]: line for line in map(json.loads, data[:end].splitlines())}
 
 
-def write_journal(folder: Path, line: dict[str, Any]) -> None:
+def append_to_journal(folder: Path, entry: dict[str, Any]) -> None:
     """Add a line; it is on the disk when this returns."""
-    with open(os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-        file.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+    with open(
+        os.open(folder / JOURNAL_FILENAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab"
+    ) as file:
+        file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -11,48 +11,56 @@ from typing import TypeVar
 
 import uvicorn
 
-from common.errors import ConsiliumError
-from common.logs import set_up
-from server.dashboard.access import Trust
-from server.dashboard.app import make
-from server.dashboard.launch import Launcher
-from server.deployed import certificates, nodes
-from server.runs import open_ledger
+from common.utils.errors import ConsiliumError
+from common.utils.log_setup import configure_logging
+from server.dashboard.app import create_app
+from server.dashboard.auth import ProxyTrust
+from server.dashboard.launcher import Launcher
+from server.operations.superlink import list_nodes, read_certificate_expiries
+from server.rounds.run_lifecycle import open_ledger
 
 T = TypeVar("T")
 log = logging.getLogger("consilium.server")
 
 
-def serve(
+def serve_console(
     host: str,
     port: int,
     runs: Path,
-    ledger: str,
+    ledger_address: str,
     certificate: Path | None,
     key: Path | None,
     proxies: list[str],
-    header: str,
-    watchers: list[str],
+    user_header: str,
+    scrapers: list[str],
     superlink: str,
     ca: Path,
 ) -> None:
     """Until it is told to end. Raises ConsiliumError."""
-    set_up()
+    configure_logging()
     logging.getLogger("consilium").propagate = False  # the command's own handler would say it again
     if (certificate is None) != (key is None):
         raise ConsiliumError("--certificate and --key belong together")
     secure = bool(certificate or proxies)
     reach = ["--superlink", superlink, "--ca", str(ca)] if superlink else []
-    address = ledger or os.environ.get("CONSILIUM_LEDGER", "")
-    book = open_ledger(runs, ledger)
-    trust = Trust.of(header, proxies, watchers)
-    deployed = (kept(5, lambda: nodes(superlink, ca)), kept(3600, lambda: certificates(superlink, ca))) if superlink else (None, dict)
-    app = make(book, runs, Launcher(runs, address, reach), trust, secure, *deployed)
-    if not any(row["role"] == "operator" for row in book.accounts()):
+    address = ledger_address or os.environ.get("CONSILIUM_LEDGER", "")
+    book = open_ledger(runs, ledger_address)
+    trust = ProxyTrust.from_options(user_header, proxies, scrapers)
+    deployed = (
+        (
+            cache_for(5, lambda: list_nodes(superlink, ca)),
+            cache_for(3600, lambda: read_certificate_expiries(superlink, ca)),
+        )
+        if superlink
+        else (None, dict)
+    )
+    app = create_app(book, runs, Launcher(runs, address, reach), trust, secure, *deployed)
+    if not any(row["role"] == "operator" for row in book.read_accounts()):
         log.warning("nobody can log in yet: consilium-server account add NAME --role operator")
     if not secure and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(
-            "%s is served without TLS: passwords can be read on the way; give --certificate and --key, or put it behind a --proxy", host
+            "%s is served without TLS: passwords can be read on the way; give --certificate and --key, or put it behind a --proxy",
+            host,
         )
     log.info("the console: %s://%s:%d", "https" if certificate else "http", host, port)
     uvicorn.run(
@@ -69,13 +77,13 @@ def serve(
     )
 
 
-def kept(seconds: float, ask: Callable[[], T]) -> Callable[[], T]:
+def cache_for(max_age: float, fetch: Callable[[], T]) -> Callable[[], T]:
     """What `ask` says, asked for again only after so many seconds."""
     said: list[tuple[float, T]] = []
 
-    def of() -> T:
-        if not said or time.monotonic() > said[-1][0] + seconds:
-            said[:] = [(time.monotonic(), ask())]
+    def get_cached() -> T:
+        if not said or time.monotonic() > said[-1][0] + max_age:
+            said[:] = [(time.monotonic(), fetch())]
         return said[-1][1]
 
-    return of
+    return get_cached

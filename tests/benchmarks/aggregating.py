@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tests.benchmarks.aggregating [--centres 4,16] [--repeats 5] [--memory 4,16,64,256]
 
-Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours: server/aggregation.py, `weighted_sum` of contributions spooled to
+Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours: server/aggregation/contributions.py, `weighted_sum` of contributions spooled to
 disk as they came, and what it costs before that to receive one (`fault` and `spool`). "read" adds up every value of the same files and does nothing
 else: the floor. Memory is what the process holds of its own (RssAnon), the model itself not counted, in models of 256 MB.
 """
@@ -24,16 +24,22 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from common.messages import Contribution
-from common.schema import Aggregation
-from common.weights import Layout, Weights, layout_of
-from server.aggregation import Spooled, fault, spool, step, weighted_sum
+from common.config.schema import AggregationConfig
+from common.modeling.parameters import Layout, Weights, build_layout
+from common.protocol.messages import TrainReply
+from server.aggregation.contributions import (
+    StoredUpdate,
+    server_step,
+    store_update,
+    validation_error,
+    weighted_sum,
+)
 
 
-def contribution(layout: Layout, number: int) -> Contribution:
+def contribution(layout: Layout, number: int) -> TrainReply:
     """A made-up one."""
     delta = np.random.default_rng(number).standard_normal(layout.size, dtype=np.float32)
-    return Contribution(f"centre{number:03d}", delta, np.zeros(layout.integer_size, np.int64), 1, 1, {}, 0.0)
+    return TrainReply(f"centre{number:03d}", delta, np.zeros(layout.int_buffer_size, np.int64), 1, 1, {}, 0.0)
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -45,7 +51,9 @@ def seconds(step: Callable[[], object]) -> float:
 
 def own_memory() -> int:
     """Bytes of this process that are not a file's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -71,17 +79,28 @@ class Peak:
 
 def compare(layout: Layout, centres: int, repeats: int, folder: Path) -> str:
     """One row: Flower, ours and the floor."""
-    arrived: list[Spooled] = []
+    arrived: list[StoredUpdate] = []
     receiving, records = [], []
     for number in range(centres):
         one = contribution(layout, number)
-        receiving.append(seconds(lambda one=one: (fault(one, layout, False), arrived.append(spool(one, layout, folder)))))  # type: ignore[misc]
-        arrays = {e.name: one.delta[e.where].reshape(e.shape) for e in layout.floats}
-        records.append(RecordDict({"arrays": ArrayRecord(numpy_ndarrays=list(arrays.values())), "m": MetricRecord({"n": 1.0})}))
-    weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.groups()}
+        receiving.append(
+            seconds(
+                lambda one=one: (
+                    validation_error(one, layout, False),
+                    arrived.append(store_update(one, layout, folder)),
+                )
+            )
+        )  # type: ignore[misc]
+        arrays = {e.name: one.delta[e.span].reshape(e.shape) for e in layout.floats}
+        records.append(
+            RecordDict(
+                {"arrays": ArrayRecord(numpy_ndarrays=list(arrays.values())), "m": MetricRecord({"n": 1.0})}
+            )
+        )
+    weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.group_slices()}
 
     def read() -> float:
-        return sum(float(torch.from_numpy(s.delta()).sum()) for s in arrived)
+        return sum(float(torch.from_numpy(s.load_delta()).sum()) for s in arrived)
 
     def flower() -> object:
         return aggregate_arrayrecords(records, "n")
@@ -101,20 +120,20 @@ def compare(layout: Layout, centres: int, repeats: int, folder: Path) -> str:
 
 def memory(layout: Layout, centres: int, folder: Path) -> str:
     """One row: the most memory while contributions come one at a time and are then summed, in models."""
-    model = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.integer_size, np.int64))
+    model = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
     same = contribution(layout, 0)
     with Peak() as peak:
         arrived = []
         for number in range(centres):
-            came = Contribution(f"centre{number:03d}", same.delta.copy(), same.integers, 1, 1, {}, 0.0)
-            arrived.append(spool(came, layout, folder))
+            came = TrainReply(f"centre{number:03d}", same.delta.copy(), same.int_buffers, 1, 1, {}, 0.0)
+            arrived.append(store_update(came, layout, folder))
             if number:  # one file under many names: the disk need not hold them all
                 arrived[-1].path.unlink()
                 arrived[-1].path = arrived[0].path
             del came
-        weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.groups()}
+        weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.group_slices()}
         began = time.perf_counter()
-        step(model, weighted_sum(arrived, weights, layout), arrived, Aggregation(), layout, {})
+        server_step(model, weighted_sum(arrived, weights, layout), arrived, AggregationConfig(), layout, {})
         spent = time.perf_counter() - began
     return f"| {centres} | {peak.most / layout.size / 4:.2f} | {spent:.2f} s |"
 
@@ -126,9 +145,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", default="4,16,64,256")
     given = parser.parse_args()
-    layout = layout_of(timm.create_model("tf_efficientnet_b7", num_classes=0))
-    print(f"{layout.size / 1e6:.1f} M values, {len(layout.floats)} tensors, {torch.get_num_threads()} threads\n")
-    print(f"| centres | Flower | ours | ratio | read | of the read bandwidth | receiving one |\n{'|---' * 7}|")
+    layout = build_layout(timm.create_model("tf_efficientnet_b7", num_classes=0))
+    print(
+        f"{layout.size / 1e6:.1f} M values, {len(layout.floats)} tensors, {torch.get_num_threads()} threads\n"
+    )
+    print(
+        f"| centres | Flower | ours | ratio | read | of the read bandwidth | receiving one |\n{'|---' * 7}|"
+    )
     for centres in given.centres.split(","):
         with tempfile.TemporaryDirectory() as folder:
             print(compare(layout, int(centres), given.repeats, Path(folder)), flush=True)

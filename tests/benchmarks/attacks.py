@@ -23,103 +23,152 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.chest import chest
-from client.dataset import Scans, batches, in_order, joined
-from client.objective import Batch
-from client.phantom import HOSPITALS
-from client.private import Protection, drawn, rows_of
-from client.scans import read_scans
-from client.trainer import infer, train
-from common.accountant import noise_for
-from common.codec import decode, encode
-from common.compose import compose
-from common.errors import ConsiliumError
-from common.schema import Augment, Codec, Config, Optimiser, Stage, Task
-from common.weights import flatten, layout_of
-from server.initial import initial_model
-from server.runs import begin, open_ledger
+from client.data.dataset import ScanDataset, concat_datasets, iterate_batches, iterate_slices
+from client.data.loading import load_datasets
+from client.phantom.chest_ct import draw_chest
+from client.phantom.federation import CENTRE_PROFILES
+from client.training.dp_sgd import DPParams, poisson_batches, rows_by_patient
+from client.training.objective import Batch
+from client.training.trainer import run_inference, train
+from common.config.compose import compose_config
+from common.config.schema import AugmentConfig, Compression, Config, OptimiserConfig, Stage, Task
+from common.modeling.parameters import build_layout, get_model_weights
+from common.privacy.accountant import solve_noise_multiplier
+from common.protocol.update_codec import decode_update, encode_update
+from common.utils.errors import ConsiliumError
+from server.rounds.run_lifecycle import open_ledger, start_run
+from server.run.initial_model import build_initial_model
 from tests.attacks import ATTACKS, Hostile, Tiny, damage, inverted, membership, psnr, ssim
 from tests.benchmarks import real_ct
-from tests.inprocess import sites
+from tests.in_process_federation import sites
 
 SMALL = [
-    "federation.phantom.scale=0.1", "stage.rounds=8", "stage.tasks=[covid]", "evaluation.choose=last", "aggregation.codec=fp32",
-    "federation.retries=0", "federation.quorum=0.5",
+    "federation.phantom.scale=0.1", "stage.rounds=8", "stage.tasks=[covid]", "evaluation.checkpoint_selection=last", "aggregation.compression=fp32",
+    "federation.round_retries=0", "federation.quorum=0.5",
 ]  # fmt: skip
-OPEN = "aggregation.outlier=1e9"
+OPEN = "aggregation.max_norm_ratio=1e9"
 FIVE = "federation.centres=[north,east,south,west,harbour]"
 DEFENCES = {
     "none": [OPEN],
     "norm screening": [],
-    "median": [OPEN, "aggregation.robust=median"],
-    "trimmed mean": [OPEN, "aggregation.robust=trimmed"],
-    "screening + median": ["aggregation.robust=median"],
+    "median": [OPEN, "aggregation.robust_rule=median"],
+    "trimmed mean": [OPEN, "aggregation.robust_rule=trimmed_mean"],
+    "screening + median": ["aggregation.robust_rule=median"],
     "none, five centres": [OPEN, FIVE],
-    "Krum, five centres": [OPEN, FIVE, "aggregation.robust=krum"],
+    "Krum, five centres": [OPEN, FIVE, "aggregation.robust_rule=krum"],
     "none, group norm": [OPEN, "backbone.norm=group"],
     "patient, epsilon 8": [OPEN, "privacy=patient"],
-    "central, epsilon 50": [OPEN, "privacy=central", "privacy.epsilon=50", "privacy.quantile=0.5"],
+    "central, epsilon 50": [
+        OPEN,
+        "privacy=central",
+        "privacy.epsilon=50",
+        "privacy.adaptive_clip_quantile=0.5",
+    ],
 }
-FEW = [d for d in DEFENCES if "epsilon" in d or "group" in d or "five" in d]  # against these not every attack is run
+FEW = [
+    d for d in DEFENCES if "epsilon" in d or "group" in d or "five" in d
+]  # against these not every attack is run
 
 
 def config_of(out: Path, *more: str) -> Config:
-    return compose([*SMALL, f"federation.root={out}/data", *more])
+    return compose_config([*SMALL, f"federation.data_root={out}/data", *more])
 
 
 def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
     """One federation of four (or five) centres, of which `east` attacks."""
-    config, run = config_of(out, *DEFENCES[defence], f"seed={seed}"), re.sub(r"\W+", "-", f"{attack} {defence} {seed}")
+    config, run = (
+        config_of(out, *DEFENCES[defence], f"seed={seed}"),
+        re.sub(r"\W+", "-", f"{attack} {defence} {seed}"),
+    )
     for book in out.glob("data/*/.consilium/budget/*"):
         book.unlink()  # each run's privacy is counted alone
     try:
         shutil.rmtree(out / "runs", ignore_errors=True)
-        result = begin(config, Hostile(len(config.federation.centres), attack), out / "runs", open_ledger(out / "runs"), run)
+        result = start_run(
+            config,
+            Hostile(len(config.federation.centres), attack),
+            out / "runs",
+            open_ledger(out / "runs"),
+            run,
+        )
     except ConsiliumError as error:  # the model is spoilt: no centre can score it
         return {"worst": None, "fooled": None, "why": str(error)[:120]}
     worst, fooled = damage(out / "runs" / run / "model.safetensors", config)
     return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
 
 
-def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, Scans]:
+def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, ScanDataset]:
     """Scans of all centres, one a patient."""
     if data == "phantom":
         config = config_of(out)
     else:
         weights = f"backbone.weights={real_ct.data_folder()}/weights/mobilenetv1_075_tfjs_imagenet.pth"
-        config = compose([*real_ct.BASE, "stage.tasks=[covid]", weights, f"federation.root={real_ct.prepared(real_ct.data_folder(), out)}"])
-    held = [part for site in sites(len(config.federation.centres)) for part in read_scans(site, config)[0].values()]
-    whole = joined(held)
-    firsts = np.array([rows[0] for rows in rows_of(whole).values()])
-    return config, whole.take(np.random.default_rng(1).permutation(firsts)[:scans])
+        config = compose_config(
+            [
+                *real_ct.BASE,
+                "stage.tasks=[covid]",
+                weights,
+                f"federation.data_root={real_ct.prepared(real_ct.data_folder(), out)}",
+            ]
+        )
+    held = [
+        part
+        for site in sites(len(config.federation.centres))
+        for part in load_datasets(site, config)[0].values()
+    ]
+    whole = concat_datasets(held)
+    firsts = np.array([rows[0] for rows in rows_by_patient(whole).values()])
+    return config, whole.subset(np.random.default_rng(1).permutation(firsts)[:scans])
 
 
-def members(out: Path, data: str, seed: int, target: float, models: int = 8, epochs: int = 20) -> dict[str, Any]:
+def members(
+    out: Path, data: str, seed: int, target: float, models: int = 8, epochs: int = 20
+) -> dict[str, Any]:
     """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private
     models alone. The real slices' models begin from ImageNet's weights."""
     config, scans = pool(out, data)
-    backbone = replace(config.backbone, norm=("group" if data == "phantom" else "frozen") if target else "batch")
+    backbone = replace(
+        config.backbone, norm=("group" if data == "phantom" else "frozen") if target else "batch"
+    )
     tasks = {"covid": config.tasks["covid"]}
-    stage = Stage(batch=12, precision="bf16" if data == "phantom" else "fp32", optimiser=Optimiser(lr=2e-3 if data == "phantom" else 3e-4))
+    stage = Stage(
+        batch_size=12,
+        precision="bf16" if data == "phantom" else "fp32",
+        optimiser=OptimiserConfig(lr=2e-3 if data == "phantom" else 3e-4),
+    )
     rng = np.random.default_rng(seed)
     # each scan in half of the models: the likelihood ratio wants both kinds of shadow
     inside = np.stack([rng.permutation(models) < models // 2 for _ in range(len(scans))], axis=1)
     y, confidence, right = scans.targets["covid"], np.zeros((models, len(scans))), []
     for k in range(models):
-        own = scans.take(np.flatnonzero(inside[k]))
-        steps, odds = epochs * -(-len(own) // stage.batch), stage.batch / len(own)
-        model = initial_model(replace(config, backbone=backbone, tasks=tasks, seed=k))
+        own = scans.subset(np.flatnonzero(inside[k]))
+        steps, odds = epochs * -(-len(own) // stage.batch_size), stage.batch_size / len(own)
+        model = build_initial_model(replace(config, backbone=backbone, tasks=tasks, seed=k))
         if target > 0:
-            noise = noise_for(target, 1e-5, ((odds, steps),))
-            patients, hidden = drawn(own, tasks, odds, steps, k), Protection(1.0, noise, stage.batch)
-            train(model, patients, stage, tasks, {}, steps=steps, seed=k, protection=hidden)
+            noise = solve_noise_multiplier(target, 1e-5, ((odds, steps),))
+            patients, hidden = (
+                poisson_batches(own, tasks, odds, steps, k),
+                DPParams(1.0, noise, stage.batch_size),
+            )
+            train(model, patients, stage, tasks, {}, num_steps=steps, seed=k, dp_params=hidden)
         else:
-            train(model, batches(own, tasks, stage, steps, k), stage, tasks, {}, steps=steps, seed=k)
-        z = infer(model, in_order(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0].double().numpy()
+            train(
+                model, iterate_batches(own, tasks, stage, steps, k), stage, tasks, {}, num_steps=steps, seed=k
+            )
+        z = (
+            run_inference(model, iterate_slices(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0]
+            .double()
+            .numpy()
+        )
         confidence[k] = np.where(y == 1, z, -z)
         right.append([np.mean(confidence[k][inside[k]] > 0), np.mean(confidence[k][~inside[k]] > 0)])
     auc, found = membership(confidence, inside)
-    return {"auc": auc, "tpr": found, "right inside": float(np.mean(right, 0)[0]), "right outside": float(np.mean(right, 0)[1])}
+    return {
+        "auc": auc,
+        "tpr": found,
+        "right inside": float(np.mean(right, 0)[0]),
+        "right outside": float(np.mean(right, 0)[1]),
+    }
 
 
 MEMBERS = {"none": 0.0, "none, their norms": -1.0, "patient, epsilon 8": 8.0, "patient, epsilon 1": 1.0}
@@ -129,40 +178,56 @@ def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 4
     """One contribution of one picture (or eight) by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
     tasks = {"covid": Task()}
     stage = Stage(
-        batch=8,
-        optimiser=Optimiser("sgd", lr=0.001, momentum=0.0, weight_decay=0.0, schedule="constant"),
+        batch_size=8,
+        optimiser=OptimiserConfig("sgd", lr=0.001, momentum=0.0, weight_decay=0.0, schedule="constant"),
         augment=off(),
         channels_last=False,
     )
     torch.manual_seed(seed)
     made = Tiny(size)
-    model, layout = copy.deepcopy(made), layout_of(made)
+    model, layout = copy.deepcopy(made), build_layout(made)
     count = 8 if defence == "eight scans a step" else 1
     volumes = [
-        chest(np.random.default_rng(seed + i), np.random.default_rng(i), HOSPITALS["north"].scanner, True, 10, 64)[0] for i in range(count)
+        draw_chest(
+            np.random.default_rng(seed + i),
+            np.random.default_rng(i),
+            CENTRE_PROFILES["north"].scanner,
+            True,
+            10,
+            64,
+        )[0]
+        for i in range(count)
     ]
-    pictures = torch.stack([shrunk(np.clip((v[4:5] + 1000) / 1300 * 255, 0, 255), size) for v in volumes])  # [B, 1, H, W] uint8
+    pictures = torch.stack(
+        [shrunk(np.clip((v[4:5] + 1000) / 1300 * 255, 0, 255), size) for v in volumes]
+    )  # [B, 1, H, W] uint8
     batch = Batch(pictures, {"covid": torch.ones(count)})
     if defence == "patient, epsilon 8":
-        protection = Protection(1.0, noise_for(8.0, 1e-5, ((1.0, 1),)), 1.0)  # as loud as one step of all patients needs
-        train(made, [{"one": batch}], stage, tasks, {}, seed=seed, protection=protection)  # type: ignore[arg-type]
+        protection = DPParams(
+            1.0, solve_noise_multiplier(8.0, 1e-5, ((1.0, 1),)), 1.0
+        )  # as loud as one step of all patients needs
+        train(made, [{"one": batch}], stage, tasks, {}, seed=seed, dp_params=protection)  # type: ignore[arg-type]
     else:
         train(made, [batch] * (5 if defence == "five steps" else 1), stage, tasks, {}, seed=seed)  # type: ignore[arg-type]
-    delta = flatten(made, layout).floats - flatten(model, layout).floats
+    delta = get_model_weights(made, layout).floats - get_model_weights(model, layout).floats
     if defence in ("int8", "int4"):
-        codec: Codec = "int8" if defence == "int8" else "int4"
-        delta = decode(encode(delta, layout, codec)[0], layout, codec)
-    parts = [torch.from_numpy(delta[e.where].reshape(e.shape).copy()) for e in layout.floats]
+        codec: Compression = "int8" if defence == "int8" else "int4"
+        delta = decode_update(encode_update(delta, layout, codec)[0], layout, codec)
+    parts = [torch.from_numpy(delta[e.span].reshape(e.shape).copy()) for e in layout.floats]
     found = inverted(model, parts, torch.ones(1), (1, 1, size, size), steps, seed)
     true = max((p[0] / 255 for p in pictures), key=lambda p: psnr(found[0, 0], p))
-    return {"psnr": psnr(found[0, 0], true), "ssim": ssim(found[0, 0], true), "flat": psnr(torch.full_like(true, float(true.mean())), true)}
+    return {
+        "psnr": psnr(found[0, 0], true),
+        "ssim": ssim(found[0, 0], true),
+        "flat": psnr(torch.full_like(true, float(true.mean())), true),
+    }
 
 
 INVERSIONS = ["none", "int8", "int4", "five steps", "eight scans a step", "patient, epsilon 8"]
 
 
-def off() -> Augment:
-    return Augment(p_flip=0, p_affine=0, p_brightness=0, p_value=0, p_holes=0)
+def off() -> AugmentConfig:
+    return AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
 
 
 def shrunk(slices: np.ndarray, size: int) -> torch.Tensor:
@@ -180,7 +245,11 @@ def kept(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
     found = json.loads(path.read_text())
-    print(f"{name:48} " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), flush=True)
+    print(
+        f"{name:48} "
+        + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()),
+        flush=True,
+    )
     return found
 
 
@@ -205,24 +274,44 @@ def main() -> None:
         text.append("\n| inversion | PSNR, dB | of a flat picture | SSIM |\n|---|---|---|---|")
         for d in INVERSIONS:
             some = [kept(out, f"inversion {d} {s}", lambda d=d, s=s: inversion(out, s, d)) for s in seeds]  # type: ignore[misc]
-            text.append(f"| {d} | {cell(some, 'psnr', '')} | {cell(some, 'flat', '')} | {cell(some, 'ssim', '')} |")
+            text.append(
+                f"| {d} | {cell(some, 'psnr', '')} | {cell(some, 'flat', '')} | {cell(some, 'ssim', '')} |"
+            )
     if "hostile" in parts:
         text.append(
-            f"\n| worst honest centre's AUC / fooled by the trigger | {' | '.join(ATTACKS)} |\n" + "|---" * (len(ATTACKS) + 1) + "|"
+            f"\n| worst honest centre's AUC / fooled by the trigger | {' | '.join(ATTACKS)} |\n"
+            + "|---" * (len(ATTACKS) + 1)
+            + "|"
         )
         for d in DEFENCES:
             row = [
-                [kept(out, f"hostile {a} {d} {s}", lambda a=a, d=d, s=s: hostile(out, s, a, d)) for s in seeds]  # type: ignore[misc]
+                [
+                    kept(out, f"hostile {a} {d} {s}", lambda a=a, d=d, s=s: hostile(out, s, a, d))
+                    for s in seeds
+                ]  # type: ignore[misc]
                 if d not in FEW or a in ("none", "back-door")
                 else []
                 for a in ATTACKS
             ]
-            text.append(f"| {d} | " + " | ".join(f"{cell(r, 'worst', 'spoilt')} / {cell(r, 'fooled', '–')}" for r in row) + " |")
+            text.append(
+                f"| {d} | "
+                + " | ".join(f"{cell(r, 'worst', 'spoilt')} / {cell(r, 'fooled', '–')}" for r in row)
+                + " |"
+            )
     if "membership" in parts:
-        text.append("\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|")
+        text.append(
+            "\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|"
+        )
         for data, (d, target) in itertools.product(("phantom", "ct_multisource"), MEMBERS.items()):
-            some = [kept(out, f"membership {data} {d} {s}", lambda a=data, t=target, s=s: members(out, a, s, t)) for s in seeds]  # type: ignore[misc]
-            text.append(f"| {data}, {d} | " + " | ".join(cell(some, k, "") for k in ("auc", "tpr", "right inside", "right outside")) + " |")
+            some = [
+                kept(out, f"membership {data} {d} {s}", lambda a=data, t=target, s=s: members(out, a, s, t))
+                for s in seeds
+            ]  # type: ignore[misc]
+            text.append(
+                f"| {data}, {d} | "
+                + " | ".join(cell(some, k, "") for k in ("auc", "tpr", "right inside", "right outside"))
+                + " |"
+            )
     (out / "table.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tests.benchmarks.ledger [--rounds 1000] [--centres 100] [--runs 100] [--out FOLDER]
 
-Rounds are made up (two tasks, scores from histograms) and written as server/coordinator.py writes them at the end of a round: the ledger (SQLite),
+Rounds are made up (two tasks, scores from histograms) and written as server/rounds/coordinator.py writes them at the end of a round: the ledger (SQLite),
 then the checkpoint with the run's history, here of a small model, so that what is timed is the history. Then everything is read as
 `consilium-server runs` and a report read it. `CPU` is user + system seconds of this process.
 """
@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.compose import compose, to_dict
-from common.imbalance import effective_number
-from common.messages import Presence, Sums
-from common.schema import Config
-from common.weights import Weights, layout_of
-from server import scores
-from server.coordinator import save
-from server.ledger import Ledger
-from server.report import table, write_report
-from server.state import Run
+from common.config.compose import compose_config, config_to_dict
+from common.config.schema import Config
+from common.learning.class_imbalance import compute_effective_centres
+from common.modeling.parameters import Weights, build_layout
+from common.protocol.messages import JoinReply, Sums
+from server.analysis import score_tables
+from server.ledger.ledger import Ledger
+from server.reporting.report import build_result_table, write_report
+from server.rounds.coordinator import checkpoint_run
+from server.run.run_state import Run
 
 RUN, STAGE = "20260101-000000-multisource-federated-0000", "main"
 
@@ -41,7 +41,9 @@ def sums_of(draws: np.random.Generator, config: Config) -> Sums:
     """What centres answer on validation: histograms of a binary task, confusions of a multiclass one, losses."""
     sums: Sums = {}
     for k, centre in enumerate(config.federation.centres):
-        sums[f"{centre}/covid/hist"] = np.stack([draws.multinomial(40, weights) for weights in SHAPES]).astype(float)
+        sums[f"{centre}/covid/hist"] = np.stack(
+            [draws.multinomial(40, weights) for weights in SHAPES]
+        ).astype(float)
         confusion = np.zeros((8, 8))
         confusion[k % 8] = draws.multinomial(80, np.full(8, 1 / 8))
         sums[f"{centre}/source/confusion"] = confusion
@@ -57,7 +59,10 @@ def entry_of(draws: np.random.Generator, config: Config, round: int) -> dict[str
     """A round as the coordinator keeps it."""
     centres = config.federation.centres
     share = draws.dirichlet(np.full(len(centres), 20.0))
-    weights = {part: dict(zip(centres, share.tolist(), strict=True)) for part in ("backbone", "decoder", "covid", "source")}
+    weights = {
+        part: dict(zip(centres, share.tolist(), strict=True))
+        for part in ("backbone", "decoder", "covid", "source")
+    }
     replies = {
         c: {
             "accepted": True, "reason": "", "scans": 80, "steps": 20, "seconds": 30 * draws.random(), "loss": draws.random(),
@@ -67,8 +72,8 @@ def entry_of(draws: np.random.Generator, config: Config, round: int) -> dict[str
     }  # fmt: skip
     return {
         "round": round, "seconds": 31.0, "bytes_up": 6e6 * len(centres), "bytes_down": 24e6 * len(centres), "weights": weights,
-        "effective": {part: effective_number(w) for part, w in weights.items()}, "centres": replies,
-        "val": scores.table(sums_of(draws, config), config, list(config.tasks)),
+        "effective": {part: compute_effective_centres(w) for part, w in weights.items()}, "centres": replies,
+        "val": score_tables.score_table(sums_of(draws, config), config, list(config.tasks)),
     }  # fmt: skip
 
 
@@ -81,7 +86,10 @@ def timed(what: Callable[[], Any]) -> tuple[float, float, Any]:
 
 def row(name: str, wall: list[float], cpu: list[float], per: int = 1) -> str:
     """One line of the table of writes, in milliseconds."""
-    cells = [f"{1000 * value:.2f}" for value in (np.median(wall), np.quantile(wall, 0.99), np.median(cpu), np.median(wall) / per)]
+    cells = [
+        f"{1000 * value:.2f}"
+        for value in (np.median(wall), np.quantile(wall, 0.99), np.median(cpu), np.median(wall) / per)
+    ]
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -90,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The ledger and the report of a long run.")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--centres", type=int, default=100)
-    parser.add_argument("--runs", type=int, default=100, help="other runs in the same ledger, for the list of runs")
+    parser.add_argument(
+        "--runs", type=int, default=100, help="other runs in the same ledger, for the list of runs"
+    )
     parser.add_argument("--out", default="", help="keep ledger and report here")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,20 +111,34 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     """Prints three tables: writes, reads, the report."""
     names = [f"centre{k:03d}" for k in range(centres)]
     sources = ",".join("abcdefgh")
-    config = compose([f"federation.centres=[{','.join(names)}]", f"tasks.source.classes=[{sources}]", f"stage.rounds={rounds}"])
+    config = compose_config(
+        [
+            f"federation.centres=[{','.join(names)}]",
+            f"tasks.source.classes=[{sources}]",
+            f"stage.rounds={rounds}",
+        ]
+    )
     draws = np.random.default_rng(1)
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
     for k in range(others):
-        ledger.start_run(f"other{k}", recipe="multisource", mode="federated", config=to_dict(config), code="0")
-        ledger.event(f"other{k}", "finished")
-    ledger.start_run(RUN, recipe="multisource", mode="federated", config=to_dict(config), code="0")
-    counts: Sums = {f"{c}/{split}/covid": np.array([40.0, 40.0, 0.0]) for c in names for split in ("train", "val", "test")}
-    presence = {c: Presence(c, [c], "0", [c], ["covid"], {"train": 80}, {}, {"torch": "2"}, "cpu") for c in names}
-    result = scores.new_result(RUN, config, presence, counts)
-    joined = [timed(lambda c=c: ledger.add_centre(RUN, c, {"counts": {"covid": [40.0, 40.0]}})) for c in names]  # type: ignore[misc]
+        ledger.add_run(
+            f"other{k}", recipe="multisource", mode="federated", config=config_to_dict(config), code="0"
+        )
+        ledger.log_event(f"other{k}", "finished")
+    ledger.add_run(RUN, recipe="multisource", mode="federated", config=config_to_dict(config), code="0")
+    counts: Sums = {
+        f"{c}/{split}/covid": np.array([40.0, 40.0, 0.0]) for c in names for split in ("train", "val", "test")
+    }
+    presence = {
+        c: JoinReply(c, [c], "0", [c], ["covid"], {"train": 80}, {}, {"torch": "2"}, "cpu") for c in names
+    }
+    result = score_tables.create_result(RUN, config, presence, counts)
+    joined = [
+        timed(lambda c=c: ledger.add_centre(RUN, c, {"counts": {"covid": [40.0, 40.0]}})) for c in names
+    ]  # type: ignore[misc]
     place: dict[str, Any] = {"name": STAGE, "rounds": [], "best": {}, "personal": False, "finished": False}
     result["stages"].append(place)
-    run = Run(RUN, config, folder, None, ledger, layout_of(torch.nn.Linear(1000, 100)), result=result)  # type: ignore[arg-type]
+    run = Run(RUN, config, folder, None, ledger, build_layout(torch.nn.Linear(1000, 100)), result=result)  # type: ignore[arg-type]
     run.weights = Weights(np.zeros(run.layout.size, np.float32), np.empty(0, np.int64))
     written, events, kept, made = [], [], [], []
     gc.freeze()
@@ -123,15 +147,28 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
         made.append(spent)
         place["rounds"].append(entry)
         facts = {"contributions": entry["centres"], "weights": entry["weights"], "scores": entry["val"]}
-        add = partial(ledger.add_round, RUN, STAGE, round, started=datetime.now(UTC), seconds=31.0, closed_because="all replied", **facts)
+        add = partial(
+            ledger.add_round,
+            RUN,
+            STAGE,
+            round,
+            started=datetime.now(UTC),
+            seconds=31.0,
+            closed_because="all replied",
+            **facts,
+        )
         written.append(timed(add)[:2])
-        events.append(timed(lambda: ledger.event(RUN, "left_out", "no reply within 3600 s", names[0]))[:2])
+        events.append(
+            timed(lambda: ledger.log_event(RUN, "left_out", "no reply within 3600 s", names[0]))[:2]
+        )
         place["best"] = {"stage": STAGE, "round": round, "value": 0.9}
         run.weights.floats[0] = round
-        kept.append(timed(lambda round=round: save(run, STAGE, round))[:2])  # type: ignore[misc]
-    result["test"] = scores.table(sums_of(draws, config), config, list(config.tasks), with_sums=True)
-    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", scores.without_sums(result["test"]))
-    ledger.event(RUN, "finished")
+        kept.append(timed(lambda round=round: checkpoint_run(run, STAGE, round))[:2])  # type: ignore[misc]
+    result["test"] = score_tables.score_table(
+        sums_of(draws, config), config, list(config.tasks), with_sums=True
+    )
+    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", score_tables.drop_sums(result["test"]))
+    ledger.log_event(RUN, "finished")
     rows = {what: len(getattr(ledger, what)(RUN)) for what in ("rounds", "contributions", "shares", "scores")}
     per_round = sum(rows.values()) // rounds
     print(f"{rounds} rounds x {centres} centres, {per_round} rows a round, load {os.getloadavg()[0]:.1f}\n")
@@ -146,18 +183,26 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     size = (folder / "ledger.db").stat().st_size
     print(f"\nThe ledger has {size / 1e6:.0f} MB, {size / rounds / centres:.0f} bytes a centre and round.\n")
     print(f"| read | s | CPU | rows |\n{'|---' * 4}|")
-    reads: dict[str, Callable[[], Any]] = {"runs": ledger.runs} | {
+    reads: dict[str, Callable[[], Any]] = {"runs": ledger.read_runs} | {
         what: lambda what=what: getattr(ledger, what)(RUN)  # type: ignore[misc]
         for what in ("status", "events", "centres", "rounds", "contributions", "shares", "scores")
     }
-    for what, read in (*reads.items(), ("scores, over all centres only", lambda: ledger.scores(RUN, centres=False))):
+    for what, read in (
+        *reads.items(),
+        ("scores, over all centres only", lambda: ledger.read_scores(RUN, include_centres=False)),
+    ):
         wall, cpu, found = timed(read)
         print(f"| {what} | {wall:.3f} | {cpu:.3f} | {len(found) if isinstance(found, list) else 1} |")
     page = folder / "report.html"
     print(f"\n| report | s | CPU | MB |\n{'|---' * 4}|")
-    for what, size_of in ((lambda: write_report(page, result), lambda: page.stat().st_size / 1e6), (lambda: table(result), lambda: 0.0)):
+    for what, size_of in (
+        (lambda: write_report(page, result), lambda: page.stat().st_size / 1e6),
+        (lambda: build_result_table(result), lambda: 0.0),
+    ):
         wall, cpu, _ = timed(what)
-        print(f"| {'report.html' if size_of() else 'table of the terminal'} | {wall:.2f} | {cpu:.2f} | {size_of():.1f} |")
+        print(
+            f"| {'report.html' if size_of() else 'table of the terminal'} | {wall:.2f} | {cpu:.2f} | {size_of():.1f} |"
+        )
 
 
 if __name__ == "__main__":

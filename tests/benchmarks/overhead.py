@@ -23,17 +23,19 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from client.app import app as client
-from client.phantom import HOSPITALS, write_federation
-from common.compose import compose, to_dict
-from common.messages import Answer, Contribution, Request, Train
+from client.phantom.federation import CENTRE_PROFILES, write_federation
+from common.config.compose import compose_config, config_to_dict
+from common.protocol.messages import Request, StatisticsReply, TrainReply, TrainRequest
 from server.app import FlowerTransport
-from server.coordinator import conduct
-from server.ledger import Ledger
-from server.state import Run
-from server.transport import Received
+from server.ledger.ledger import Ledger
+from server.rounds.coordinator import run_training
+from server.run.run_state import Run
+from server.run.transport import ReceivedReply
 
-Asked = tuple[str, float, float, float]  # what, wall seconds, CPU seconds of this process, the longest centre's own seconds
-CENTRES = list(HOSPITALS)[:2]
+Asked = tuple[
+    str, float, float, float
+]  # what, wall seconds, CPU seconds of this process, the longest centre's own seconds
+CENTRES = list(CENTRE_PROFILES)[:2]
 
 
 class Watched(FlowerTransport):
@@ -43,13 +45,15 @@ class Watched(FlowerTransport):
         super().__init__(grid)
         self.asked: list[Asked] = []
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received | None]:
+    def send_and_receive(
+        self, requests: Mapping[str, Request], timeout: float
+    ) -> Iterator[ReceivedReply | None]:
         began, cpu, longest = time.perf_counter(), time.process_time(), 0.0
-        for received in super().ask(requests, deadline):
-            if received and isinstance(received.reply, Contribution | Answer):
+        for received in super().send_and_receive(requests, timeout):
+            if received and isinstance(received.reply, TrainReply | StatisticsReply):
                 longest = max(longest, received.reply.seconds)
             yield received
-        what = "train" if isinstance(next(iter(requests.values())), Train) else "query"
+        what = "train" if isinstance(next(iter(requests.values())), TrainRequest) else "query"
         self.asked.append((what, time.perf_counter() - began, time.process_time() - cpu, longest))
 
 
@@ -62,8 +66,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        said = [f"federation.root={folder / 'data'}", f"federation.centres=[{','.join(CENTRES)}]", f"stage.steps={given.steps}"]
-        config = compose([*said, f"stage.rounds={given.rounds}", *given.overrides])
+        said = [
+            f"federation.data_root={folder / 'data'}",
+            f"federation.centres=[{','.join(CENTRES)}]",
+            f"stage.local_steps={given.steps}",
+        ]
+        config = compose_config([*said, f"stage.rounds={given.rounds}", *given.overrides])
         assert config.federation.phantom
         write_federation(folder / "data", config.federation.phantom, CENTRES)
         found: list[tuple[list[Asked], dict[str, Any]]] = []
@@ -73,8 +81,10 @@ def main() -> None:
         def _(grid: Grid, context: Context) -> None:
             transport = Watched(grid)
             ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
-            ledger.start_run("r", recipe=config.recipe, mode="federated", config=to_dict(config), code="")
-            found.append((transport.asked, conduct(Run("r", config, folder, transport, ledger))))
+            ledger.add_run(
+                "r", recipe=config.recipe, mode="federated", config=config_to_dict(config), code=""
+            )
+            found.append((transport.asked, run_training(Run("r", config, folder, transport, ledger))))
 
         one: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
         run_simulation(server, client, len(CENTRES), backend_config=one)

@@ -5,7 +5,7 @@
 
 PEER is a clone of github.com/Purdue-M2/multisource-covid-ct; without it the JPEG table is left out. DATA (default: `$CONSILIUM_REAL_DATA`, else
 ../shared/data) gives a real chest CT, read between its slices to as many as are asked for; without it a phantom's is taken. Our side is what
-`consilium-centre preprocess` runs for a scan (client/preprocess.py, `run_job`): hash of all files, look, selection, crop, store. Sides
+`consilium-centre preprocess` runs for a scan (client/imaging/preprocess.py, `run_job`): hash of all files, look, selection, crop, store. Sides
 take turns within each repeat. "CPU" is processor time of one process, hence a ratio per core; "two cores" is the peer's wall time in its one process
 over ours by two processes that are running already, on the same machine at the same time. All files are in the page cache.
 """
@@ -36,35 +36,40 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import gaussian_kde
 
-from client import lungs
-from client.chest import chest
-from client.phantom import HOSPITALS
-from client.preprocess import Job, run_job
-from client.readers import Volume
-from client.slices import LOOKS, slices_of
-from common.schema import Preprocess
+from client.imaging import lung_segmentation
+from client.imaging.preprocess import PreprocessJob, run_job
+from client.imaging.readers import Volume
+from client.imaging.slice_pipeline import MAX_SEARCHED_SLICES, select_and_crop
+from client.phantom.chest_ct import draw_chest
+from client.phantom.federation import CENTRE_PROFILES
+from common.config.schema import PreprocessConfig
 from tests.benchmarks.scan_files import CODECS, decoders, volume_of, write_dicom, write_jpegs
 
 Sides = dict[str, Callable[[], object]]
 SETTINGS = {
-    "zquantile": Preprocess(selection="zquantile"),
-    "kds": Preprocess(),
-    "kds, exact": Preprocess(exact=True),
-    "kds_paper": Preprocess(selection="kds_paper"),
+    "zquantile": PreprocessConfig(selection="zquantile"),
+    "kds": PreprocessConfig(),
+    "kds, exact": PreprocessConfig(full_lung_search=True),
+    "kds_paper": PreprocessConfig(selection="kds_paper"),
 }
 TWO = ("zquantile", "kds")  # also measured by two processes
 
 
-def ours(folder: Path, settings: Preprocess, store: Path) -> None:
+def ours(folder: Path, settings: PreprocessConfig, store: Path) -> None:
     """One scan into a store that does not have it."""
     shutil.rmtree(store, ignore_errors=True)
-    key, why, _ = run_job(Job(folder, None, None, settings, store))
+    key, why, _ = run_job(PreprocessJob(folder, None, None, settings, store))
     assert key, why
 
 
 def theirs(peer: Any, folder: Path, out: Path) -> None:
     """Paper 1's code on one scan; its progress bar and print go nowhere."""
-    scan = {"scan_id": "s", "slices": [str(p) for p in sorted(folder.iterdir())], "label": 1, "label_name": "covid"}
+    scan = {
+        "scan_id": "s",
+        "slices": [str(p) for p in sorted(folder.iterdir())],
+        "label": 1,
+        "label_name": "covid",
+    }
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         peer.preprocess_scans([scan], str(out), "benchmark")
 
@@ -124,7 +129,9 @@ def middle(taken: list[tuple[float, float]]) -> str:
     return f"{1000 * statistics.median(t[0] for t in taken):.0f} ms"
 
 
-def two_at_once(pool: ProcessPoolExecutor, folder: Path, settings: Preprocess, stores: Path, scans: int) -> float:
+def two_at_once(
+    pool: ProcessPoolExecutor, folder: Path, settings: PreprocessConfig, stores: Path, scans: int
+) -> float:
     """Wall seconds a scan with two processes."""
     began = time.perf_counter()
     for future in [pool.submit(ours, folder, settings, stores / f"two{n}") for n in range(scans)]:
@@ -134,7 +141,9 @@ def two_at_once(pool: ProcessPoolExecutor, folder: Path, settings: Preprocess, s
 
 def jpeg(peer: Any, data: Path | None, slices: list[int], repeats: int, work: Path) -> None:
     print(f"\n| JPEG folder of | selection | peer, CPU | ours, CPU | per core | two cores |\n{'|---' * 6}|")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=partial(cv2.setNumThreads, 1)) as pool:
+    with ProcessPoolExecutor(
+        2, mp_context=multiprocessing.get_context("spawn"), initializer=partial(cv2.setNumThreads, 1)
+    ) as pool:
         for Z in slices:
             folder = write_jpegs(volume_of(data, Z), work / f"jpeg{Z}")
             sides: Sides = {name: partial(ours, folder, s, work / "store") for name, s in SETTINGS.items()}
@@ -149,28 +158,55 @@ def jpeg(peer: Any, data: Path | None, slices: list[int], repeats: int, work: Pa
                 for name in TWO:
                     walls[name].append(wall / two_at_once(pool, folder, SETTINGS[name], work, 6))
             for name in SETTINGS:
-                two = f"{statistics.median(walls[name]):.3g} ({min(walls[name]):.3g} to {max(walls[name]):.3g})" if name in TWO else "–"
-                row = [f"{Z} slices", name, middle(taken["peer"]), middle(taken[name]), ratios(taken, "peer", name), two]
+                two = (
+                    f"{statistics.median(walls[name]):.3g} ({min(walls[name]):.3g} to {max(walls[name]):.3g})"
+                    if name in TWO
+                    else "–"
+                )
+                row = [
+                    f"{Z} slices",
+                    name,
+                    middle(taken["peer"]),
+                    middle(taken[name]),
+                    ratios(taken, "peer", name),
+                    two,
+                ]
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
 def dicom(data: Path | None, slices: list[int], repeats: int, work: Path) -> None:
-    print(f"\n| uncompressed DICOM of | selection | pydicom + scipy, CPU | ours, CPU | per core |\n{'|---' * 5}|")
+    print(
+        f"\n| uncompressed DICOM of | selection | pydicom + scipy, CPU | ours, CPU | per core |\n{'|---' * 5}|"
+    )
     for Z in slices:
         folder = write_dicom(volume_of(data, Z), work / f"plain{Z}")
-        sides: Sides = {name: partial(ours, folder, s, work / "store") for name, s in SETTINGS.items() if s.selection in LOOKS}
+        sides: Sides = {
+            name: partial(ours, folder, s, work / "store")
+            for name, s in SETTINGS.items()
+            if s.selection in MAX_SEARCHED_SLICES
+        }
         names = list(sides)
         sides["reference"] = partial(reference, folder, work / "reference.npy")
         taken = turns(sides, repeats)
         for name in names:
-            row = [f"{Z} slices", name, middle(taken["reference"]), middle(taken[name]), ratios(taken, "reference", name)]
+            row = [
+                f"{Z} slices",
+                name,
+                middle(taken["reference"]),
+                middle(taken[name]),
+                ratios(taken, "reference", name),
+            ]
             print(f"| {' | '.join(row)} |", flush=True)
 
 
 def codecs(data: Path | None, repeats: int, work: Path) -> None:
     Z = 100
-    print(f"\n{Z} slices; decoding alone, every slice, by the fastest decoder that is installed, against ours from disk to stored slices")
-    print(f"\n| codec | decoders, CPU a slice | all slices, fastest | selection | ours, CPU | ours / fastest |\n{'|---' * 6}|")
+    print(
+        f"\n{Z} slices; decoding alone, every slice, by the fastest decoder that is installed, against ours from disk to stored slices"
+    )
+    print(
+        f"\n| codec | decoders, CPU a slice | all slices, fastest | selection | ours, CPU | ours / fastest |\n{'|---' * 6}|"
+    )
     voxels = volume_of(data, Z)
     for name, syntax in CODECS.items():
         folder = write_dicom(voxels, work / name.replace(" ", ""), syntax)
@@ -178,13 +214,24 @@ def codecs(data: Path | None, repeats: int, work: Path) -> None:
         taken = turns({d: partial(_each, decode, files[::10]) for d, decode in decoders(syntax).items()}, 2)
         cost = {d: statistics.median(t[0] for t in times) / len(files[::10]) for d, times in taken.items()}
         fastest = min(cost, key=lambda d: cost[d])
-        sides: Sides = {n: partial(ours, folder, s, work / "store") for n, s in SETTINGS.items() if s.selection in LOOKS}
+        sides: Sides = {
+            n: partial(ours, folder, s, work / "store")
+            for n, s in SETTINGS.items()
+            if s.selection in MAX_SEARCHED_SLICES
+        }
         chosen = list(sides)
         sides["all"] = partial(_each, decoders(syntax)[fastest], files)
         taken = turns(sides, repeats)
         said = ", ".join(f"{d} {1000 * c:.2f} ms" for d, c in sorted(cost.items(), key=lambda item: item[1]))
         for n in chosen:
-            row = [name, said, f"{fastest} {middle(taken['all'])}", n, middle(taken[n]), ratios(taken, n, "all")]
+            row = [
+                name,
+                said,
+                f"{fastest} {middle(taken['all'])}",
+                n,
+                middle(taken[n]),
+                ratios(taken, n, "all"),
+            ]
             print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -193,7 +240,7 @@ def _each(decode: Callable[[Path], NDArray[Any]], files: list[Path]) -> None:
         decode(file)
 
 
-def _peak(folder: Path, few: Path, settings: Preprocess, store: Path) -> tuple[float, float]:
+def _peak(folder: Path, few: Path, settings: PreprocessConfig, store: Path) -> tuple[float, float]:
     """(seconds, MB that a scan adds to the peak of this process; Linux sets it back to the present on `clear_refs` 5)."""
     cv2.setNumThreads(1)
     ours(few, settings, store)  # libraries are loaded
@@ -208,7 +255,9 @@ def _peak(folder: Path, few: Path, settings: Preprocess, store: Path) -> tuple[f
 
 def memory(data: Path | None, work: Path) -> None:
     voxels = volume_of(data, 300)
-    print(f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the libraries |\n{'|---' * 4}|")
+    print(
+        f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the libraries |\n{'|---' * 4}|"
+    )
     for kind, wrote in {"JPEG": write_jpegs, "DICOM": write_dicom}.items():
         folder, few = wrote(voxels, work / f"{kind}m"), wrote(voxels[150:154], work / f"{kind}few")
         for name, settings in SETTINGS.items():
@@ -219,18 +268,32 @@ def memory(data: Path | None, work: Path) -> None:
 
 def overlap() -> None:
     """Dice of the lungs found and the lungs drawn, and how far apart the slices chosen by a look and by the full rule are, on four scanners."""
-    print(f"\n| phantom, 96 slices of 256 px | Dice, full | Dice, look | kds: same of 8, shift | zquantile: same, shift |\n{'|---' * 5}|")
-    for centre, hospital in HOSPITALS.items():
-        voxels, truth = chest(np.random.default_rng(3), np.random.default_rng(4), hospital.scanner, True, 96, 256)
-        volume = Volume(voxels, (hospital.scanner.spacing, 1.4, 1.4), hospital.scanner.spacing * np.arange(96.0), "CT")
+    print(
+        f"\n| phantom, 96 slices of 256 px | Dice, full | Dice, look | kds: same of 8, shift | zquantile: same, shift |\n{'|---' * 5}|"
+    )
+    for centre, hospital in CENTRE_PROFILES.items():
+        voxels, truth = draw_chest(
+            np.random.default_rng(3), np.random.default_rng(4), hospital.scanner, True, 96, 256
+        )
+        volume = Volume(
+            voxels,
+            (hospital.scanner.slice_spacing, 1.4, 1.4),
+            hospital.scanner.slice_spacing * np.arange(96.0),
+            "CT",
+        )
         drawn = truth.lungs > 0
-        found = lungs.lung_mask(voxels)
+        found = lung_segmentation.make_lung_mask(voxels)
         at = np.arange(1, 96, 3)
-        seen = lungs.found(volume.small(at, 4), 4, (256, 256)).lungs
-        large = np.stack([cv2.resize(s.astype(np.uint8), (256, 256), interpolation=cv2.INTER_NEAREST) > 0 for s in seen])
+        seen = lung_segmentation.segment_reduced(volume.read_reduced(at, 4), 4, (256, 256)).lungs
+        large = np.stack(
+            [cv2.resize(s.astype(np.uint8), (256, 256), interpolation=cv2.INTER_NEAREST) > 0 for s in seen]
+        )
         row = [centre, f"{dice(found, drawn):.3f}", f"{dice(large, drawn[at]):.3f}"]
         for selection in ("kds", "zquantile"):
-            quick, full = (slices_of(volume, Preprocess(selection=selection, exact=exact)).indices for exact in (False, True))  # type: ignore[arg-type]
+            quick, full = (
+                select_and_crop(volume, PreprocessConfig(selection=selection, full_lung_search=exact)).indices
+                for exact in (False, True)
+            )  # type: ignore[arg-type]
             row.append(f"{len(np.intersect1d(quick, full))}, {np.abs(quick - full).max()}")
         print(f"| {' | '.join(row)} |", flush=True)
 
@@ -243,30 +306,43 @@ def auc(work: Path, scale: float, seeds: int) -> None:
     """The phantom federation of `make simulate` with 48 slices a scan, by selection."""
     import torch
 
-    from common.compose import compose
-    from server.runs import begin, open_ledger
-    from tests.inprocess import InProcess, sites
+    from common.config.compose import compose_config
+    from server.rounds.run_lifecycle import open_ledger, start_run
+    from tests.in_process_federation import InProcess, sites
 
     torch.set_num_threads(1)
     print(f"\n| selection | test AUC, macro | worst centre | seed |\n{'|---' * 4}|")
     for seed in range(1, seeds + 1):
         for name, settings in SETTINGS.items():
-            own = [f"preprocess.selection={settings.selection}", f"preprocess.exact={str(settings.exact).lower()}", f"seed={seed}"]
-            few = [
-                f"federation.root={work}/data",
-                f"federation.phantom.scale={scale}",
-                "federation.phantom.slices=48",
-                "preprocess.size=64",
+            own = [
+                f"preprocess.selection={settings.selection}",
+                f"preprocess.full_lung_search={str(settings.full_lung_search).lower()}",
+                f"seed={seed}",
             ]
-            config = compose([*few, "stage.tasks=[covid]", "stage.rounds=8", "evaluation.choose=last", *own])
+            few = [
+                f"federation.data_root={work}/data",
+                f"federation.phantom.scale={scale}",
+                "federation.phantom.num_slices=48",
+                "preprocess.image_size=64",
+            ]
+            config = compose_config(
+                [*few, "stage.tasks=[covid]", "stage.rounds=8", "evaluation.checkpoint_selection=last", *own]
+            )
             run = f"{name.replace(', ', '-').replace('_', '-')}-{seed}"
-            scores = begin(config, InProcess(sites()), work / "runs", open_ledger(work / "runs"), run)["test"]["covid"]
-            print(f"| {name} | {scores['macro']['auc']:.3f} | {scores['worst']['auc']['value']:.3f} | {seed} |", flush=True)
+            scores = start_run(config, InProcess(sites()), work / "runs", open_ledger(work / "runs"), run)[
+                "test"
+            ]["covid"]
+            print(
+                f"| {name} | {scores['macro']['auc']:.3f} | {scores['worst']['auc']['value']:.3f} | {seed} |",
+                flush=True,
+            )
 
 
 def main() -> None:
     """The command; see the module docstring."""
-    parser = argparse.ArgumentParser(description="Preprocessing against paper 1's code, pydicom + scipy, and the fastest decoders.")
+    parser = argparse.ArgumentParser(
+        description="Preprocessing against paper 1's code, pydicom + scipy, and the fastest decoders."
+    )
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--slices", default="100,300")
@@ -276,7 +352,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="for auc")
     given = parser.parse_args()
     cv2.setNumThreads(1)
-    data = given.data or Path(os.environ.get("CONSILIUM_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    data = given.data or Path(
+        os.environ.get("CONSILIUM_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data"
+    )
     slices = [int(Z) for Z in given.slices.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

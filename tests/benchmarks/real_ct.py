@@ -27,33 +27,39 @@ import numpy as np
 import pandas as pd
 import torch
 
-from client.cohort import save_cohort, split_of
-from client.preprocess import preprocess
-from client.site import Site
-from client.store import Store
-from client.trainer import Batch, train
-from common.compose import compose
-from common.errors import ConsiliumError
-from common.model import make_model
-from common.schema import Preprocess
-from server.ledger import Ledger
-from server.runs import begin, resume
-from tests.inprocess import InProcess
+from client.data.cohort import assign_split, save_cohort
+from client.imaging.preprocess import preprocess_cohort
+from client.imaging.slice_store import SliceStore
+from client.site.config import Site
+from client.training.trainer import Batch, train
+from common.config.compose import compose_config
+from common.config.schema import PreprocessConfig
+from common.modeling.model import make_model
+from common.utils.errors import ConsiliumError
+from server.ledger.ledger import Ledger
+from server.rounds.run_lifecycle import resume_run, start_run
+from tests.in_process_federation import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
-CENTRES = {"ucsd": "ucsd_covidct", "soares": "soares_saopaulo", "mosmed": "mosmed"}  # {centre: the manifest's source}
+CENTRES = {
+    "ucsd": "ucsd_covidct",
+    "soares": "soares_saopaulo",
+    "mosmed": "mosmed",
+}  # {centre: the manifest's source}
 WINDOWS = {"mosmed": (75.0, 175.0)}  # squeezed 8-bit pictures; the others' own 0..255 is their window
-PREPROCESS = Preprocess(slices=1, size=96, crop="body")  # lungs as large as at 128 px without the crop
+PREPROCESS = PreprocessConfig(
+    num_slices=1, image_size=96, crop="body"
+)  # lungs as large as at 128 px without the crop
 BASE = [
     "federation=folder",
     f"federation.centres=[{','.join(CENTRES)}]",
     "backbone=mobilenetv1_075",
-    f"preprocess.slices={PREPROCESS.slices}",
-    f"preprocess.size={PREPROCESS.size}",
+    f"preprocess.num_slices={PREPROCESS.num_slices}",
+    f"preprocess.image_size={PREPROCESS.image_size}",
     f"preprocess.crop={PREPROCESS.crop}",
-    "stage.batch=32",
-    "stage.pace=equal",  # 27 steps a round at every centre, 81 pooled
-    "evaluation.choose=last",  # 118 and 139 validation scans: an AUC's standard error is .05, choosing among rounds is choosing noise
+    "stage.batch_size=32",
+    "stage.local_steps_mode=equal",  # 27 steps a round at every centre, 81 pooled
+    "evaluation.checkpoint_selection=last",  # 118 and 139 validation scans: an AUC's standard error is .05, choosing among rounds is choosing noise
     "stage.optimiser.lr=3e-4",
 ]
 COVID = ["stage.tasks=[covid]"]  # the source head off
@@ -67,19 +73,26 @@ SETTINGS: dict[str, list[str]] = {
     "tau 0 + source head": ["aggregation=fedavg"],
     "tau 0.5 + source head": ["aggregation.tau=0.5"],
     "tau 1 + source head": ["aggregation.tau=1"],
-    "tau 1 + FedBN": ["aggregation.tau=1", "stage.personal=[batch_norm]", *COVID],
-    "tau 1, fp32": ["aggregation.tau=1", "aggregation.codec=fp32", *COVID],  # all above and below were run when changes travelled so
+    "tau 1 + FedBN": ["aggregation.tau=1", "stage.local_layers=[batch_norm]", *COVID],
+    "tau 1, fp32": [
+        "aggregation.tau=1",
+        "aggregation.compression=fp32",
+        *COVID,
+    ],  # all above and below were run when changes travelled so
     "tau 1, fp32, NCHW": [
         "aggregation.tau=1",
-        "aggregation.codec=fp32",
+        "aggregation.compression=fp32",
         "stage.channels_last=false",
         *COVID,
     ],  # other rounding, nothing else
-    "tau 1, int8": ["aggregation.tau=1", "aggregation.codec=int8", *COVID],
-    "tau 1, int4": ["aggregation.tau=1", "aggregation.codec=int4", *COVID],
-    "tau 1, own pace": ["aggregation.tau=1", "stage.pace=own", *COVID],
+    "tau 1, int8": ["aggregation.tau=1", "aggregation.compression=int8", *COVID],
+    "tau 1, int4": ["aggregation.tau=1", "aggregation.compression=int4", *COVID],
+    "tau 1, own pace": ["aggregation.tau=1", "stage.local_steps_mode=proportional", *COVID],
     "personal 6 + 2": [*PERSONAL, "stages.own.rounds=2"],  # 8 rounds like all above
-    "personal 6 + 8": [*PERSONAL, "stages.own.rounds=8"],  # a centre takes home what others taught, then trains as long as it would alone
+    "personal 6 + 8": [
+        *PERSONAL,
+        "stages.own.rounds=8",
+    ],  # a centre takes home what others taught, then trains as long as it would alone
     "local, 14 rounds": ["federation.mode=local", "stage.rounds=14", *COVID],
     "central, 14 rounds": ["federation.mode=central", "stage.rounds=14", *COVID],
 }
@@ -87,9 +100,13 @@ SETTINGS: dict[str, list[str]] = {
 
 def data_folder() -> Path:
     """The real data: `$CONSILIUM_REAL_DATA`, else `../shared/data` beside the repository. Raises ConsiliumError when there are none."""
-    folder = Path(os.environ.get("CONSILIUM_REAL_DATA") or ROOT.parent / "shared" / "data").expanduser().resolve()
+    folder = (
+        Path(os.environ.get("CONSILIUM_REAL_DATA") or ROOT.parent / "shared" / "data").expanduser().resolve()
+    )
     if not (folder / "ct_multisource" / "manifest.csv").is_file():
-        raise ConsiliumError(f"{folder} holds no ct_multisource/manifest.csv; set CONSILIUM_REAL_DATA to the folder of the real data")
+        raise ConsiliumError(
+            f"{folder} holds no ct_multisource/manifest.csv; set CONSILIUM_REAL_DATA to the folder of the real data"
+        )
     return folder
 
 
@@ -111,10 +128,22 @@ def write_federation(data: Path, out: Path) -> Path:
                 link.symlink_to(picture)
             places.append(str(place))
         patients = rows["patient"].str.strip().fillna(rows["file"])
-        splits = [given if isinstance(given, str) else split_of(p) for p, given in zip(patients, rows["split"], strict=True)]
+        splits = [
+            given if isinstance(given, str) else assign_split(p)
+            for p, given in zip(patients, rows["split"], strict=True)
+        ]
         low, high = WINDOWS.get(centre, (np.nan, np.nan))
-        table = {"scan": rows["file"], "path": places, "patient": patients, "source": centre, "split": splits, "covid": rows["label"]}
-        save_cohort(pd.DataFrame({**table, "window_low": low, "window_high": high}), root / centre / "cohort.csv")
+        table = {
+            "scan": rows["file"],
+            "path": places,
+            "patient": patients,
+            "source": centre,
+            "split": splits,
+            "covid": rows["label"],
+        }
+        save_cohort(
+            pd.DataFrame({**table, "window_low": low, "window_high": high}), root / centre / "cohort.csv"
+        )
     return root
 
 
@@ -123,7 +152,9 @@ def prepared(data: Path, out: Path, workers: int = 1) -> Path:
     root = write_federation(data, out)
     for centre in CENTRES:  # once, before the runs look
         cohort = pd.read_csv(root / centre / "cohort.csv")
-        _, skipped = preprocess(cohort, root / centre, PREPROCESS, Store(root / centre / ".consilium" / "slices"), workers)
+        _, skipped = preprocess_cohort(
+            cohort, root / centre, PREPROCESS, SliceStore(root / centre / ".consilium" / "slices"), workers
+        )
         print(f"{centre}: {len(cohort)} scans, {len(skipped)} skipped", flush=True)
     return root
 
@@ -137,13 +168,22 @@ def name_of(setting: str, seed: int, overrides: list[str]) -> str:
 def run_one(job: tuple[str, int, str, str]) -> str:
     """One (setting, seed, data, out), unless it is there already; returns its line for the screen."""
     setting, seed, data, folder = job[0], job[1], Path(job[2]), Path(job[3])
-    overrides = [*BASE, f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth", f"federation.root={folder}/federation"]
+    overrides = [
+        *BASE,
+        f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth",
+        f"federation.data_root={folder}/federation",
+    ]
     overrides += [*SETTINGS[setting], f"seed={seed}"]
     run = name_of(setting, seed, [*BASE, *SETTINGS[setting]])
     kept = folder / "results" / f"{run}.json"
     if not kept.exists():
         torch.set_num_threads(1)
-        logging.basicConfig(filename=folder / "log.txt", format=f"%(asctime)s {run}  %(message)s", level=logging.INFO, force=True)
+        logging.basicConfig(
+            filename=folder / "log.txt",
+            format=f"%(asctime)s {run}  %(message)s",
+            level=logging.INFO,
+            force=True,
+        )
         runs = folder / "runs"
         transport = InProcess([Site(index=i, threads=1, device="cpu") for i in range(len(CENTRES))])
         began, cpu = time.perf_counter(), time.process_time()
@@ -155,25 +195,40 @@ def run_one(job: tuple[str, int, str, str]) -> str:
             if (runs / run / "metrics.json").exists():
                 result = json.loads((runs / run / "metrics.json").read_text())
             elif (runs / run).exists():
-                result = resume(run, transport, runs, ledger)
+                result = resume_run(run, transport, runs, ledger)
             else:
-                result = begin(compose(overrides), transport, runs, ledger, run)
+                result = start_run(compose_config(overrides), transport, runs, ledger, run)
         except ConsiliumError as error:  # the others go on
             return f"{setting:32} seed {seed}  failed: {error}"
         spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
-        facts = {"setting": setting, "seed": seed, "val": val_of(result), "test": auc_of(result["test"]), **spent}
+        facts = {
+            "setting": setting,
+            "seed": seed,
+            "val": val_of(result),
+            "test": auc_of(result["test"]),
+            **spent,
+        }
         kept.with_suffix(".part").write_text(json.dumps(facts, indent=1))
         kept.with_suffix(".part").replace(kept)
     facts = json.loads(kept.read_text())
     test = "  ".join(f"{k} {v:.3f}" for k, v in facts["test"].items())
-    return f"{setting:32} seed {seed}  {test}  val {facts['val']['macro']:.3f}  {facts['cpu_seconds']:.0f} CPU-s"
+    return (
+        f"{setting:32} seed {seed}  {test}  val {facts['val']['macro']:.3f}  {facts['cpu_seconds']:.0f} CPU-s"
+    )
 
 
 def val_of(result: dict[str, Any]) -> dict[str, float]:
     """The validation AUC of what was chosen: by all for all, or by each centre for itself."""
     last = result["stages"][-1]
-    rounds = {c: last["best"].get(c, last["best"].get("pooled", {})).get("round") for c in CENTRES} if last["personal"] else {}
-    chosen = {c: last["rounds"][rounds.get(c, last["best"].get("round"))]["val"]["covid"]["centres"][c] for c in CENTRES}
+    rounds = (
+        {c: last["best"].get(c, last["best"].get("pooled", {})).get("round") for c in CENTRES}
+        if last["personal"]
+        else {}
+    )
+    chosen = {
+        c: last["rounds"][rounds.get(c, last["best"].get("round"))]["val"]["covid"]["centres"][c]
+        for c in CENTRES
+    }
     return auc_of({"covid": {"centres": chosen}})
 
 
@@ -188,10 +243,14 @@ def table(out: Path, settings: list[str], seeds: list[int]) -> str:
     columns = [*CENTRES, "macro", "worst"]
     lines = [f"| setting | {' | '.join(columns)} | val. macro | seeds |", "|---" * (len(columns) + 3) + "|"]
     for setting in settings:
-        kept = [out / "results" / f"{name_of(setting, seed, [*BASE, *SETTINGS[setting]])}.json" for seed in seeds]
+        kept = [
+            out / "results" / f"{name_of(setting, seed, [*BASE, *SETTINGS[setting]])}.json" for seed in seeds
+        ]
         found = [json.loads(k.read_text()) for k in kept if k.exists()]
         if found:
-            cells = [_cell([f["test"][c] for f in found]) for c in columns] + [_cell([f["val"]["macro"] for f in found])]
+            cells = [_cell([f["test"][c] for f in found]) for c in columns] + [
+                _cell([f["val"]["macro"] for f in found])
+            ]
             lines.append(f"| {setting} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
@@ -205,25 +264,34 @@ def _cell(numbers: list[float]) -> str:
 def speed() -> None:
     """Images a CPU-second of the training step on one thread, by size, precision and memory format: medians of three, interleaved."""
     torch.set_num_threads(1)
-    config, found = compose(BASE), dict[str, list[float]]()
+    config, found = compose_config(BASE), dict[str, list[float]]()
     tasks = {"covid": config.tasks["covid"]}
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    for _, size, precision, channels_last in itertools.product(range(3), (64, 96, 128), precisions, (True, False)):
+    for _, size, precision, channels_last in itertools.product(
+        range(3), (64, 96, 128), precisions, (True, False)
+    ):
         stage = dataclasses.replace(config.stages["main"], precision=precision, channels_last=channels_last)
         model = make_model(config.backbone, tasks, 0, channels_last)
-        slices, labels = torch.randint(0, 255, (32, 1, size, size), dtype=torch.uint8), torch.randint(0, 2, (32,)).double()
+        slices, labels = (
+            torch.randint(0, 255, (32, 1, size, size), dtype=torch.uint8),
+            torch.randint(0, 2, (32,)).double(),
+        )
         batches = [Batch(slices, {"covid": labels})] * 4
         train(model, batches[:1], stage, tasks, {})  # the first step chooses kernels
         began = time.process_time()
-        train(model, batches, stage, tasks, {}, steps=4)
-        found.setdefault(f"{size} px  {precision}  channels_last={channels_last}", []).append(4 * 32 / (time.process_time() - began))
+        train(model, batches, stage, tasks, {}, num_steps=4)
+        found.setdefault(f"{size} px  {precision}  channels_last={channels_last}", []).append(
+            4 * 32 / (time.process_time() - began)
+        )
     for what, rates in found.items():
         print(f"{what}: {np.median(rates):.0f} images a CPU-second")
 
 
 def main() -> None:
     """The command; see the module docstring."""
-    parser = argparse.ArgumentParser(description="Three real CT sources as three centres: settings x seeds, test AUC.")
+    parser = argparse.ArgumentParser(
+        description="Three real CT sources as three centres: settings x seeds, test AUC."
+    )
     parser.add_argument("--configs", default="|".join(SETTINGS), help="settings, '|' between")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")

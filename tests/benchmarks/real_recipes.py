@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from client.cohort import load_cohort, save_cohort
-from client.preprocess import preprocess
-from client.scans import masks_wanted
-from client.site import Site
-from client.store import Store
-from common.compose import compose
-from common.errors import ConsiliumError
-from server.crossval import carry_out
-from server.ledger import Ledger
+from client.data.cohort import load_cohort, save_cohort
+from client.data.loading import list_mask_columns
+from client.imaging.preprocess import preprocess_cohort
+from client.imaging.slice_store import SliceStore
+from client.site.config import Site
+from common.config.compose import compose_config
+from common.utils.errors import ConsiliumError
+from server.ledger.ledger import Ledger
+from server.rounds.cross_validation import start_run_or_folds
 from tests.benchmarks.real_ct import ROOT, _cell, data_folder, name_of
 from tests.benchmarks.real_sets import Rows, finegrained_data, prognosis_data, transfer_data, triage_data
-from tests.inprocess import InProcess
+from tests.in_process_federation import InProcess
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,16 @@ MOBILENET = [
     "backbone=mobilenetv1_075",
     "stage.optimiser.name=adamw",
     "stage.optimiser.schedule=cosine",
-    "evaluation.choose=last",
+    "evaluation.checkpoint_selection=last",
 ]
 # A fixed number of steps a round at every centre (pooled: their sum), so that settings with fewer labelled scans do not train less.
-CXR = [*MOBILENET, "preprocess.size=96", "preprocess.crop=body", "stage.batch=16", "stage.optimiser.weight_decay=0.01"]
+CXR = [
+    *MOBILENET,
+    "preprocess.image_size=96",
+    "preprocess.crop=body",
+    "stage.batch_size=16",
+    "stage.optimiser.weight_decay=0.01",
+]
 BENCHES = {
     "prognosis": Bench(
         prognosis_data,
@@ -65,15 +71,18 @@ BENCHES = {
             "preprocess.crop=lungs",
             "federation.evaluation=kfold",
             "stages.main.rounds=14",
-            "stage.steps=6",
-            "stage.optimiser.head_lr=10",
+            "stage.local_steps=6",
+            "stage.optimiser.head_lr_scale=10",
             "evaluation.patience=0",
         ],
         {
             "multi-dataset multi-task, federated": [],
             "the same, pooled": ["federation.mode=central"],
             "single task (outcome alone), federated": ["stage.tasks=[outcome]"],
-            "fine-tuned (scores, then outcome), federated": ["stages.scores.rounds=5", "stages.main.tasks=[outcome]"],
+            "fine-tuned (scores, then outcome), federated": [
+                "stages.scores.rounds=5",
+                "stages.main.tasks=[outcome]",
+            ],
         },
         {
             "outcome accuracy": ("outcome", "pooled", "accuracy"),
@@ -91,14 +100,14 @@ BENCHES = {
             "recipe=finegrained",
             "tasks.finding.classes=[covid,viral,bacterial,other]",
             "tasks.finding.prior=global",
-            "tasks.infection.label=lung_mask",
+            "tasks.infection.label_column=lung_mask",
             "stages.main.rounds=8",
             "stages.pretrain.rounds=4",
-            "stage.steps=15",
-            "backbone.decoder.widths=[128,64,32,16,8]",
+            "stage.local_steps=15",
+            "backbone.decoder.channels=[128,64,32,16,8]",
             "stage.optimiser.lr=3e-4",
             "stages.pretrain.optimiser.lr=3e-4",
-            "stage.optimiser.head_lr=10",
+            "stage.optimiser.head_lr_scale=10",
         ],
         {
             "MoCo, then both tasks, federated": [],
@@ -119,23 +128,26 @@ BENCHES = {
         [
             *MOBILENET,
             "recipe=triage",
-            "preprocess.slices=1",
-            "preprocess.size=96",
+            "preprocess.num_slices=1",
+            "preprocess.image_size=96",
             "preprocess.crop=body",
-            "backbone.decoder.widths=[128,64,32,16,8]",
-            "stage.batch=16",
-            "stage.steps=15",
+            "backbone.decoder.channels=[128,64,32,16,8]",
+            "stage.batch_size=16",
+            "stage.local_steps=15",
             "stage.optimiser.lr=3e-4",
             "stages.main.rounds=8",
         ],
         {
             "head on the full-resolution map, federated": [],
             "the same, pooled": ["federation.mode=central"],
-            "head on the latent features, federated": ["tasks.covid.reads=features", "tasks.covid.hidden=[]"],
-            "identification alone, federated": ["stage.tasks=[covid]", "stage.sample={}"],
+            "head on the latent features, federated": [
+                "tasks.covid.head_input=features",
+                "tasks.covid.hidden_dims=[]",
+            ],
+            "identification alone, federated": ["stage.tasks=[covid]", "stage.sampling_ratios={}"],
             "segmentation alone, federated": [
                 "stage.tasks=[lesion]",
-                "stage.sample={}",
+                "stage.sampling_ratios={}",
                 "evaluation.task=lesion",
                 "evaluation.metric=dice",
             ],
@@ -153,8 +165,8 @@ BENCHES = {
             "federation=folder",
             "backbone=mobilenetv1_075",
             "recipe=transfer",
-            "preprocess.slices=1",
-            "preprocess.size=96",
+            "preprocess.num_slices=1",
+            "preprocess.image_size=96",
             "preprocess.crop=body",
             "stages.transition.rounds=6",
             "stages.target.rounds=20",
@@ -167,7 +179,13 @@ BENCHES = {
         },
         {
             m: ("target", "ucsd", k)
-            for m, k in (("F1", "f1"), ("accuracy", "accuracy"), ("precision", "precision"), ("recall", "sensitivity"), ("AUC", "auc"))
+            for m, k in (
+                ("F1", "f1"),
+                ("accuracy", "accuracy"),
+                ("precision", "precision"),
+                ("recall", "sensitivity"),
+                ("AUC", "auc"),
+            )
         },
     ),
 }
@@ -177,27 +195,38 @@ def overrides_of(recipe: str, setting: str, out: Path, data: Path) -> list[str]:
     """A run's overrides; the ones that name places stand first and are no part of its id."""
     bench = BENCHES[recipe]
     cohorts = sorted(p.name for p in (out / recipe / "federation").iterdir())
-    places = [f"federation.root={out}/{recipe}/federation", f"federation.centres=[{','.join(cohorts)}]"]
-    return [*places, f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth", *bench.base, *bench.settings[setting]]
+    places = [f"federation.data_root={out}/{recipe}/federation", f"federation.centres=[{','.join(cohorts)}]"]
+    return [
+        *places,
+        f"backbone.weights={data}/weights/mobilenetv1_075_tfjs_imagenet.pth",
+        *bench.base,
+        *bench.settings[setting],
+    ]
 
 
 def run_one(job: tuple[str, str, int, str, str]) -> str:
     """One (recipe, setting, seed, data, out), unless it is there already; returns its line for the screen."""
     recipe, setting, seed, data, out = job[0], job[1], job[2], Path(job[3]), Path(job[4])
     bench = BENCHES[recipe]
-    run = name_of(f"{recipe}-{list(bench.settings).index(setting)}", seed, [*bench.base, *bench.settings[setting]])
+    run = name_of(
+        f"{recipe}-{list(bench.settings).index(setting)}", seed, [*bench.base, *bench.settings[setting]]
+    )
     kept = out / "results" / f"{run}.json"
     if not kept.exists():
         torch.set_num_threads(1)
-        logging.basicConfig(filename=out / "log.txt", format=f"%(asctime)s {run}  %(message)s", level=logging.INFO, force=True)
+        logging.basicConfig(
+            filename=out / "log.txt", format=f"%(asctime)s {run}  %(message)s", level=logging.INFO, force=True
+        )
         runs = out / "runs"
         for stale in [p for p in runs.glob(f"{run}*")]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         began, cpu = time.perf_counter(), time.process_time()
-        config = compose([*overrides_of(recipe, setting, out, data), f"seed={seed}"])
-        transport = InProcess([Site(index=i, threads=1, device="cpu") for i in range(len(config.federation.centres))])
+        config = compose_config([*overrides_of(recipe, setting, out, data), f"seed={seed}"])
+        transport = InProcess(
+            [Site(index=i, threads=1, device="cpu") for i in range(len(config.federation.centres))]
+        )
         try:
-            result = carry_out(config, transport, runs, Ledger(f"sqlite:///{runs}/{run}.db"), run)
+            result = start_run_or_folds(config, transport, runs, Ledger(f"sqlite:///{runs}/{run}.db"), run)
         except ConsiliumError as error:  # the others go on
             return f"{recipe}  {setting:44} seed {seed}  failed: {error}"
         spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
@@ -215,7 +244,11 @@ def run_one(job: tuple[str, str, int, str, str]) -> str:
         for stale in [p for p in runs.glob(f"{run}*") if p.is_dir()]:
             shutil.rmtree(stale)  # checkpoints of hundreds of runs would fill the disk
     facts = json.loads(kept.read_text())
-    shown = "  ".join(f"{title} {value:.3f}" for title, at in bench.columns.items() if (value := value_of(facts, *at)) is not None)
+    shown = "  ".join(
+        f"{title} {value:.3f}"
+        for title, at in bench.columns.items()
+        if (value := value_of(facts, *at)) is not None
+    )
     return f"{recipe}  {setting:44} seed {seed}  {shown}  {facts['cpu_seconds']:.0f} CPU-s"
 
 
@@ -232,11 +265,18 @@ def table(recipe: str, out: Path, seeds: list[int]) -> str:
     bench = BENCHES[recipe]
     lines = [f"| {recipe} | {' | '.join(bench.columns)} | seeds |", "|---" * (len(bench.columns) + 2) + "|"]
     for number, (setting, own) in enumerate(bench.settings.items()):
-        kept = [out / "results" / f"{name_of(f'{recipe}-{number}', seed, [*bench.base, *own])}.json" for seed in seeds]
+        kept = [
+            out / "results" / f"{name_of(f'{recipe}-{number}', seed, [*bench.base, *own])}.json"
+            for seed in seeds
+        ]
         found = [json.loads(k.read_text()) for k in kept if k.exists()]
         if found:
-            values = [[v for f in found if (v := value_of(f, *at)) is not None] for at in bench.columns.values()]
-            lines.append(f"| {setting} | {' | '.join(_cell(v) if v else '–' for v in values)} | {len(found)} |")
+            values = [
+                [v for f in found if (v := value_of(f, *at)) is not None] for at in bench.columns.values()
+            ]
+            lines.append(
+                f"| {setting} | {' | '.join(_cell(v) if v else '–' for v in values)} | {len(found)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -244,7 +284,9 @@ def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="Four recipes on real data: settings x seeds.")
     parser.add_argument("--recipes", default=",".join(BENCHES), help="comma between")
-    parser.add_argument("--settings", default="", help="numbers of the recipe's settings, comma between; empty: all")
+    parser.add_argument(
+        "--settings", default="", help="numbers of the recipe's settings, comma between; empty: all"
+    )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "real_recipes")
@@ -262,14 +304,36 @@ def main() -> None:
         for centre, rows in BENCHES[recipe].write(data, out / recipe).items():
             save_cohort(rows.reset_index(drop=True), root / centre / "cohort.csv")
         for setting in BENCHES[recipe].settings:  # once, before the workers look
-            config = compose(overrides_of(recipe, setting, out, data))
+            config = compose_config(overrides_of(recipe, setting, out, data))
             for centre in config.federation.centres:
-                cohort, store = load_cohort(root / centre, centre), Store(root / centre / ".consilium" / "slices")
-                _, skipped = preprocess(cohort, root / centre, config.preprocess, store, given.workers, False, masks_wanted(config))
+                cohort, store = (
+                    load_cohort(root / centre, centre),
+                    SliceStore(root / centre / ".consilium" / "slices"),
+                )
+                _, skipped = preprocess_cohort(
+                    cohort,
+                    root / centre,
+                    config.preprocess,
+                    store,
+                    given.workers,
+                    False,
+                    list_mask_columns(config),
+                )
                 if skipped:
-                    print(f"{recipe} {centre}: {len(cohort)} scans, {len(skipped)} skipped: {skipped[0].reason}", flush=True)
-        numbers = [int(n) for n in given.settings.split(",")] if given.settings else range(len(BENCHES[recipe].settings))
-        jobs += [(recipe, list(BENCHES[recipe].settings)[n], seed, str(data), str(out)) for seed in seeds for n in numbers]
+                    print(
+                        f"{recipe} {centre}: {len(cohort)} scans, {len(skipped)} skipped: {skipped[0].reason}",
+                        flush=True,
+                    )
+        numbers = (
+            [int(n) for n in given.settings.split(",")]
+            if given.settings
+            else range(len(BENCHES[recipe].settings))
+        )
+        jobs += [
+            (recipe, list(BENCHES[recipe].settings)[n], seed, str(data), str(out))
+            for seed in seeds
+            for n in numbers
+        ]
     with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(run_one, jobs):
             print(line, flush=True)

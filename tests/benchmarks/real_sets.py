@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from client.cohort import split_of
+from client.data.cohort import assign_split
 from tests.benchmarks.real_ct import WINDOWS
 
 Rows = dict[str, pd.DataFrame]  # {centre: its cohort}, paths absolute
@@ -25,9 +25,23 @@ def prognosis_data(data: Path, out: Path) -> Rows:
     for zone in zones:
         table[zone] = pd.to_numeric(films[f"brixia_S_{zone[-1].upper()}"])
     table["outcome"] = films["went_icu"].map({"Y": 1.0, "N": 0.0})
-    scored = films["source"].isin(["radiopaedia.org", "sirm.org", "pubs.rsna.org", "rad2share.com", "radiologyassistant.nl", "ams.edu.sg"])
+    scored = films["source"].isin(
+        [
+            "radiopaedia.org",
+            "sirm.org",
+            "pubs.rsna.org",
+            "rad2share.com",
+            "radiologyassistant.nl",
+            "ams.edu.sg",
+        ]
+    )
     place = np.select(
-        [films["source"] == "hannover", films["source"] == "eurorad.org", films["source"] == "radiopaedia.org", scored],
+        [
+            films["source"] == "hannover",
+            films["source"] == "eurorad.org",
+            films["source"] == "radiopaedia.org",
+            scored,
+        ],
         ["hannover", "eurorad", "radiopaedia", "sirm"],
         "journals",
     )
@@ -43,7 +57,14 @@ def prognosis_data(data: Path, out: Path) -> Rows:
 FINDINGS = {
     "covid": ["COVID-19", "COVID-19, ARDS"],
     "viral": ["SARS", "Varicella", "Influenza"],
-    "bacterial": ["Streptococcus", "Klebsiella", "Mycoplasma Bacterial Pneumonia", "Legionella", "E.Coli", "Bacterial"],
+    "bacterial": [
+        "Streptococcus",
+        "Klebsiella",
+        "Mycoplasma Bacterial Pneumonia",
+        "Legionella",
+        "E.Coli",
+        "Bacterial",
+    ],
     "other": ["No Finding", "Pneumocystis", "Lipoid", "ARDS"],
 }
 
@@ -53,10 +74,19 @@ def finegrained_data(data: Path, out: Path) -> Rows:
     films, table = _films(data)
     of = {finding: name for name, findings in FINDINGS.items() for finding in findings}
     table["finding"] = films["finding"].map(of).to_numpy()
-    table["lung_mask"] = [str(data / "cxr_cohen" / m) if isinstance(m, str) else np.nan for m in films["mask"]]
-    known = {"radiopaedia.org": "radiopaedia", "eurorad.org": "eurorad", "hannover": "hannover", "sirm.org": "hannover"}
+    table["lung_mask"] = [
+        str(data / "cxr_cohen" / m) if isinstance(m, str) else np.nan for m in films["mask"]
+    ]
+    known = {
+        "radiopaedia.org": "radiopaedia",
+        "eurorad.org": "eurorad",
+        "hannover": "hannover",
+        "sirm.org": "hannover",
+    }
     place = films["source"].map(known).fillna("journals").to_numpy()
-    return _split(_own_patients({c: table[place == c] for c in ("radiopaedia", "eurorad", "hannover", "journals")}))
+    return _split(
+        _own_patients({c: table[place == c] for c in ("radiopaedia", "eurorad", "hannover", "journals")})
+    )
 
 
 def triage_data(data: Path, out: Path) -> Rows:
@@ -65,14 +95,29 @@ def triage_data(data: Path, out: Path) -> Rows:
     semi = data / "covid_semiseg"
     upright = out / "upright"
     rows = []
-    sets = {"train": semi / "TrainingSet/LungInfection-Train/Doctor-label", "test": semi / "TestingSet/LungInfection-Test"}
+    sets = {
+        "train": semi / "TrainingSet/LungInfection-Train/Doctor-label",
+        "test": semi / "TestingSet/LungInfection-Test",
+    }
     for split, folder in sets.items():
         for picture in sorted((folder / "Imgs").iterdir()):
             mask = next((folder / "GT").glob(f"{picture.stem}.*"))
             name = f"{split}-{picture.stem}"
-            turned = [_turned(source, upright / kind / name) for kind, source in (("image", picture), ("mask", mask))]
+            turned = [
+                _turned(source, upright / kind / name)
+                for kind, source in (("image", picture), ("mask", mask))
+            ]
             part = "val" if split == "train" and int(picture.stem) % 5 == 0 else split
-            rows.append({"scan": name, "path": turned[0], "patient": name, "split": part, "covid": 1.0, "lesion": turned[1]})
+            rows.append(
+                {
+                    "scan": name,
+                    "path": turned[0],
+                    "patient": name,
+                    "split": part,
+                    "covid": 1.0,
+                    "lesion": turned[1],
+                }
+            )
     centres = {"semiseg": pd.DataFrame(rows)}
     manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv")
     manifest = manifest[manifest["source"] == "mosmed"].reset_index(drop=True)
@@ -80,12 +125,22 @@ def triage_data(data: Path, out: Path) -> Rows:
     places = [_slice(folder / f, out / "slices" / Path(f).stem) for f in manifest["file"]]
     masks = [str(folder / m) if isinstance(m, str) else np.nan for m in manifest["mask"]]
     table = pd.DataFrame(
-        {"scan": manifest["file"], "path": places, "patient": manifest["patient"].fillna(manifest["file"]), "lesion": masks}
+        {
+            "scan": manifest["file"],
+            "path": places,
+            "patient": manifest["patient"].fillna(manifest["file"]),
+            "lesion": masks,
+        }
     )
-    table["covid"], table["severity"] = manifest["label"].astype(float), manifest["severity"].str[-1].astype(float)
+    table["covid"], table["severity"] = (
+        manifest["label"].astype(float),
+        manifest["severity"].str[-1].astype(float),
+    )
     table["window_low"], table["window_high"] = WINDOWS["mosmed"]
-    table["split"] = [split_of(str(p)) for p in table["patient"]]
-    half = np.array([split_of(str(p), seed=1, shares=(0.5, 0.0, 0.5)) == "train" for p in table["patient"]])
+    table["split"] = [assign_split(str(p)) for p in table["patient"]]
+    half = np.array(
+        [assign_split(str(p), seed=1, fractions=(0.5, 0.0, 0.5)) == "train" for p in table["patient"]]
+    )
     return centres | {"mosmed_a": table[half], "mosmed_b": table[~half]}
 
 
@@ -111,9 +166,15 @@ def transfer_data(data: Path, out: Path) -> Rows:
     centres: Rows = {}
     for centre, source in (("soares", "soares_saopaulo"), ("mosmed", "mosmed"), ("ucsd", "ucsd_covidct")):
         rows = manifest[manifest["source"] == source].reset_index(drop=True)
-        places = [_slice(data / "ct_multisource" / f, out / "slices" / f"{centre}-{k:04d}") for k, f in enumerate(rows["file"])]
+        places = [
+            _slice(data / "ct_multisource" / f, out / "slices" / f"{centre}-{k:04d}")
+            for k, f in enumerate(rows["file"])
+        ]
         patients = rows["patient"].fillna(rows["file"])
-        splits = [s if isinstance(s, str) else split_of(str(p)) for p, s in zip(patients, rows["split"], strict=True)]
+        splits = [
+            s if isinstance(s, str) else assign_split(str(p))
+            for p, s in zip(patients, rows["split"], strict=True)
+        ]
         table = pd.DataFrame({"scan": rows["file"], "path": places, "patient": patients, "split": splits})
         table["target" if centre == "ucsd" else "transition"] = rows["label"]
         if centre in WINDOWS:
@@ -128,7 +189,9 @@ def _films(data: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     films = films[films["view"] != "L"].reset_index(drop=True)
     paths = [str(data / "cxr_cohen" / f) for f in films["file"]]
     patients = films["patientid"].fillna(films["file"])
-    return films, pd.DataFrame({"path": paths, "scan": films["file"], "source": films["source"], "patient": patients})
+    return films, pd.DataFrame(
+        {"path": paths, "scan": films["file"], "source": films["source"], "patient": patients}
+    )
 
 
 def _own_patients(centres: Rows) -> Rows:
@@ -137,4 +200,6 @@ def _own_patients(centres: Rows) -> Rows:
 
 
 def _split(centres: Rows) -> Rows:
-    return {c: rows.assign(split=[split_of(str(p)) for p in rows["patient"]]) for c, rows in centres.items()}
+    return {
+        c: rows.assign(split=[assign_split(str(p)) for p in rows["patient"]]) for c, rows in centres.items()
+    }

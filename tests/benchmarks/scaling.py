@@ -34,20 +34,31 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common.codec import codec_of, encode
-from common.compose import compose, config_from, to_dict
-from common.fingerprint import fingerprint
-from common.messages import Answer, Contribution, Hello, Presence, Query, Reply, Request, Sums, Train, pack
-from common.model import make_model
-from common.records import from_records, to_records
-from common.schema import Config
-from common.tasks import cells_of
-from common.weights import Layout, layout_of
+from common.config.compose import compose_config, config_to_dict, parse_config
+from common.config.schema import Config
+from common.learning.losses import class_names
+from common.modeling.model import make_model
+from common.modeling.parameters import Layout, build_layout
+from common.protocol.code_fingerprint import fingerprint_code
+from common.protocol.flower_records import from_records, to_records
+from common.protocol.messages import (
+    JoinReply,
+    JoinRequest,
+    Reply,
+    Request,
+    StatisticsReply,
+    StatisticsRequest,
+    Sums,
+    TrainReply,
+    TrainRequest,
+    pack_message,
+)
+from common.protocol.update_codec import encode_update, select_codec
 from server import app as flower
-from server.coordinator import conduct
-from server.ledger import Ledger
-from server.state import Run
-from server.transport import Received
+from server.ledger.ledger import Ledger
+from server.rounds.coordinator import run_training
+from server.run.run_state import Run
+from server.run.transport import ReceivedReply
 from tests.benchmarks.aggregating import Peak
 
 ROUNDS = 4  # three intervals between the beginnings of two; the first round's has what happens once
@@ -57,8 +68,13 @@ SOURCES = [f"scanner{k}" for k in range(8)]
 def config_for(centres: int, backbone: str) -> Config:
     """The first paper's recipe at so many centres."""
     names = ",".join(f"centre{k:03d}" for k in range(centres))
-    said = [f"federation.centres=[{names}]", f"tasks.source.classes=[{','.join(SOURCES)}]", f"stage.rounds={ROUNDS}", "federation.wait=300"]
-    return compose([*said, f"backbone.name={backbone}", "evaluation.choose=last"])
+    said = [
+        f"federation.centres=[{names}]",
+        f"tasks.source.classes=[{','.join(SOURCES)}]",
+        f"stage.rounds={ROUNDS}",
+        "federation.join_timeout=300",
+    ]
+    return compose_config([*said, f"backbone.name={backbone}", "evaluation.checkpoint_selection=last"])
 
 
 # --- centres that answer at once ------------------------------------------------------------------------------------------------------
@@ -68,51 +84,62 @@ def config_for(centres: int, backbone: str) -> Config:
 def coded(backbone: str) -> tuple[dict[str, Any], int]:
     """A round's change of the model as it travels, and its counters' number; the same from every centre."""
     config = config_for(4, backbone)
-    layout = layout_of(make_model(config.backbone, config.tasks, 0))
+    layout = build_layout(make_model(config.backbone, config.tasks, 0))
     delta = np.random.default_rng(1).standard_normal(layout.size, dtype=np.float32) * np.float32(1e-3)
-    return dict(encode(delta, layout, codec_of(config))[0]), layout.integer_size
+    return dict(encode_update(delta, layout, select_codec(config))[0]), layout.int_buffer_size
 
 
 def answer_at_once(index: int, request: Request) -> Reply:
     """What centre `index` says; nothing of it is computed from scans."""
-    config = config_from(request.config)
+    config = parse_config(request.config)
     centre = config.federation.centres[index]
-    if isinstance(request, Hello):
+    if isinstance(request, JoinRequest):
         source = SOURCES[index % len(SOURCES)]
-        return Presence(centre, [centre], fingerprint(), [source], ["covid", "source"], {"train": 80}, {}, {}, "cpu")
-    if isinstance(request, Train):
+        return JoinReply(
+            centre, [centre], fingerprint_code(), [source], ["covid", "source"], {"train": 80}, {}, {}, "cpu"
+        )
+    if isinstance(request, TrainRequest):
         arrays, counters = coded(config.backbone.name)
         empty, losses = np.empty(0, np.float32), {"covid": [8.0, 80.0]}
-        return Contribution(centre, empty, np.zeros(counters, np.int64), 80, 20, losses, 0.0, arrays)
-    assert isinstance(request, Query)
+        return TrainReply(centre, empty, np.zeros(counters, np.int64), 80, 20, losses, 0.0, arrays)
+    assert isinstance(request, StatisticsRequest)
     sums: Sums = {}
     for task, of in config.tasks.items():
-        cells = len(cells_of(task, of))
+        cells = len(class_names(task, of))
         if request.name == "counts":
-            sums |= {f"{centre}/{split}/{task}": np.array([40.0] * cells + [0.0]) for split in ("train", "val", "test")}
-        elif of.kind == "binary":
-            sums |= {f"{centre}/{task}/hist": np.full((2, config.evaluation.bins), 0.25), f"{centre}/{task}/loss": np.array([40.0, 80.0])}
+            sums |= {
+                f"{centre}/{split}/{task}": np.array([40.0] * cells + [0.0])
+                for split in ("train", "val", "test")
+            }
+        elif of.type == "binary":
+            sums |= {
+                f"{centre}/{task}/hist": np.full((2, config.evaluation.histogram_bins), 0.25),
+                f"{centre}/{task}/loss": np.array([40.0, 80.0]),
+            }
         else:
-            sums |= {f"{centre}/{task}/confusion": np.eye(cells) * 10, f"{centre}/{task}/loss": np.array([40.0, 80.0])}
-    return Answer(centre, sums)
+            sums |= {
+                f"{centre}/{task}/confusion": np.eye(cells) * 10,
+                f"{centre}/{task}/loss": np.array([40.0, 80.0]),
+            }
+    return StatisticsReply(centre, sums)
 
 
 class AtOnce:
-    """server/transport.py in this process: requests and replies go through the records that travel, one at a time."""
+    """server/run/transport.py in this process: requests and replies go through the records that travel, one at a time."""
 
-    def greet(self, request: Request, expected: list[str], wait: float) -> Iterator[Received]:
+    def discover(self, request: Request, expected: list[str], timeout: float) -> Iterator[ReceivedReply]:
         for k, centre in enumerate(expected):
-            yield Received(centre, answer_at_once(k, request))
+            yield ReceivedReply(centre, answer_at_once(k, request))
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
+    def send_and_receive(self, requests: Mapping[str, Request], timeout: float) -> Iterator[ReceivedReply]:
         made: dict[type, Any] = {}
         for k, (centre, request) in enumerate(requests.items()):
-            down = sum(a.nbytes for a in pack(from_records(to_records(request)))[0].values())
+            down = sum(a.nbytes for a in pack_message(from_records(to_records(request)))[0].values())
             reply = answer_at_once(k, request)
-            if isinstance(reply, Contribution):  # packed once: that is the centres' work
-                travels = made.setdefault(Contribution, to_records(reply))
+            if isinstance(reply, TrainReply):  # packed once: that is the centres' work
+                travels = made.setdefault(TrainReply, to_records(reply))
                 reply = replace(from_records(travels), centre=centre)  # type: ignore[type-var]
-            yield Received(centre, reply, sum(a.nbytes for a in pack(reply)[0].values()), down)  # type: ignore[arg-type]
+            yield ReceivedReply(centre, reply, sum(a.nbytes for a in pack_message(reply)[0].values()), down)  # type: ignore[arg-type]
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------------------
@@ -122,13 +149,13 @@ def carry_out(transport: Any, centres: int, backbone: str, folder: Path) -> dict
     """One run of ROUNDS rounds; what it cost."""
     config = config_for(centres, backbone)
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
-    ledger.start_run("r", recipe="multisource", mode="federated", config=to_dict(config), code="")
+    ledger.add_run("r", recipe="multisource", mode="federated", config=config_to_dict(config), code="")
     run = Run("r", config, folder, transport, ledger)
     began: list[tuple[float, float]] = []
     ask = transport.ask
 
-    def watched(requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
-        if isinstance(next(iter(requests.values())), Train):
+    def watched(requests: Mapping[str, Request], deadline: float) -> Iterator[ReceivedReply]:
+        if isinstance(next(iter(requests.values())), TrainRequest):
             began.append((time.perf_counter(), time.process_time()))
         yield from ask(requests, deadline)
 
@@ -136,7 +163,7 @@ def carry_out(transport: Any, centres: int, backbone: str, folder: Path) -> dict
     make_model(config.backbone, config.tasks, 0)  # what is imported and allocated once
     coded(backbone)
     with Peak() as peak:
-        result = conduct(run)
+        result = run_training(run)
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(began)]
     entry = result["stages"][0]["rounds"][-1]
     assert sum(said["accepted"] for said in entry["centres"].values()) == centres, entry["centres"]
@@ -175,7 +202,10 @@ client = ClientApp()
 
 def _reply(message: Message, context: Context) -> Message:
     request: Any = from_records(message.content)
-    return Message(content=to_records(answer_at_once(int(context.node_config["partition-id"]), request)), reply_to=message)
+    return Message(
+        content=to_records(answer_at_once(int(context.node_config["partition-id"]), request)),
+        reply_to=message,
+    )
 
 
 client.query()(_reply)
@@ -187,12 +217,26 @@ client.train()(_reply)
 
 def measured(way: str, centres: int, backbone: str) -> dict[str, Any]:
     """One size in a process of its own. Raises CalledProcessError with what it said."""
-    command = [sys.executable, "-m", "tests.benchmarks.scaling", "--one", way, "--centres", str(centres), "--backbone", backbone]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.scaling",
+        "--one",
+        way,
+        "--centres",
+        str(centres),
+        "--backbone",
+        backbone,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    )
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         done.check_returncode()
-    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"centres"')))
+    found: dict[str, Any] = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith('{"centres"'))
+    )
     return found
 
 
@@ -201,7 +245,11 @@ def one(way: str, centres: int, backbone: str) -> None:
     logging.getLogger("consilium").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         work = carry_out if way == "process" else behind_flower
-        found = work(AtOnce(), centres, backbone, Path(folder)) if way == "process" else work(centres, backbone, Path(folder))  # type: ignore[call-arg,arg-type]
+        found = (
+            work(AtOnce(), centres, backbone, Path(folder))
+            if way == "process"
+            else work(centres, backbone, Path(folder))
+        )  # type: ignore[call-arg,arg-type]
     print(json.dumps(found), flush=True)
 
 
@@ -210,8 +258,17 @@ def picture(rows: dict[str, list[dict[str, Any]]]) -> go.Figure:
     figure = go.Figure()
     for way, of in rows.items():
         x = [row["centres"] for row in of]
-        figure.add_scatter(x=x, y=[row["seconds"] for row in of], name=f"time a round, {way}", mode="lines+markers")
-        figure.add_scatter(x=x, y=[row["memory"] for row in of], name=f"memory, {way}", mode="lines+markers", line_dash="dot", yaxis="y2")
+        figure.add_scatter(
+            x=x, y=[row["seconds"] for row in of], name=f"time a round, {way}", mode="lines+markers"
+        )
+        figure.add_scatter(
+            x=x,
+            y=[row["memory"] for row in of],
+            name=f"memory, {way}",
+            mode="lines+markers",
+            line_dash="dot",
+            yaxis="y2",
+        )
     first = next(iter(rows.values()))
     last = first[-1]
     figure.add_scatter(
@@ -241,20 +298,37 @@ def main() -> None:
     sizes = {"process": given.centres, "Flower": given.flower}
     rows: dict[str, list[dict[str, Any]]] = {}
     path = Path(given.out) / "scaling.html"
-    print(f"| centres | between | s a round | ms a centre | CPU s | memory, models | MB up | MB down |\n{'|---' * 8}|")
+    print(
+        f"| centres | between | s a round | ms a centre | CPU s | memory, models | MB up | MB down |\n{'|---' * 8}|"
+    )
     for way, of in sizes.items():
         for centres in [int(n) for n in of.split(",") if n]:
-            layout = layout_of(make_model(config_for(4, given.backbone).backbone, config_for(4, given.backbone).tasks, 0))
+            layout = build_layout(
+                make_model(config_for(4, given.backbone).backbone, config_for(4, given.backbone).tasks, 0)
+            )
             if (free := shutil.disk_usage(tempfile.gettempdir()).free) < 5 * centres * layout.size:
-                print(f"{centres} centres: {free / 1e9:.0f} GB free in {tempfile.gettempdir()} are too few; set TMPDIR", file=sys.stderr)
+                print(
+                    f"{centres} centres: {free / 1e9:.0f} GB free in {tempfile.gettempdir()} are too few; set TMPDIR",
+                    file=sys.stderr,
+                )
                 continue
             row = measured(way, centres, given.backbone)
             rows.setdefault(way, []).append(row)
-            cells = [f"{row['seconds']:.2f}", f"{1000 * row['seconds'] / centres:.0f}", f"{row['cpu']:.2f}", f"{row['memory']:.1f}"]
-            print(f"| {centres} | {way} | {' | '.join(cells)} | {row['up'] / 1e6:.0f} | {row['down'] / 1e6:.0f} |", flush=True)
+            cells = [
+                f"{row['seconds']:.2f}",
+                f"{1000 * row['seconds'] / centres:.0f}",
+                f"{row['cpu']:.2f}",
+                f"{row['memory']:.1f}",
+            ]
+            print(
+                f"| {centres} | {way} | {' | '.join(cells)} | {row['up'] / 1e6:.0f} | {row['down'] / 1e6:.0f} |",
+                flush=True,
+            )
         if rows:
             picture(rows).write_html(path, include_plotlyjs=True)
-    print(f"\n{next(iter(rows.values()))[0]['model'] / 4e6:.1f} M values; load {os.getloadavg()[0]:.1f}; picture: {path}")
+    print(
+        f"\n{next(iter(rows.values()))[0]['model'] / 4e6:.1f} M values; load {os.getloadavg()[0]:.1f}; picture: {path}"
+    )
 
 
 if __name__ == "__main__":

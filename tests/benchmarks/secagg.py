@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.secagg
 
-The centres' and the coordinator's own code in one process (tests/secure.py); changes are drawn instead of trained. A centre's seconds are of all its
+The centres' and the coordinator's own code in one process (tests/secure_sums.py); changes are drawn instead of trained. A centre's seconds are of all its
 steps together; in a federation the centres work side by side, and each message costs what a message costs there. CPU-seconds, one thread: the machine
 is shared.
 """
@@ -19,21 +19,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client import secagg as centre_side
-from client.received import layout_for
-from common import secagg
-from common.codec import encode
-from common.compose import compose, to_dict
-from common.messages import Contribution, Mask, Request, Train, pack
-from common.schema import Codec, Config, SecureSums
-from common.weights import NONE, Entry, Layout, Weights
-from server.aggregation import decoded, spool, weighted_sum
-from server.secagg import summed
-from server.transport import Received
-from tests.secure import Wire, run_over
+from client.federation import secure_aggregation as centre_side
+from client.federation.parameter_cache import parameter_layout
+from common.config.compose import compose_config, config_to_dict
+from common.config.schema import Compression, Config, SecureAggregationConfig
+from common.modeling.parameters import EMPTY_PARAMS, Layout, TensorSlot, Weights
+from common.privacy import secure_aggregation
+from common.protocol.messages import MaskedInputRequest, Request, TrainReply, TrainRequest, pack_message
+from common.protocol.update_codec import encode_update
+from server.aggregation.contributions import decode_reply, store_update, weighted_sum
+from server.run.secure_aggregation import secure_sum
+from server.run.transport import ReceivedReply
+from tests.secure_sums import Wire, run_over
 
 BIG = 16_000_000
-Cost = tuple[float, float, float, float]  # of a centre: bytes up, bytes down beside the weights, seconds; the coordinator's seconds
+Cost = tuple[
+    float, float, float, float
+]  # of a centre: bytes up, bytes down beside the weights, seconds; the coordinator's seconds
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Timed(Wire):
 
     seconds: float = 0.0
 
-    def ask(self, requests: Mapping[str, Request], deadline: float) -> Iterator[Received]:
-        some = super().ask(requests, deadline)
+    def send_and_receive(self, requests: Mapping[str, Request], timeout: float) -> Iterator[ReceivedReply]:
+        some = super().send_and_receive(requests, timeout)
         while True:
             began = time.process_time()
             received = next(some, None)
@@ -55,70 +57,102 @@ class Timed(Wire):
 
 def config_of(count: int) -> Config:
     names = ",".join(f"c{i:02d}" for i in range(count))
-    return compose(["federation=folder", f"federation.centres=[{names}]", "privacy=secagg", f"tasks.source.classes=[{names}]"])
+    return compose_config(
+        [
+            "federation=folder",
+            f"federation.centres=[{names}]",
+            "privacy=secagg",
+            f"tasks.source.classes=[{names}]",
+        ]
+    )
 
 
-def drawn(config: Config, layout: Layout) -> Iterator[Contribution]:
+def drawn(config: Config, layout: Layout) -> Iterator[TrainReply]:
     rng = np.random.default_rng(1)
     for name in config.federation.centres:
         delta = rng.normal(0, 1e-3, layout.size).astype(np.float32)
-        yield Contribution(name, delta, np.zeros(layout.integer_size, np.int64), 5, 2, {}, 0.1)
+        yield TrainReply(name, delta, np.zeros(layout.int_buffer_size, np.int64), 5, 2, {}, 0.1)
 
 
-def size_of(contribution: Contribution) -> int:
-    return sum(array.nbytes for array in pack(contribution)[0].values())
+def size_of(contribution: TrainReply) -> int:
+    return sum(array.nbytes for array in pack_message(contribution)[0].values())
 
 
 def secret(config: Config, layout: Layout, folder: Path, lost: int = 0) -> Cost:
     """`lost` centres drop out when they have shared their secrets: the dearest moment."""
     names = config.federation.centres
-    wire = Timed(folder, config, {(Mask, name) for name in names[:lost]})
-    weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.integer_size, np.int64))
+    wire = Timed(folder, config, {(MaskedInputRequest, name) for name in names[:lost]})
+    weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
     each = float(len(names))
-    request = Train("r", to_dict(config), "main", 1, weights, masses={"covid": each, "source": each})
+    request = TrainRequest(
+        "r", config_to_dict(config), "main", 1, weights, total_label_weight={"covid": each, "source": each}
+    )
     said, up, sealing = {}, 0, 0.0
     for one in drawn(config, layout):
         began = time.process_time()
-        said[one.centre] = centre_side.masked_change(folder / one.centre, config, request, one, {"covid": 1.0, "source": 1.0})
+        said[one.centre] = centre_side.mask_update(
+            folder / one.centre, config, request, one, {"covid": 1.0, "source": 1.0}
+        )
         sealing += time.process_time() - began
         up += size_of(said[one.centre])
     run, began = run_over(wire, layout), time.process_time()
-    found = summed(run, said, sum(e.stop - e.start for e in layout.floats if e.parameter), secagg.blank_change(layout))
-    secagg.averaged(found.values, found.sums, layout, secagg.settings_of(config))
+    found = secure_sum(
+        run,
+        said,
+        sum(e.stop - e.start for e in layout.floats if e.is_parameter),
+        secure_aggregation.empty_update_sums(layout),
+    )
+    secure_aggregation.dequantize_mean(
+        found.values, found.sums, layout, secure_aggregation.require_secagg_config(config)
+    )
     server = time.process_time() - began - wire.seconds
     bytes_up, bytes_down = (sum(way) for way in zip(*run.traffic.values(), strict=True))
-    return (up + bytes_up) / len(names), bytes_down / len(names), (sealing + wire.seconds) / len(names), server
+    return (
+        (up + bytes_up) / len(names),
+        bytes_down / len(names),
+        (sealing + wire.seconds) / len(names),
+        server,
+    )
 
 
-def in_the_open(config: Config, layout: Layout, folder: Path, codec: Codec) -> Cost:
+def in_the_open(config: Config, layout: Layout, folder: Path, codec: Compression) -> Cost:
     names = config.federation.centres
     up, coding, server, kept = 0, 0.0, 0.0, []
     for one in drawn(config, layout):
         began = time.process_time()
         if codec != "fp32":
-            one.coded, _ = encode(one.delta, layout, codec)
-            one.delta = NONE
+            one.encoded_delta, _ = encode_update(one.delta, layout, codec)
+            one.delta = EMPTY_PARAMS
         coding += time.process_time() - began
         up += size_of(one)
         began = time.process_time()
-        kept.append(spool(decoded(one, layout, codec), layout, folder))
+        kept.append(store_update(decode_reply(one, layout, codec), layout, folder))
         server += time.process_time() - began
     began = time.process_time()
-    weighted_sum(kept, {group: dict.fromkeys(names, 1 / len(names)) for group in layout.groups()}, layout)
+    weighted_sum(
+        kept, {group: dict.fromkeys(names, 1 / len(names)) for group in layout.group_slices()}, layout
+    )
     return up / len(names), 0, coding / len(names), server + time.process_time() - began
 
 
 def big() -> str:
     """CPU-seconds of each part of the work on a model of 16 M parameters in 64 tensors."""
-    layout = Layout([Entry(str(i), (BIG // 64,), i * BIG // 64, (i + 1) * BIG // 64, "backbone", True, False) for i in range(64)])
+    layout = Layout(
+        [
+            TensorSlot(str(i), (BIG // 64,), i * BIG // 64, (i + 1) * BIG // 64, "backbone", True, False)
+            for i in range(64)
+        ]
+    )
     delta = np.random.default_rng(1).normal(0, 1e-3, BIG).astype(np.float32)
     exact, seed, width, spent = np.zeros(1, np.uint64), secrets.token_bytes(32), 4, [time.process_time()]
-    values = secagg.weighed(delta, {"backbone": 0.25}, layout, SecureSums())[0].astype(secagg.ring(width))
+    values = secure_aggregation.quantize_weighted_update(
+        delta, {"backbone": 0.25}, layout, SecureAggregationConfig()
+    )[0].astype(secure_aggregation.ring_dtype(width))
     spent.append(time.process_time())
-    secagg.add_mask(seed, 1, exact, values)
+    secure_aggregation.add_mask(seed, 1, exact, values)
     spent.append(time.process_time())
     total = np.zeros(BIG, np.uint32)
-    total += secagg.unpacked(secagg.packed(values, width), width)
+    total += secure_aggregation.unpack_ring_values(secure_aggregation.pack_ring_values(values, width), width)
     spent.append(time.process_time())
     on_grid, masked, added = np.diff(spent)
     return f"16 M parameters, CPU-seconds: weighed and put on the grid {on_grid:.2f}, one mask {masked:.3f}, one reply added {added:.3f}"
@@ -129,14 +163,24 @@ def main() -> None:
     rows: list[tuple[str, str, Cost]] = []
     for count in (4, 16, 64):
         config = config_of(count)
-        layout = layout_for(config)
+        layout = parameter_layout(config)
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             for codec in ("fp32", "int8"):
-                rows.append((str(count), f"in the open, {codec}", in_the_open(config, layout, place / codec, codec)))
+                rows.append(
+                    (str(count), f"in the open, {codec}", in_the_open(config, layout, place / codec, codec))
+                )
             rows.append((str(count), "secure sum", secret(config, layout, place / "all")))
-            rows.append((str(count), f"secure sum, {count // 4} lost", secret(config, layout, place / "lost", count // 4)))
-    print(f"| centres | a round's change, {layout.size / 1e6:.2f} M values | up, MB | down, MB | a centre, CPU s | coordinator, CPU s |")
+            rows.append(
+                (
+                    str(count),
+                    f"secure sum, {count // 4} lost",
+                    secret(config, layout, place / "lost", count // 4),
+                )
+            )
+    print(
+        f"| centres | a round's change, {layout.size / 1e6:.2f} M values | up, MB | down, MB | a centre, CPU s | coordinator, CPU s |"
+    )
     print("|---|---|---|---|---|---|")
     for count_, how, (up, down, centre, server) in rows:
         print(f"| {count_} | {how} | {up / 1e6:.3f} | {down / 1e6:.3f} | {centre:.3f} | {server:.2f} |")

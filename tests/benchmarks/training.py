@@ -4,7 +4,7 @@
     .venv/bin/python -m tests.benchmarks.training --peer PEER [--backbones resnet18:224,tf_efficientnet_b0:64] [--repeats 7] [--threads 1]
 
 Theirs: eight passes of the backbone, one a slice, in the data type and memory format of its code (on a CPU fp32), on slices ready in memory. Ours:
-client/trainer.py, its augmentation included, with what `stage.runtime=auto` chooses. Weights are random: only time is looked at.
+client/training/trainer.py, its augmentation included, with what `stage.autotune=true` chooses. Weights are random: only time is looked at.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from client.dataset import Scans, batches
-from client.runtime import fastest
-from client.site import Site
-from client.trainer import train
-from common.compose import compose
-from common.errors import ConsiliumError
-from common.model import make_model
+from client.data.dataset import ScanDataset, iterate_batches
+from client.site.config import Site
+from client.training.autotune import autotune
+from client.training.trainer import train
+from common.config.compose import compose_config
+from common.modeling.model import make_model
+from common.utils.errors import ConsiliumError
 
 SCANS, SLICES = 4, 8
 
@@ -42,7 +42,9 @@ def peers(folder: Path, name: str) -> ModuleType:
     path = folder / "source code" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ConsiliumError(f"{path} is not there; give --peer a clone of github.com/Purdue-M2/multisource-covid-ct")
+        raise ConsiliumError(
+            f"{path} is not there; give --peer a clone of github.com/Purdue-M2/multisource-covid-ct"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,11 +53,16 @@ def peers(folder: Path, name: str) -> ModuleType:
 def their_step(folder: Path, backbone: str, size: int) -> Callable[[], object]:
     """One batch through the peer's `train_one_epoch`."""
     model, engine, losses = (peers(folder, name) for name in ("model", "engine", "losses"))
-    model.timm = SimpleNamespace(create_model=lambda _, pretrained, num_classes: timm.create_model(backbone, num_classes=num_classes))
+    model.timm = SimpleNamespace(
+        create_model=lambda _, pretrained, num_classes: timm.create_model(backbone, num_classes=num_classes)
+    )
     network = model.MultiTaskEfficientNet(pretrained=False, num_sources=4)
     covid, source = losses.build_criteria([0.25] * 4, "cpu")
     slices = torch.rand(SCANS, SLICES, 1, size, size).expand(-1, -1, 3, -1, -1).contiguous()
-    loader = DataLoader(TensorDataset(slices, torch.tensor([0.0, 1.0] * (SCANS // 2)), torch.arange(SCANS) % 4), batch_size=SCANS)
+    loader = DataLoader(
+        TensorDataset(slices, torch.tensor([0.0, 1.0] * (SCANS // 2)), torch.arange(SCANS) % 4),
+        batch_size=SCANS,
+    )
     engine.tqdm = lambda batches, **_: batches
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-4)
     scaler = torch.cuda.amp.GradScaler()
@@ -64,28 +71,34 @@ def their_step(folder: Path, backbone: str, size: int) -> Callable[[], object]:
 
 def our_step(backbone: str, size: int, threads: int) -> tuple[Callable[[], object], str]:
     """One batch through our `train`, and what was chosen for it."""
-    config = compose(
+    config = compose_config(
         [
             "federation=folder",
             "federation.centres=[a,b,c,d]",
             f"backbone.name={backbone}",
-            f"preprocess.size={size}",
-            f"stage.batch={SCANS}",
+            f"preprocess.image_size={size}",
+            f"stage.batch_size={SCANS}",
             "stage.optimiser.name=adam",
             "tasks.source.classes=[a,b,c,d]",
-            "tasks.source.head=local",
+            "tasks.source.head_update=local",
         ]
     )
     stage, tasks = config.stages["main"], config.tasks
-    pictures = [np.random.default_rng(k).integers(0, 256, (SLICES, size, size), dtype=np.uint8) for k in range(SCANS)]
+    pictures = [
+        np.random.default_rng(k).integers(0, 256, (SLICES, size, size), dtype=np.uint8) for k in range(SCANS)
+    ]
     targets = {"covid": np.array([0.0, 1.0] * (SCANS // 2)), "source": np.arange(SCANS) % 4.0}
-    scans = Scans(pictures, targets, ["a"] * SCANS)
+    scans = ScanDataset(pictures, targets, ["a"] * SCANS)
     with tempfile.TemporaryDirectory() as folder:
-        choice = fastest(Site(centre="a", device="cpu", threads=threads), config, stage, tasks, scans, Path(folder))
+        choice = autotune(
+            Site(centre="a", device="cpu", threads=threads), config, stage, tasks, scans, Path(folder)
+        )
     stage = replace(stage, precision=choice.precision, channels_last=choice.channels_last)
     model = make_model(config.backbone, tasks, 1, stage.channels_last)
-    (batch,) = batches(scans, tasks, stage, 1, 0)
-    return lambda: train(model, [batch], stage, tasks, {}), f"{choice.precision}{', channels-last' * choice.channels_last}"
+    (batch,) = iterate_batches(scans, tasks, stage, 1, 0)
+    return lambda: train(
+        model, [batch], stage, tasks, {}
+    ), f"{choice.precision}{', channels-last' * choice.channels_last}"
 
 
 def cpu_seconds(step: Callable[[], object]) -> float:
@@ -98,8 +111,12 @@ def cpu_seconds(step: Callable[[], object]) -> float:
 def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="A training step against paper 1's.")
-    parser.add_argument("--peer", type=Path, required=True, help="clone of github.com/Purdue-M2/multisource-covid-ct")
-    parser.add_argument("--backbones", default="test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64")
+    parser.add_argument(
+        "--peer", type=Path, required=True, help="clone of github.com/Purdue-M2/multisource-covid-ct"
+    )
+    parser.add_argument(
+        "--backbones", default="test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -109,7 +126,10 @@ def main() -> None:
     print(f"| backbone:pixels | theirs, images a CPU-second | ours | ours in | ratio |\n{'|---' * 5}|")
     for named in given.backbones.split(","):
         backbone, size = named.split(":")
-        theirs, (ours, chosen) = their_step(given.peer, backbone, int(size)), our_step(backbone, int(size), given.threads)
+        theirs, (ours, chosen) = (
+            their_step(given.peer, backbone, int(size)),
+            our_step(backbone, int(size), given.threads),
+        )
         theirs(), ours()
         pairs = [(cpu_seconds(theirs), cpu_seconds(ours)) for _ in range(given.repeats)]
         a, b = (statistics.median(p[k] for p in pairs) for k in (0, 1))

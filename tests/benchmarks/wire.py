@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.wire [--backbone tf_efficientnet_b7] [--rounds 5] [--like adam|gaussian]
 
 What changes look like: `changes`. Errors are L2 over parameters, relative to the true change: of one round, and of the sum of all rounds with
-error feedback. Then the way that a run goes, Flower's records in memory but no network: up from a centre's change (client/wire.py) to the
-server's (server/aggregation.py), residual on disk; down from the server's step (server/broadcast.py) to the weights that a centre trains from
-(client/received.py), which it keeps on disk. The last line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
+error feedback. Then the way that a run goes, Flower's records in memory but no network: up from a centre's change (client/federation/error_feedback.py) to the
+server's (server/aggregation/contributions.py), residual on disk; down from the server's step (server/run/broadcast.py) to the weights that a centre trains from
+(client/federation/parameter_cache.py), which it keeps on disk. The last line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from pathlib import Path
 
 import numpy as np
 
-from client import received, wire
-from common.codec import decode, encode
-from common.compose import compose, to_dict
-from common.messages import Contribution, Reply, Request, Train, pack
-from common.model import make_model
-from common.records import from_records, to_records
-from common.schema import Codec, Config
-from common.weights import Layout, Weights, layout_of
-from server.aggregation import decoded
-from server.broadcast import rounded, shortened
-from server.ledger import Ledger
-from server.state import Run
-from server.transport import Transport
+from client.federation import error_feedback, parameter_cache
+from common.config.compose import compose_config, config_to_dict
+from common.config.schema import Compression, Config
+from common.modeling.model import make_model
+from common.modeling.parameters import Layout, Weights, build_layout
+from common.protocol.flower_records import from_records, to_records
+from common.protocol.messages import Reply, Request, TrainReply, TrainRequest, pack_message
+from common.protocol.update_codec import decode_update, encode_update
+from server.aggregation.contributions import decode_reply
+from server.ledger.ledger import Ledger
+from server.run.broadcast import as_delta_request, quantize_server_step
+from server.run.run_state import Run
+from server.run.transport import Transport
 
 
 def changes(layout: Layout, rounds: int, like: str, seed: int = 1) -> list[np.ndarray]:
-    """`rounds` changes [P] of one run, each tensor with a learning rate of its own. adam: five steps a round of a fresh Adam (as client/trainer.py
+    """`rounds` changes [P] of one run, each tensor with a learning rate of its own. adam: five steps a round of a fresh Adam (as client/training/trainer.py
     makes it) on gradients that are half drift, half noise; gaussian: half drift, half noise."""
     rng = np.random.default_rng(seed)
-    size = np.concatenate([np.full(e.stop - e.start, 10 ** rng.uniform(-5, -3), np.float32) for e in layout.floats])
+    size = np.concatenate(
+        [np.full(e.stop - e.start, 10 ** rng.uniform(-5, -3), np.float32) for e in layout.floats]
+    )
     drift = rng.standard_normal(layout.size, np.float32)
     out = []
     for _ in range(rounds):
@@ -56,31 +58,39 @@ def changes(layout: Layout, rounds: int, like: str, seed: int = 1) -> list[np.nd
 
 def carried(message: Request | Reply) -> tuple[Request | Reply, int]:
     """The message behind Flower's records, and the bytes of its arrays."""
-    return from_records(to_records(message)), sum(a.nbytes for a in pack(message)[0].values())
+    return from_records(to_records(message)), sum(a.nbytes for a in pack_message(message)[0].values())
 
 
 def both_ways(config: Config, layout: Layout, deltas: list[np.ndarray], folder: Path) -> None:
     """Prints bytes and CPU seconds of a round's change up and down, medians over the rounds but the first, which goes down whole."""
     run = Run("r", config, folder, Transport, Ledger(f"sqlite:///{folder}/ledger.db"), layout)  # type: ignore[arg-type]
-    run.weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.integer_size, np.int64))
-    request, held, rows = Train("r", to_dict(config), "main", 1, run.weights), "", []
+    run.weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
+    request, held, rows = TrainRequest("r", config_to_dict(config), "main", 1, run.weights), "", []
     for number, delta in enumerate(deltas, 1):
         began, clock = time.process_time(), time.perf_counter()
-        arrays = wire.coded(folder, replace(request, round=number), delta, layout, config.aggregation.codec)
-        reply, up = carried(Contribution("c", np.empty(0, np.float32), run.weights.integers, 1, 1, {}, 0.0, arrays))
-        update = decoded(reply, layout, config.aggregation.codec).delta  # type: ignore[arg-type]
+        arrays = error_feedback.encode_with_feedback(
+            folder, replace(request, round=number), delta, layout, config.aggregation.compression
+        )
+        reply, up = carried(
+            TrainReply("c", np.empty(0, np.float32), run.weights.int_buffers, 1, 1, {}, 0.0, arrays)
+        )
+        update = decode_reply(reply, layout, config.aggregation.compression).delta  # type: ignore[arg-type]
         there, there_clock = time.process_time(), time.perf_counter()
-        run.weights = rounded(run, Weights(run.weights.floats + update, run.weights.integers))
+        run.weights = quantize_server_step(run, Weights(run.weights.floats + update, run.weights.int_buffers))
         digest = run.weights.digest
-        short, down = carried(shortened(run, replace(request, round=number, weights=run.weights), held, digest))
-        arrived = received.completed(folder, config, short)  # type: ignore[arg-type]
+        short, down = carried(
+            as_delta_request(run, replace(request, round=number, weights=run.weights), held, digest)
+        )
+        arrived = parameter_cache.restore_parameters(folder, config, short)  # type: ignore[arg-type]
         back, back_clock = time.process_time(), time.perf_counter()
         assert arrived.weights is not None
         assert arrived.weights.digest == digest
         held = digest
         rows.append((up, there - began, there_clock - clock, down, back - there, back_clock - there_clock))
     whole = 4 * layout.size
-    up, cpu, wall, down, cpu_back, wall_back = (statistics.median(column[1:]) for column in zip(*rows, strict=True))
+    up, cpu, wall, down, cpu_back, wall_back = (
+        statistics.median(column[1:]) for column in zip(*rows, strict=True)
+    )
     print(
         f"up   {whole / up:5.2f}x fewer bytes  {cpu:6.2f} CPU s {wall:6.2f} s   down {whole / down:5.2f}x {cpu_back:6.2f} CPU s {wall_back:6.2f} s"
     )
@@ -92,22 +102,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--like", choices=["adam", "gaussian"], default="adam")
     given = parser.parse_args()
-    config = compose([f"backbone.name={given.backbone}", "tasks.source.classes=[a,b,c,d]"])
-    layout = layout_of(make_model(config.backbone, config.tasks, 0))
-    mask, deltas = layout.parameters(), changes(layout, given.rounds, given.like)
+    config = compose_config([f"backbone.name={given.backbone}", "tasks.source.classes=[a,b,c,d]"])
+    layout = build_layout(make_model(config.backbone, config.tasks, 0))
+    mask, deltas = layout.parameter_mask(), changes(layout, given.rounds, given.like)
 
     def norm(x: np.ndarray) -> float:
         return float(np.linalg.norm(x[mask]))
 
-    print(f"{given.backbone}: {layout.size / 1e6:.1f} M values in {len(layout.floats)} tensors, {4 * layout.size / 1e6:.0f} MB")
-    print(f"{'':6} {'fewer bytes':>11} {'encode':>8} {'decode':>8}  CPU s   {'error':>8} {'of ' + str(given.rounds) + ' rounds':>12}")
+    print(
+        f"{given.backbone}: {layout.size / 1e6:.1f} M values in {len(layout.floats)} tensors, {4 * layout.size / 1e6:.0f} MB"
+    )
+    print(
+        f"{'':6} {'fewer bytes':>11} {'encode':>8} {'decode':>8}  CPU s   {'error':>8} {'of ' + str(given.rounds) + ' rounds':>12}"
+    )
     for codec in ("fp32", "fp16", "int8", "int4"):
         residual, error, seconds, single = None, np.zeros(layout.size, np.float32), [], 0.0
         for k, delta in enumerate(deltas):
             began = time.process_time()
-            arrays, residual = encode(delta, layout, codec, residual)
+            arrays, residual = encode_update(delta, layout, codec, residual)
             encoded = time.process_time()
-            back = decode(arrays, layout, codec)
+            back = decode_update(arrays, layout, codec)
             seconds.append((encoded - began, time.process_time() - encoded))
             error += back - delta
             single = single or (norm(back - delta) / norm(delta) if k == 0 else 0.0)
@@ -115,21 +129,29 @@ def main() -> None:
         ratio = 4 * layout.size / sum(a.nbytes for a in arrays.values())
         encoding, decoding = (statistics.median(s) for s in zip(*seconds, strict=True))
         print(
-            f"{codec:6} {ratio:10.2f}x {encoding:8.3f} {decoding:8.3f}          {single:8.5f} {norm(error) / norm(total):12.5f}", flush=True
+            f"{codec:6} {ratio:10.2f}x {encoding:8.3f} {decoding:8.3f}          {single:8.5f} {norm(error) / norm(total):12.5f}",
+            flush=True,
         )
-    codecs: tuple[Codec, ...] = ("int8", "int4")
+    codecs: tuple[Compression, ...] = ("int8", "int4")
     for codec in codecs:
         with tempfile.TemporaryDirectory() as folder:
             print(f"{codec}   ", end="")
-            both_ways(replace(config, aggregation=replace(config.aggregation, codec=codec)), layout, deltas, Path(folder))
+            both_ways(
+                replace(config, aggregation=replace(config.aggregation, compression=codec)),
+                layout,
+                deltas,
+                Path(folder),
+            )
     from flwr.app import Array, ArrayRecord
 
-    named = {e.name: deltas[0][e.where].reshape(e.shape) for e in layout.floats}
+    named = {e.name: deltas[0][e.span].reshape(e.shape) for e in layout.floats}
     began = time.process_time()
     record = ArrayRecord({n: Array(a) for n, a in named.items()})
     packed_at = time.process_time()
     [a.numpy() for a in record.values()]
-    print(f"Flower {1.0:10.2f}x {packed_at - began:8.3f} {time.process_time() - packed_at:8.3f}          (1 record a tensor, no wire)")
+    print(
+        f"Flower {1.0:10.2f}x {packed_at - began:8.3f} {time.process_time() - packed_at:8.3f}          (1 record a tensor, no wire)"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from client.readers import Volume
+from client.imaging.readers import Volume
 
 SIZE = 24
 STUDY = generate_uid(entropy_srcs=["study"])
@@ -20,7 +20,9 @@ def level(z: float) -> int:
     return int(10 * z) - 300
 
 
-def dataset(z: float = 0.0, series: str = "1.2.3", size: int = SIZE, storage: UID = CTImageStorage, **changed: Any) -> FileDataset:
+def dataset(
+    z: float = 0.0, series: str = "1.2.3", size: int = SIZE, storage: UID = CTImageStorage, **changed: Any
+) -> FileDataset:
     """One CT slice at z mm; `changed` sets tags, or removes those given as None."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = storage, ExplicitVRLittleEndian
@@ -28,13 +30,22 @@ def dataset(z: float = 0.0, series: str = "1.2.3", size: int = SIZE, storage: UI
     ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     ds.SOPClassUID, ds.SOPInstanceUID = storage, meta.MediaStorageSOPInstanceUID
     ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SeriesNumber = STUDY, series, 3
-    ds.PatientID, ds.PatientName, ds.Modality, ds.ImageType = "SECRET", "Secret^Name", "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.PatientID, ds.PatientName, ds.Modality, ds.ImageType = (
+        "SECRET",
+        "Secret^Name",
+        "CT",
+        ["ORIGINAL", "PRIMARY", "AXIAL"],
+    )
     ds.Rows = ds.Columns = size
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.BitsAllocated = ds.BitsStored = 16
     ds.HighBit, ds.PixelRepresentation = 15, 1
     ds.RescaleSlope, ds.RescaleIntercept, ds.SliceThickness, ds.PixelSpacing = 1, -1024, 2.5, [0.7, 0.8]
-    ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.InstanceNumber = [-100, -120, z], [1, 0, 0, 0, 1, 0], 1000 - int(z)
+    ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.InstanceNumber = (
+        [-100, -120, z],
+        [1, 0, 0, 0, 1, 0],
+        1000 - int(z),
+    )
     pixels = np.full((size, size), level(z) + 1024, np.int16)
     pixels[:, size // 2 :] = 1024 + 40
     ds.PixelData = pixels.tobytes()

@@ -9,16 +9,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from client.phantom import write_centre
-from client.site import Site
-from common.compose import compose, to_dict
-from common.messages import Contribution, Refusal, Reply, Train
-from common.model import make_model
-from common.schema import Config, Phantom
-from common.weights import Weights, flatten, layout_of
+from client.phantom.federation import write_centre
+from client.site.config import Site
+from common.config.compose import compose_config, config_to_dict
+from common.config.schema import Config, PhantomConfig
+from common.modeling.model import make_model
+from common.modeling.parameters import Weights, build_layout, get_model_weights
+from common.protocol.messages import Refusal, Reply, TrainReply, TrainRequest
 
 WHO = "DOE^JANE-1957"  # stands in every path of these hospitals, and must stay there
-TINY = Phantom(scale=0.001, slices=10, pixels=64)  # 8 scans to train on, 6 and 6 others
+TINY = PhantomConfig(scale=0.001, num_slices=10, image_size=64)  # 8 scans to train on, 6 and 6 others
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,17 @@ def copy(hospital: Path, tmp_path: Path) -> Path:
 
 
 def config_of(*overrides: str) -> Config:
-    few = ["federation=folder", "federation.centres=[north,south]", "preprocess.size=32", "preprocess.crop=none", "stage.batch=4"]
-    config = compose([*few, "stage.precision=fp32", "aggregation.codec=fp32", *overrides])
-    tasks = {n: replace(t, classes=["north", "south"]) if n == "source" else t for n, t in config.tasks.items()}
+    few = [
+        "federation=folder",
+        "federation.centres=[north,south]",
+        "preprocess.image_size=32",
+        "preprocess.crop=none",
+        "stage.batch_size=4",
+    ]
+    config = compose_config([*few, "stage.precision=fp32", "aggregation.compression=fp32", *overrides])
+    tasks = {
+        n: replace(t, classes=["north", "south"]) if n == "source" else t for n, t in config.tasks.items()
+    }
     return replace(config, tasks=tasks)
 
 
@@ -45,16 +53,18 @@ def site_of(data: Path, **more: object) -> Site:
 
 def start(config: Config) -> Weights:
     model = make_model(config.backbone, config.tasks, 1)
-    return flatten(model, layout_of(model))
+    return get_model_weights(model, build_layout(model))
 
 
-def train(config: Config, round: int = 1, weights: Weights | None = None, **more: object) -> Train:
+def train(config: Config, round: int = 1, weights: Weights | None = None, **more: object) -> TrainRequest:
     counts = {"covid": [8.0, 8.0], "source": [8.0, 8.0]}
-    return Train("run", to_dict(config), "main", round, weights or start(config), counts, **more)  # type: ignore[arg-type]
+    return TrainRequest(
+        "run", config_to_dict(config), "main", round, weights or start(config), counts, **more
+    )  # type: ignore[arg-type]
 
 
-def contribution(reply: Reply) -> Contribution:
-    assert isinstance(reply, Contribution), reply
+def contribution(reply: Reply) -> TrainReply:
+    assert isinstance(reply, TrainReply), reply
     return reply
 
 

@@ -42,7 +42,9 @@ class Orthanc:
 
     def put(self, data: bytes) -> None:
         """Store a DICOM file."""
-        requests.post(f"http://127.0.0.1:{self.http}/instances", data=data, auth=(USER, PASSWORD), timeout=60).raise_for_status()
+        requests.post(
+            f"http://127.0.0.1:{self.http}/instances", data=data, auth=(USER, PASSWORD), timeout=60
+        ).raise_for_status()
 
 
 def _free() -> int:
@@ -76,7 +78,9 @@ def orthanc(folder: Path) -> Iterator[Orthanc]:
     try:
         for _ in range(600):
             try:
-                requests.get(f"{here.web}/studies?limit=1", auth=(USER, PASSWORD), timeout=5).raise_for_status()
+                requests.get(
+                    f"{here.web}/studies?limit=1", auth=(USER, PASSWORD), timeout=5
+                ).raise_for_status()
                 break
             except requests.RequestException:
                 if running.poll() is not None:

@@ -10,7 +10,13 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from client.ingest.deidentify import EMPTY, NUMBERS, SEQUENCES, UIDS, WORDS
+from client.ingest.deidentify import (
+    CODE_KEYWORDS,
+    EMPTIED_KEYWORDS,
+    NUMERIC_KEYWORDS,
+    SEQUENCE_KEYWORDS,
+    UID_KEYWORDS,
+)
 
 ROOT = "1.2.840.99999.7.7"  # of planted UIDs
 BY_VR = {
@@ -27,9 +33,23 @@ BY_VR = {
     "OW": b"PLANTED ",
 }
 SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", ROOT.encode())
-STAYS = UIDS | NUMBERS | {"SOPClassUID", "PixelData", "SpecificCharacterSet", "Modality", "PhotometricInterpretation", "BurnedInAnnotation"}
+STAYS = (
+    UID_KEYWORDS
+    | NUMERIC_KEYWORDS
+    | {
+        "SOPClassUID",
+        "PixelData",
+        "SpecificCharacterSet",
+        "Modality",
+        "PhotometricInterpretation",
+        "BurnedInAnnotation",
+    }
+)
 STAYS |= {"ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"}  # they change what the pixels mean
-STAYS |= {"NumberOfStudyRelatedInstances", "NumberOfSeriesRelatedInstances"}  # an archive's answer, not an image's
+STAYS |= {
+    "NumberOfStudyRelatedInstances",
+    "NumberOfSeriesRelatedInstances",
+}  # an archive's answer, not an image's
 
 
 @cache
@@ -38,17 +58,29 @@ def _signs() -> list[DataElement]:
     elements = []
     for tag, (vr, _, _, _, word) in DicomDictionary.items():
         if word and word not in STAYS and tag >> 16 not in (0, 2, 4) and tag & 0xFFFF:
-            value = [_item(1 if word in SEQUENCES else 0)] if vr == "SQ" else f"{ROOT}.{tag}" if vr == "UI" else BY_VR.get(vr)
+            value = (
+                [_item(1 if word in SEQUENCE_KEYWORDS else 0)]
+                if vr == "SQ"
+                else f"{ROOT}.{tag}"
+                if vr == "UI"
+                else BY_VR.get(vr)
+            )
             elements += [] if value is None else [DataElement(tag, vr, value)]
     return elements
 
 
-def plant(dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTED-2", everywhere: bool = True) -> Dataset:
+def plant(
+    dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTED-2", everywhere: bool = True
+) -> Dataset:
     """The dataset with signs: `everywhere` in each element of the dictionary that its pixels do not need, else in the usual ones. To be written."""
     for element in _signs() if everywhere else []:
-        if not (element.keyword in WORDS | SEQUENCES and element.keyword in dataset):
+        if not (element.keyword in CODE_KEYWORDS | SEQUENCE_KEYWORDS and element.keyword in dataset):
             dataset.add(element)
-    dataset.PatientName, dataset.InstitutionName, dataset.PatientBirthDate = "PLANTED^Anna", "PLANTED", "19470311"
+    dataset.PatientName, dataset.InstitutionName, dataset.PatientBirthDate = (
+        "PLANTED^Anna",
+        "PLANTED",
+        "19470311",
+    )
     dataset.PatientID, dataset.AccessionNumber, dataset.StudyDate = patient, accession, "19470311"
     dataset.ImageType = [*dataset.ImageType[:2], "AXIAL", "PLANTED"]
     dataset.add_new(0x60003000, "OW", b"PLANTED ")
@@ -62,7 +94,12 @@ def plant(dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTE
 
 def _item(depth: int) -> Dataset:
     item = Dataset()
-    item.PatientName, item.PatientID, item.TextValue, item.PersonName = "PLANTED^Anna", "PLANTED", "PLANTED", "PLANTED^Anna"
+    item.PatientName, item.PatientID, item.TextValue, item.PersonName = (
+        "PLANTED^Anna",
+        "PLANTED",
+        "PLANTED",
+        "PLANTED^Anna",
+    )
     item.ReferencedSOPInstanceUID, item.Date = f"{ROOT}.1", "19470311"
     item.private_block(0x0011, "PLANTED CREATOR", create=True).add_new(1, "LO", "PLANTED")
     if depth:
@@ -83,7 +120,7 @@ def signs_in(folder: Path, *more: str) -> list[tuple[str, bytes]]:
 def uids_of(path: Path) -> set[str]:
     """The study's, series', image's and frame's own UIDs in a file."""
     dataset = pydicom.dcmread(path, stop_before_pixels=True)
-    return {str(dataset[word].value) for word in UIDS if word in dataset}
+    return {str(dataset[word].value) for word in UID_KEYWORDS if word in dataset}
 
 
-assert EMPTY.isdisjoint(STAYS)
+assert EMPTIED_KEYWORDS.isdisjoint(STAYS)

@@ -17,30 +17,37 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from client.cli import main
-from client.cohort import load_cohort
-from client.phantom import write_centre
-from common.compose import compose, to_dict
-from common.model import make_model
-from common.schema import Phantom
-from server.runs import begin, open_ledger
-from tests.inprocess import InProcess, phantom_config, sites
+from client.data.cohort import load_cohort
+from client.phantom.federation import write_centre
+from common.config.compose import compose_config, config_to_dict
+from common.config.schema import PhantomConfig
+from common.modeling.model import make_model
+from server.rounds.run_lifecycle import open_ledger, start_run
+from tests.in_process_federation import InProcess, phantom_config, sites
 
-SMALL = ["-s", "preprocess.size=32", "-s", "preprocess.crop=none"]
+SMALL = ["-s", "preprocess.image_size=32", "-s", "preprocess.crop=none"]
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hospital's folder of DICOM series, as it is before anything of ours has touched it."""
-    return write_centre(tmp_path_factory.mktemp("cli"), "north", Phantom(scale=0.001, slices=10, pixels=64)) / "dicom"
+    return (
+        write_centre(
+            tmp_path_factory.mktemp("cli"), "north", PhantomConfig(scale=0.001, num_slices=10, image_size=64)
+        )
+        / "dicom"
+    )
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    config = phantom_config(root / "data", "federation.centres=[north]", "federation.phantom.scale=0.001", "stage.rounds=1")
+    config = phantom_config(
+        root / "data", "federation.centres=[north]", "federation.phantom.scale=0.001", "stage.rounds=1"
+    )
     (root / "runs").mkdir()
-    begin(config, InProcess(sites(1)), root / "runs", open_ledger(root / "runs"), "run")
+    start_run(config, InProcess(sites(1)), root / "runs", open_ledger(root / "runs"), "run")
     return root / "runs" / "run" / "model.safetensors"
 
 
@@ -75,7 +82,9 @@ def sentence(result: tuple[int, str, str]) -> str:
 
 def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
     own = shutil.copytree(folder, tmp_path / "scans")
-    pd.DataFrame({"scan": sorted(p.name for p in own.iterdir()), "covid": [0, 1] * 10}).to_csv(own / "labels.csv", index=False)
+    pd.DataFrame({"scan": sorted(p.name for p in own.iterdir()), "covid": [0, 1] * 10}).to_csv(
+        own / "labels.csv", index=False
+    )
     for file in (own / "north-0002").iterdir():
         file.write_bytes(file.read_bytes()[:3000])
 
@@ -89,14 +98,18 @@ def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: P
     status, out, _ = consilium("preprocess", tmp_path / "cohort.csv", *SMALL, "--workers", 1)
     assert status == 0
     assert f"19 of 20 scans are ready in {tmp_path / '.consilium' / 'slices'}" in out
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("skipped")] == [f"skipped {own / 'north-0002'}"]
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("skipped")] == [
+        f"skipped {own / 'north-0002'}"
+    ]
 
     status, out, _ = consilium("montage", own / "north-0000", "--out", tmp_path / "m" / "montage.png", *SMALL)
     assert status == 0
     assert "must not leave the centre" in out
     assert Image.open(tmp_path / "m" / "montage.png").width == 1200
 
-    status, out, _ = consilium("predict", model, own, "--out", tmp_path / "p" / "predictions.csv", "--device", "cpu")
+    status, out, _ = consilium(
+        "predict", model, own, "--out", tmp_path / "p" / "predictions.csv", "--device", "cpu"
+    )
     assert status == 0
     assert "19 predictions written to" in out
     assert "1 skipped" in out
@@ -107,11 +120,19 @@ def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: P
 
 
 def test_a_worklist_with_masks(consilium: Command, folder: Path, tmp_path: Path) -> None:
-    config = compose(["recipe=triage", "backbone=small", "preprocess.size=32", "preprocess.slices=4"])
-    save_file(make_model(config.backbone, config.tasks, 1).state_dict(), tmp_path / "model", {"config": json.dumps(to_dict(config))})
+    config = compose_config(
+        ["recipe=triage", "backbone=small", "preprocess.image_size=32", "preprocess.num_slices=4"]
+    )
+    save_file(
+        make_model(config.backbone, config.tasks, 1).state_dict(),
+        tmp_path / "model",
+        {"config": json.dumps(config_to_dict(config))},
+    )
     for scan in ("north-0000", "north-0003", "north-0005"):
         shutil.copytree(folder / scan, tmp_path / "new" / scan)
-    status, out, _ = consilium("predict", "model", "new", "--masks", "masks", "--sort", "covid", "--device", "cpu")
+    status, out, _ = consilium(
+        "predict", "model", "new", "--masks", "masks", "--sort", "covid", "--device", "cpu"
+    )
     assert (status, "3 predictions written to predictions.csv, 0 skipped" in out) == (0, True)
     table = pd.read_csv("predictions.csv")
     assert table["covid"].is_monotonic_decreasing
@@ -121,7 +142,12 @@ def test_a_worklist_with_masks(consilium: Command, folder: Path, tmp_path: Path)
 
 
 def test_the_made_up_federation_is_written_and_prepared(consilium: Command, tmp_path: Path) -> None:
-    tiny = ["federation.centres=[north]", "federation.phantom.scale=0.001", "federation.phantom.slices=10", "federation.phantom.pixels=64"]
+    tiny = [
+        "federation.centres=[north]",
+        "federation.phantom.scale=0.001",
+        "federation.phantom.num_slices=10",
+        "federation.phantom.image_size=64",
+    ]
     settings = [word for setting in tiny for word in ("-s", setting)]
     status, out, _ = consilium("phantom", tmp_path / "data", *settings, *SMALL, "--workers", 1)
     assert (status, "north: 20 scans ready" in out) == (0, True)
@@ -140,23 +166,56 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
     ours = "is not a model of ours"
     expected = [
         (["cohort", "gone"], "gone is not there; check the path"),
-        (["cohort", "empty"], "empty holds no scan; it must hold DICOM, NIfTI, folders of slices or pictures, or be a manifest"),
-        (["cohort", folder, "--shares", 1, -1, 0], "val and test are (1.0, -1.0, 0.0); give three numbers, none below 0"),
+        (
+            ["cohort", "empty"],
+            "empty holds no scan; it must hold DICOM, NIfTI, folders of slices or pictures, or be a manifest",
+        ),
+        (
+            ["cohort", folder, "--shares", 1, -1, 0],
+            "val and test are (1.0, -1.0, 0.0); give three numbers, none below 0",
+        ),
         (["cohort", folder, "--out", "text/cohort.csv"], "text cannot be used ("),
         (["preprocess", "gone.csv"], "centre 'this centre': its cohort table is not there"),
-        (["preprocess", "empty.csv"], "centre 'this centre': its cohort table is empty; it must hold at least one scan"),
-        (["preprocess", folder.parent, "-s", "preprocess.sise=32"], "unknown key 'preprocess.sise'; did you mean 'size'?"),
-        (["preprocess", folder.parent, "-s", "backbone=smal"], "backbone 'smal' is unknown; did you mean 'small'?"),
-        (["preprocess", folder.parent, "-s", "recipe=multisorce"], "recipe 'multisorce' is unknown; did you mean 'multisource'?"),
-        (["preprocess", folder.parent, "-s", "preprocess.size=4"], "preprocess.size is 4; it must be 16 to 1024 pixels"),
-        (["preprocess", folder.parent, "--state", "text", *SMALL, "--workers", 1], "none of the 20 scans could be made ready"),
+        (
+            ["preprocess", "empty.csv"],
+            "centre 'this centre': its cohort table is empty; it must hold at least one scan",
+        ),
+        (
+            ["preprocess", folder.parent, "-s", "preprocess.sise=32"],
+            "unknown key 'preprocess.sise'; did you mean 'size'?",
+        ),
+        (
+            ["preprocess", folder.parent, "-s", "backbone=smal"],
+            "backbone 'smal' is unknown; did you mean 'small'?",
+        ),
+        (
+            ["preprocess", folder.parent, "-s", "recipe=multisorce"],
+            "recipe 'multisorce' is unknown; did you mean 'multisource'?",
+        ),
+        (
+            ["preprocess", folder.parent, "-s", "preprocess.image_size=4"],
+            "preprocess.image_size is 4; it must be 16 to 1024 pixels",
+        ),
+        (
+            ["preprocess", folder.parent, "--state", "text", *SMALL, "--workers", 1],
+            "none of the 20 scans could be made ready",
+        ),
         (["montage", "gone"], "gone does not exist"),
         (["montage", scan, "--out", "text/montage.png"], "the montage cannot be written to text/montage.png"),
-        (["predict", "gone.safetensors", folder], f"gone.safetensors {ours} (FileNotFoundError); give the model.safetensors of a run"),
+        (
+            ["predict", "gone.safetensors", folder],
+            f"gone.safetensors {ours} (FileNotFoundError); give the model.safetensors of a run",
+        ),
         (["predict", "text", folder], f"text {ours} (SafetensorError); give the model.safetensors of a run"),
-        (["predict", model, folder, "--sort", "covit"], "there is no column 'covit' to sort by; did you mean 'covid'?"),
+        (
+            ["predict", model, folder, "--sort", "covit"],
+            "there is no column 'covit' to sort by; did you mean 'covid'?",
+        ),
         (["predict", model, folder, "--masks", "m"], f"{model} draws no masks (covid); leave --masks out"),
-        (["predict", model, folder, "--personal", "empty"], "empty holds no own weights that a run was tested with (used.json: FileNot"),
+        (
+            ["predict", model, folder, "--personal", "empty"],
+            "empty holds no own weights that a run was tested with (used.json: FileNot",
+        ),
         (["predict", model, "empty"], "empty holds no scan that can be read"),
         (["predict", model, folder, "--device", "gpu"], "device 'gpu' is none that PyTorch knows"),
         (["predict", model, scan, "--out", "text/predictions.csv"], "text cannot be used ("),
@@ -178,6 +237,8 @@ def test_help_does_not_wait_for_pytorch() -> None:
 
 def test_the_installed_command_shows_no_stack_trace(tmp_path: Path) -> None:
     command = Path(sys.executable).parent / "consilium-centre"
-    ended = subprocess.run([command, "cohort", "gone"], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [command, "cohort", "gone"], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 2
     assert ended.stderr.strip() == "error: gone is not there; check the path"

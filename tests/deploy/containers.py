@@ -50,8 +50,12 @@ def compose(folder: Path, *arguments: str, check: bool = True, timeout: float = 
     return said([*tools()[1], *arguments], check, timeout, folder)
 
 
-def said(command: list[str], check: bool = True, timeout: float = 600, folder: Path = ROOT, both: bool = False) -> str:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, cwd=folder)
+def said(
+    command: list[str], check: bool = True, timeout: float = 600, folder: Path = ROOT, both: bool = False
+) -> str:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, cwd=folder
+    )
     assert done.returncode == 0 or not check, (
         f"{shlex.join(command)}: exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     )
@@ -79,13 +83,21 @@ def bought(name: str, part: str) -> str:
     """An image of others: `name`, where it is here or can be pulled; else the same program from Debian's packages."""
     if works(tools()[0], "image", "inspect", name) or works("timeout", "120", tools()[0], "pull", name):
         return name
-    build(f"{STACK}-{part}", ROOT / "tests/deploy/standins/Dockerfile", ROOT / "tests/deploy/standins", "--target", part)
+    build(
+        f"{STACK}-{part}",
+        ROOT / "tests/deploy/standins/Dockerfile",
+        ROOT / "tests/deploy/standins",
+        "--target",
+        part,
+    )
     return f"{STACK}-{part}"
 
 
 def container(project: str, service: str) -> str:
     """The one container of a service: its id."""
-    labels = [f"--filter=label=com.docker.compose.{k}={v}" for k, v in (("project", project), ("service", service))]
+    labels = [
+        f"--filter=label=com.docker.compose.{k}={v}" for k, v in (("project", project), ("service", service))
+    ]
     found = engine("ps", "-aq", "--no-trunc", *labels).split()
     assert len(found) == 1, f"{project}/{service}: {found}\n{engine('ps', '-a')}"
     return found[0]
@@ -142,7 +154,9 @@ def start_centre(kit: Path, hospitals: Path) -> Path:
     name = f"{STACK}-{folder.name}"
     engine("network", "create", "--internal", name)
     engine("network", "connect", "--alias", HOST, name, container(STACK, "proxy"))
-    (folder / "network.yaml").write_text(yaml.safe_dump({"networks": {"default": {"name": name, "external": True}}}))
+    (folder / "network.yaml").write_text(
+        yaml.safe_dump({"networks": {"default": {"name": name, "external": True}}})
+    )
     settle(folder / "settings.env", COMPOSE_FILE="compose.yaml:network.yaml", COMPOSE_PROJECT_NAME=name)
     said(["./start"], folder=folder)
     return folder
@@ -151,7 +165,9 @@ def start_centre(kit: Path, hospitals: Path) -> Path:
 def logs() -> str:
     """The ends of all logs, for a failure's message."""
     names = engine("ps", "-a", "--filter", f"name={STACK}", "--format", "{{.Names}}").split()
-    return "\n".join(f"== {name}\n{said([tools()[0], 'logs', '--tail', '12', name], both=True)}" for name in names)
+    return "\n".join(
+        f"== {name}\n{said([tools()[0], 'logs', '--tail', '12', name], both=True)}" for name in names
+    )
 
 
 def remove(folders: list[Path]) -> None:

@@ -20,14 +20,18 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from client.site import Site
-from common.compose import compose
-from server.runs import begin, open_ledger
-from tests.inprocess import InProcess
+from client.site.config import Site
+from common.config.compose import compose_config
+from server.rounds.run_lifecycle import open_ledger, start_run
+from tests.in_process_federation import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
 
 
 def free_port() -> int:
@@ -47,7 +51,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     if more.pop("WARM", ""):  # its processes are forked from a loaded one
         (commands / "flwr-clientapp").replace(commands / "image.py")
         warm = f"#!{sys.executable} -S\nimport sys\nsys.path[0] = {str(Path(__file__).parent)!r}\nfrom warm import ask\n"
-        (commands / "flwr-clientapp").write_text(warm + f"sys.exit(ask([{str(commands / 'image.py')!r}, *sys.argv[1:]]))\n")
+        (commands / "flwr-clientapp").write_text(
+            warm + f"sys.exit(ask([{str(commands / 'image.py')!r}, *sys.argv[1:]]))\n"
+        )
         (commands / "flwr-clientapp").chmod(0o755)
     return (
         {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "CONSILIUM_"))}
@@ -73,11 +79,15 @@ def centre(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess
     return command("client.cli", *arguments, timeout=timeout)
 
 
-def command(module: str, *arguments: str, root: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def command(
+    module: str, *arguments: str, root: Path = ROOT, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     """A command of ours to its end, from the code at `root`."""
     code = f"import sys; sys.path.insert(0, {str(root)!r}); from {module} import main; main()"
     started = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=started)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=started
+    )
 
 
 class Started:
@@ -92,7 +102,12 @@ class Started:
         home.mkdir(exist_ok=True)
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                list(arguments), cwd=home, env=environment(home, **more), stdout=log, stderr=log, start_new_session=True
+                list(arguments),
+                cwd=home,
+                env=environment(home, **more),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.processes[name] = process
         return process
@@ -138,7 +153,9 @@ def federation(processes: Started, centres: list[str], drawn: list[str], **more:
     ):
         assert done.returncode == 0, done.stderr
     operator = start_coordinator(processes, made, folder / "runs", port, **more)
-    admitted = server("admit", str(made / "coordinator/centres"), "--superlink", operator, "--ca", str(made / "ca.crt"))
+    admitted = server(
+        "admit", str(made / "coordinator/centres"), "--superlink", operator, "--ca", str(made / "ca.crt")
+    )
     assert admitted.returncode == 0, admitted.stderr
     for name in centres:
         unpack(made / "kits" / f"{name}.tar.gz", folder / "hospitals", folder / "data" / name)
@@ -152,7 +169,12 @@ def start_coordinator(processes: Started, made: Path, runs: Path, port: int, **m
     start_superlink(processes, made, own)
     start_superexec(processes, made, coordinator / "superexec.secret", f"localhost:{own}", runs, **more)
     if own != port:
-        conf = (coordinator / "nginx.conf").read_text().replace("superlink:8000", f"127.0.0.1:{own}").replace("8443", f"127.0.0.1:{port}")
+        conf = (
+            (coordinator / "nginx.conf")
+            .read_text()
+            .replace("superlink:8000", f"127.0.0.1:{own}")
+            .replace("8443", f"127.0.0.1:{port}")
+        )
         scratch = processes.folder / "nginx"
         scratch.mkdir()
         (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
@@ -164,8 +186,20 @@ def start_superlink(processes: Started, made: Path, own: int) -> None:
     coordinator = made / "coordinator"
     processes.start(
         "superlink",
-        *("flower-superlink", "--ssl-certfile", str(coordinator / "server.crt"), "--ssl-keyfile", str(coordinator / "server.key")),
-        *("--ssl-ca-certfile", str(coordinator / "ca.crt"), "--enable-supernode-auth", "--database", str(processes.folder / "state.db")),
+        *(
+            "flower-superlink",
+            "--ssl-certfile",
+            str(coordinator / "server.crt"),
+            "--ssl-keyfile",
+            str(coordinator / "server.key"),
+        ),
+        *(
+            "--ssl-ca-certfile",
+            str(coordinator / "ca.crt"),
+            "--enable-supernode-auth",
+            "--database",
+            str(processes.folder / "state.db"),
+        ),
         *("--host", "127.0.0.1", "--port", str(own), "--disable-runtime-dependency-installation"),
         *("--isolation", "process", "--superexec-auth-secret-file", str(coordinator / "superexec.secret")),
     )
@@ -173,12 +207,24 @@ def start_superlink(processes: Started, made: Path, own: int) -> None:
 
 
 def start_nginx(processes: Started, made: Path, port: int) -> None:
-    user = "user root; " if os.getuid() == 0 else ""  # else its workers were nobody, who may not look into this folder
-    processes.start("nginx", "nginx", "-c", str(made / "coordinator" / "nginx.here"), "-g", f"{user}daemon off;")
+    user = (
+        "user root; " if os.getuid() == 0 else ""
+    )  # else its workers were nobody, who may not look into this folder
+    processes.start(
+        "nginx", "nginx", "-c", str(made / "coordinator" / "nginx.here"), "-g", f"{user}daemon off;"
+    )
     wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
 
 
-def start_superexec(processes: Started, made: Path, secret: Path, address: str, runs: Path, name: str = "superexec", **more: str) -> None:
+def start_superexec(
+    processes: Started,
+    made: Path,
+    secret: Path,
+    address: str,
+    runs: Path,
+    name: str = "superexec",
+    **more: str,
+) -> None:
     processes.start(
         name,
         *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(made / "ca.crt")),
@@ -194,24 +240,44 @@ def unpack(kit: Path, into: Path, data: Path) -> Path:
         bundle.extractall(into, filter="data")
     folder = into / kit.name.removesuffix(".tar.gz")
     site = yaml.safe_load((folder / "site.yaml").read_text())
-    own = {"data": str(data), "state": str(folder / "state"), "device": "cpu", "policy": str(folder / "policy.yaml"), "threads": 1}
+    own = {
+        "data": str(data),
+        "state": str(folder / "state"),
+        "device": "cpu",
+        "policy": str(folder / "policy.yaml"),
+        "threads": 1,
+    }
     (folder / "site.yaml").write_text(yaml.safe_dump(site | own))
     return folder
 
 
 def start_centre(
-    processes: Started, folder: Path, address: str, key: Path | None = None, name: str = "", restart: bool = False, **more: str
+    processes: Started,
+    folder: Path,
+    address: str,
+    key: Path | None = None,
+    name: str = "",
+    restart: bool = False,
+    **more: str,
 ) -> subprocess.Popen[bytes]:
     """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it; with its restart policy (Docker's), when asked for."""
-    warm = (
-        f"test -e bin/image.py && rm -f warm.sock && python {Path(__file__).with_name('warm.py')} & "  # forked from, where that is wanted
+    warm = f"test -e bin/image.py && rm -f warm.sock && python {Path(__file__).with_name('warm.py')} & "  # forked from, where that is wanted
+    again = (
+        "sh",
+        "-c",
+        warm + 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done',
+        "restart",
     )
-    again = ("sh", "-c", warm + 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done', "restart")
     return processes.start(
         name or folder.name,
         *(again if restart else ()),
         *("flower-supernode", "--superlink", address, "--root-certificates", str(folder / "ca.crt")),
-        *("--auth-supernode-private-key", str(key or folder / "key"), "--node-config", f'site="{folder / "site.yaml"}"'),
+        *(
+            "--auth-supernode-private-key",
+            str(key or folder / "key"),
+            "--node-config",
+            f'site="{folder / "site.yaml"}"',
+        ),
         *("--port", str(free_port())),
         **more,
     )
@@ -222,18 +288,26 @@ def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
     """A PostgreSQL server of our own on a socket in a temporary folder: its address, and a function that does "start" or "kill" (-9) to it."""
     programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb")).parent
     account = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # short: a socket's path has at most 107 characters
+    with tempfile.TemporaryDirectory(
+        prefix="pg"
+    ) as folder:  # short: a socket's path has at most 107 characters
         if account:
             shutil.chown(folder, account)
 
         def call(program: str, *arguments: str) -> None:
             subprocess.run(
-                [programs / program, "-D", f"{folder}/data", *arguments], check=True, capture_output=True, user=account, cwd=folder
+                [programs / program, "-D", f"{folder}/data", *arguments],
+                check=True,
+                capture_output=True,
+                user=account,
+                cwd=folder,
             )
 
         def do(what: str) -> None:
             if what == "start":
-                call("pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses= -k {folder}", "start")
+                call(
+                    "pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses= -k {folder}", "start"
+                )
             else:
                 os.kill(int(Path(f"{folder}/data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
 
@@ -252,7 +326,11 @@ def children(parent: int, name: str) -> list[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(state[3]) == parent and state[0] != "Z" and name in (entry / "cmdline").read_bytes().decode().replace("\0", " "):
+                if (
+                    int(state[3]) == parent
+                    and state[0] != "Z"
+                    and name in (entry / "cmdline").read_bytes().decode().replace("\0", " ")
+                ):
                     found.append(int(entry.name))
     return found
 
@@ -279,8 +357,8 @@ def wait_until(what: str, seconds: float, true: object) -> None:
 def as_simulated(model: Path, overrides: list[str], data: Path, policies: list[Path], folder: Path) -> None:
     """A deployed run's weights are those of the same run in this process, with the hospitals' policies, which coarsen small counts."""
     sites = [Site(index=k, threads=1, device="cpu", policy=str(policy)) for k, policy in enumerate(policies)]
-    config = compose(["recipe=multisource", *overrides, f"federation.root={data}"])
-    begin(config, InProcess(sites), folder, open_ledger(folder), "simulated")
+    config = compose_config(["recipe=multisource", *overrides, f"federation.data_root={data}"])
+    start_run(config, InProcess(sites), folder, open_ledger(folder), "simulated")
     simulated = load_file(folder / "simulated" / "model.safetensors")
     for name, tensor in load_file(model).items():
         np.testing.assert_allclose(tensor, simulated[name], rtol=1e-5, atol=1e-6, err_msg=name)

@@ -15,20 +15,21 @@ import httpx
 import pytest
 import yaml
 
-from server.ledger import Ledger
-from server.orders import broken
+from server.ledger.ledger import Ledger
+from server.run.operator_commands import first_broken_link
 from tests.deploy import processes as p
-from tests.deploy.harm import BUSY, PHANTOM
+from tests.deploy.faults import BUSY, PHANTOM
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.deploy,
-    pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="no PostgreSQL here: apt install postgresql"),
+    pytest.mark.skipif(
+        not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
+        reason="no PostgreSQL here: apt install postgresql",
+    ),
 ]
 CENTRES = ["north", "south"]
-OVERRIDES = (
-    f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.epochs=1 stage.batch=4 preprocess.size=32"
-)
+OVERRIDES = f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.local_epochs=1 stage.batch_size=4 preprocess.image_size=32"
 
 
 class Console(NamedTuple):
@@ -56,12 +57,17 @@ class Console(NamedTuple):
             p.wait_until(what, seconds * BUSY, true)
         except AssertionError as error:
             logs = [*self.processes.folder.glob("*.log"), *self.processes.folder.glob("runs/*.log")]
-            raise AssertionError("\n".join([str(error), *(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)])) from error
+            raise AssertionError(
+                "\n".join([str(error), *(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)])
+            ) from error
 
     def used(self, run: str) -> dict[int, set[str]]:
         """{round that was closed: the centres whose contributions count in it}."""
-        rows = self.ledger.contributions(run)
-        return {number: {r["centre"] for r in rows if r["round"] == number and r["accepted"]} for number in {r["round"] for r in rows}}
+        rows = self.ledger.read_contributions(run)
+        return {
+            number: {r["centre"] for r in rows if r["round"] == number and r["accepted"]}
+            for number in {r["round"] for r in rows}
+        }
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,9 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     with p.postgresql() as (address, _), p.started(folder) as processes:
         operator, port = p.federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=address)
         for name in CENTRES:
-            p.start_centre(processes, folder / "hospitals" / name, f"localhost:{port}", restart=True, WARM="yes")
+            p.start_centre(
+                processes, folder / "hospitals" / name, f"localhost:{port}", restart=True, WARM="yes"
+            )
         url = start_console(processes, operator, address)
         account = p.server("account", "add", "anna", "--role", "operator", "--ledger", address)
         assert account.returncode == 0, account.stderr
@@ -79,7 +87,9 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
         ledger = Ledger(address)
         try:
             with httpx.Client(base_url=url, verify=trusted, timeout=120, trust_env=False) as browser:
-                answer = browser.post("/login", data={"name": "anna", "password": account.stdout.split("password ")[1].strip()})
+                answer = browser.post(
+                    "/login", data={"name": "anna", "password": account.stdout.split("password ")[1].strip()}
+                )
                 assert answer.status_code == 303, answer.text
                 yield Console(browser, ledger, processes)
         finally:
@@ -91,9 +101,19 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
 def start_console(processes: p.Started, operator: str, address: str) -> str:
     """By the stack's own command and settings, with the paths and ports of this machine; returns where it is."""
     made, port = processes.folder / "made", p.free_port()
-    service = yaml.safe_load((p.ROOT / "deploy/compose.coordinator.yaml").read_text())["services"]["dashboard"]
-    here = {"/etc/consilium/": f"{made}/coordinator/", "/run/secrets/": f"{made}/coordinator/", "superlink:8000": operator}
-    here |= {"0.0.0.0": "127.0.0.1", "/runs": str(processes.folder / "runs"), service["environment"]["CONSILIUM_LEDGER"]: address}
+    service = yaml.safe_load((p.ROOT / "deploy/compose.coordinator.yaml").read_text())["services"][
+        "dashboard"
+    ]
+    here = {
+        "/etc/consilium/": f"{made}/coordinator/",
+        "/run/secrets/": f"{made}/coordinator/",
+        "superlink:8000": operator,
+    }
+    here |= {
+        "0.0.0.0": "127.0.0.1",
+        "/runs": str(processes.folder / "runs"),
+        service["environment"]["CONSILIUM_LEDGER"]: address,
+    }
 
     def local(text: str) -> str:
         for theirs, ours in here.items():
@@ -102,8 +122,19 @@ def start_console(processes: p.Started, operator: str, address: str) -> str:
 
     command = [*map(local, service["command"]), f"--port={port}"]
     assert command[0] == "consilium-server"
-    settings = {key: local(value) for key, value in service["environment"].items() if key != "PGPASSFILE" and "$" not in value}
-    processes.start("dashboard", str(p.BIN / "python"), "-c", "from server.cli import main; main()", *command[1:], **settings)
+    settings = {
+        key: local(value)
+        for key, value in service["environment"].items()
+        if key != "PGPASSFILE" and "$" not in value
+    }
+    processes.start(
+        "dashboard",
+        str(p.BIN / "python"),
+        "-c",
+        "from server.cli import main; main()",
+        *command[1:],
+        **settings,
+    )
     p.wait_for(f"https://localhost:{port}/health", made, processes, "dashboard")
     return f"https://localhost:{port}"
 
@@ -124,41 +155,51 @@ def test_a_run_is_started_ordered_about_and_stopped(console: Console) -> None:
     ledger, processes = console.ledger, console.processes
     console.until("both hospitals are online", lambda: console.text("/").count('"state online"') == 2)
     console.send("/start", recipe="multisource", overrides=OVERRIDES, why="a first look")
-    [begun] = [entry for entry in ledger.audit() if entry["what"] == "start"]
+    [begun] = [entry for entry in ledger.read_audit() if entry["what"] == "start"]
     run = begun["run"]
     assert f"{run}: started by anna" in console.text("/runs")
     console.until("it begins, or says why not", lambda: "are coming up" not in console.text("/runs"))
     assert f'href="/runs/{run}"' in console.text("/runs")
-    console.until("two rounds are over", lambda: len(ledger.rounds(run)) > 2)
-    settings = next(row["config"] for row in ledger.runs() if row["id"] == run)
+    console.until("two rounds are over", lambda: len(ledger.read_rounds(run)) > 2)
+    settings = next(row["config"] for row in ledger.read_runs() if row["id"] == run)
     assert (settings["stages"]["main"]["rounds"], settings["federation"]["centres"]) == (400, CENTRES)
     shown = console.text(f"/runs/{run}")
     assert "of 400" in shown
     assert f"/runs/{run}/order/pause" in shown
 
     console.send(f"/runs/{run}/order/pause", why="the network is mended")
-    console.until("it pauses", lambda: ledger.status(run) == "paused")
-    before = len(ledger.rounds(run))
+    console.until("it pauses", lambda: ledger.read_status(run) == "paused")
+    before = len(ledger.read_rounds(run))
     console.send(f"/runs/{run}/order/resume", why="the network is back")
-    console.until("it goes on", lambda: len(ledger.rounds(run)) > before)
+    console.until("it goes on", lambda: len(ledger.read_rounds(run)) > before)
 
     console.send(f"/runs/{run}/order/exclude?centre=south", why="its scanner is recalibrated")
     console.until("a round closes without south", lambda: {"north"} in console.used(run).values())
     assert "anna: its scanner is recalibrated" in console.text(f"/runs/{run}")
     alone = max(number for number, used in console.used(run).items() if used == {"north"})
     console.send(f"/runs/{run}/order/readmit?centre=south", why="it is done")
-    console.until("south counts again", lambda: any("south" in used for number, used in console.used(run).items() if number > alone))
+    console.until(
+        "south counts again",
+        lambda: any("south" in used for number, used in console.used(run).items() if number > alone),
+    )
 
     console.send(f"/runs/{run}/order/stop", why="seen enough")
-    console.until("it is stopped", lambda: ledger.status(run) == "stopped")
+    console.until("it is stopped", lambda: ledger.read_status(run) == "stopped")
     console.until("nothing of it goes on", lambda: not followers(processes.folder / "runs"), 60)
     assert not p.children(processes.processes["superexec"].pid, "flwr-serverapp")
     assert "by order of anna: seen enough" in console.text(f"/runs/{run}")
 
-    kinds = [(e["kind"], e["centre"]) for e in ledger.events(run) if e["kind"] != "left_out"]
-    assert kinds == [("started", None), ("paused", None), ("resumed", None), ("exclude", "south"), ("readmit", "south"), ("stopped", None)]
-    trail = [(e["who"], e["what"], e["centre"]) for e in ledger.audit(run)]
+    kinds = [(e["kind"], e["centre"]) for e in ledger.read_events(run) if e["kind"] != "left_out"]
+    assert kinds == [
+        ("started", None),
+        ("paused", None),
+        ("resumed", None),
+        ("exclude", "south"),
+        ("readmit", "south"),
+        ("stopped", None),
+    ]
+    trail = [(e["who"], e["what"], e["centre"]) for e in ledger.read_audit(run)]
     assert trail == [("anna", what, centre) for what, centre in [
         ("start", ""), ("pause", ""), ("resume", ""), ("exclude", "south"), ("readmit", "south"), ("stop", "")]]  # fmt: skip
-    assert broken(ledger.audit()) is None
+    assert first_broken_link(ledger.read_audit()) is None
     assert f"a first look [multisource {OVERRIDES}]" == begun["why"]

@@ -19,10 +19,21 @@ from tests.deploy.processes import ROOT, as_simulated, centre, free_port, server
 pytestmark = [pytest.mark.slow, pytest.mark.deploy, pytest.mark.containers]
 CENTRES = ["north", "east", "south", "west"]
 PARTS = ["superlink", "superexec", "dashboard", "postgres"]  # that have a HEALTHCHECK
-PHANTOM = ["federation.phantom.scale=0.03", "federation.phantom.slices=12", "federation.phantom.pixels=64", "preprocess.size=32"]
+PHANTOM = [
+    "federation.phantom.scale=0.03",
+    "federation.phantom.num_slices=12",
+    "federation.phantom.image_size=64",
+    "preprocess.image_size=32",
+]
 RUN = [
-    *("federation=folder", f"federation.centres=[{','.join(CENTRES)}]", "federation.wait=300"),
-    *("stage.rounds=2", "stage.epochs=1", "stage.batch=4", "preprocess.size=32", "evaluation.choose=last"),
+    *("federation=folder", f"federation.centres=[{','.join(CENTRES)}]", "federation.join_timeout=300"),
+    *(
+        "stage.rounds=2",
+        "stage.local_epochs=1",
+        "stage.batch_size=4",
+        "preprocess.image_size=32",
+        "evaluation.checkpoint_selection=last",
+    ),
 ]
 INSIDE = """
 import json, os
@@ -57,7 +68,9 @@ def images() -> dict[str, str]:
         seconds = c.build(image, ROOT / "deploy" / f"{name}.Dockerfile")
         print(f"{image}: {int(c.inspect(image)['Size']) / 1e9:.2f} GB, built in {seconds:.0f} s")
     named = dict(
-        line.split("=", 1) for line in (ROOT / "deploy/coordinator.env").read_text().splitlines() if line.startswith("CONSILIUM_P")
+        line.split("=", 1)
+        for line in (ROOT / "deploy/coordinator.env").read_text().splitlines()
+        if line.startswith("CONSILIUM_P")
     )
     return {part: c.bought(named[f"CONSILIUM_{part.upper()}_IMAGE"], part) for part in ("proxy", "postgres")}
 
@@ -75,20 +88,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hospitals(tmp_path_factory: pytest.TempPathFactory, images: dict[str, str], data: Path) -> Iterator[Path]:
     """A running federation: the folder with `coordinator` in `made`, and the four unpacked kits in `hospitals`."""
     folder = tmp_path_factory.mktemp("containers")
-    own = {name: {"device": "cpu", "data": str(data / name), "state": str(folder / "hospitals" / name / "state")} for name in CENTRES}
-    (folder / "federation.yaml").write_text(yaml.safe_dump({"address": f"{c.HOST}:8443", "image": c.CENTRE_IMAGE, "centres": own}))
+    own = {
+        name: {"device": "cpu", "data": str(data / name), "state": str(folder / "hospitals" / name / "state")}
+        for name in CENTRES
+    }
+    (folder / "federation.yaml").write_text(
+        yaml.safe_dump({"address": f"{c.HOST}:8443", "image": c.CENTRE_IMAGE, "centres": own})
+    )
     made = server("provision", str(folder / "federation.yaml"), "--out", str(folder / "made"))
     assert made.returncode == 0, made.stderr
     coordinator = folder / "made" / "coordinator"
     c.remove([])
     try:
         c.start_coordinator(coordinator, free_port(), **images)
-        wait_until("the stack is healthy", 300, lambda: all(c.healthy(c.container(c.STACK, part)) for part in PARTS))
+        wait_until(
+            "the stack is healthy", 300, lambda: all(c.healthy(c.container(c.STACK, part)) for part in PARTS)
+        )
         admitted = c.compose(coordinator, "exec", "-T", "superexec", "consilium-server", "admit")
         assert admitted.count("let in, as node") == 4, admitted
         for name in CENTRES:
             c.start_centre(folder / "made" / "kits" / f"{name}.tar.gz", folder / "hospitals")
-        wait_until("the hospitals are healthy", 300, lambda: all(c.healthy(hospital(name)) for name in CENTRES))
+        wait_until(
+            "the hospitals are healthy", 300, lambda: all(c.healthy(hospital(name)) for name in CENTRES)
+        )
         yield folder
     except AssertionError as error:
         raise AssertionError(f"{error}\n{c.logs()}") from error
@@ -107,7 +129,9 @@ def test_the_bill_of_materials_is_whole(images: dict[str, str], image: str) -> N
     code = """import json, importlib.metadata as metadata
 installed = {d.name.lower(): d.version for d in metadata.distributions(path=["/opt/venv/lib/python3.11/site-packages"])}
 print(json.dumps([json.load(open("/opt/venv/sbom.json")), installed]))"""
-    bill, installed = json.loads(c.engine("run", "--rm", "--network", "none", "--entrypoint", "python", image, "-c", code))
+    bill, installed = json.loads(
+        c.engine("run", "--rm", "--network", "none", "--entrypoint", "python", image, "-c", code)
+    )
     listed = {part["name"].lower(): part["version"] for part in bill["components"]}
     assert bill["bomFormat"] == "CycloneDX"
     assert listed["torch"].startswith("2.")
@@ -116,7 +140,10 @@ print(json.dumps([json.load(open("/opt/venv/sbom.json")), installed]))"""
 
 def test_a_hospital_is_confined(hospitals: Path) -> None:
     """Not root, no capabilities and none to be had, nothing writable but the tmpfs; no port; the same for the coordinator's."""
-    for name in [hospital("north"), *(c.container(c.STACK, s) for s in ("superlink", "superexec", "dashboard"))]:
+    for name in [
+        hospital("north"),
+        *(c.container(c.STACK, s) for s in ("superlink", "superexec", "dashboard")),
+    ]:
         found = json.loads(c.python(name, INSIDE))
         assert (found["uid"], found["gid"]) != (0, 0)
         assert (found["capabilities"], found["confined"]) == (0, 1)
@@ -138,10 +165,16 @@ def test_a_hospital_reaches_the_proxy_and_nothing_else(hospitals: Path) -> None:
     north = hospital("north")
     near = c.inspect(north)["NetworkSettings"]["Networks"][f"{c.STACK}-north"]
     inner = {
-        part: [n["IPAddress"] for n in c.inspect(c.container(c.STACK, part))["NetworkSettings"]["Networks"].values()] for part in PARTS
+        part: [
+            n["IPAddress"]
+            for n in c.inspect(c.container(c.STACK, part))["NetworkSettings"]["Networks"].values()
+        ]
+        for part in PARTS
     }
     operator = next(
-        line.partition("=")[2] for line in (hospitals / "made/coordinator/.env").read_text().splitlines() if "OPERATOR_PORT" in line
+        line.partition("=")[2]
+        for line in (hospitals / "made/coordinator/.env").read_text().splitlines()
+        if "OPERATOR_PORT" in line
     )
     east = c.inspect(hospital("east"))["NetworkSettings"]["Networks"][f"{c.STACK}-east"]["IPAddress"]
     ports = {"superlink": (8000, 8081), "superexec": (8081,), "dashboard": (8080,), "postgres": (5432,)}
@@ -158,8 +191,12 @@ def test_a_hospital_reaches_the_proxy_and_nothing_else(hospitals: Path) -> None:
     reached = json.loads(c.python(north, REACHED % [f"{c.HOST}:8443", *shut]))
     assert reached.pop(f"{c.HOST}:8443") == ""
     assert all(reached.values()), reached
-    assert json.loads(c.python(c.container(c.STACK, "superexec"), REACHED % ["superlink:8000"])) == {"superlink:8000": ""}  # it is there
-    assert "unreachable" in reached["1.1.1.1:443"]  # no way out, rather than an internet that happens to be down
+    assert json.loads(c.python(c.container(c.STACK, "superexec"), REACHED % ["superlink:8000"])) == {
+        "superlink:8000": ""
+    }  # it is there
+    assert (
+        "unreachable" in reached["1.1.1.1:443"]
+    )  # no way out, rather than an internet that happens to be down
     code = f"""import httpx, ssl
 client = httpx.Client(verify=ssl.create_default_context(cafile="/etc/consilium/ca.crt"))
 print([client.post("https://{c.HOST}:8443" + path).status_code for path in ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/openapi.json")])"""
@@ -169,10 +206,23 @@ print([client.post("https://{c.HOST}:8443" + path).status_code for path in ("/v1
 def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
     """The paper's recipe to the simulation's weights; a hospital's doctor finds nothing wrong, and each egress log is whole and knows the run."""
     coordinator = hospitals / "made" / "coordinator"
-    examined = c.said(["./start", "doctor"], folder=hospitals / "hospitals" / "north")  # exit status 1 for a fault
+    examined = c.said(
+        ["./start", "doctor"], folder=hospitals / "hospitals" / "north"
+    )  # exit status 1 for a fault
     assert f"coordinator: {c.HOST}:8443 answers" in examined
     began = time.monotonic()
-    c.compose(coordinator, "exec", "-T", "superexec", "consilium-server", "run", "--recipe", "multisource", *RUN, timeout=2400)
+    c.compose(
+        coordinator,
+        "exec",
+        "-T",
+        "superexec",
+        "consilium-server",
+        "run",
+        "--recipe",
+        "multisource",
+        *RUN,
+        timeout=2400,
+    )
     print(f"the run took {time.monotonic() - began:.0f} s")
     superexec = c.container(c.STACK, "superexec")
     run = c.engine("exec", superexec, "readlink", "-f", "/runs/latest").strip()
@@ -184,20 +234,42 @@ def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
         state = hospitals / "hospitals" / name / "state"
         sent = [json.loads(line) for line in (state / "egress.jsonl").read_text().splitlines()]
         assert {entry["run"] for entry in sent} == {Path(run).name}
-        assert "Contribution" in {entry["kind"] for entry in sent}
+        assert "TrainReply" in {entry["kind"] for entry in sent}
         if name == "north":
-            assert f"{len(sent)} messages left, the chain is whole" in c.said(["./start", "egress"], folder=state.parent)
+            assert f"{len(sent)} messages left, the chain is whole" in c.said(
+                ["./start", "egress"], folder=state.parent
+            )
 
 
 def test_the_console_shows_the_hospitals(hospitals: Path) -> None:
     """At the operator's loopback, over TLS, to whom has logged in: four hospitals online by the SuperLink's account, and the run."""
     coordinator = hospitals / "made/coordinator"
-    said = c.compose(coordinator, "exec", "-T", "dashboard", "consilium-server", "account", "add", "anna", "--role", "operator")
-    settings = dict(line.split("=", 1) for line in (coordinator / ".env").read_text().splitlines() if "=" in line)
+    said = c.compose(
+        coordinator,
+        "exec",
+        "-T",
+        "dashboard",
+        "consilium-server",
+        "account",
+        "add",
+        "anna",
+        "--role",
+        "operator",
+    )
+    settings = dict(
+        line.split("=", 1) for line in (coordinator / ".env").read_text().splitlines() if "=" in line
+    )
     trusted = ssl.create_default_context(cafile=coordinator / "ca.crt")
-    with httpx.Client(base_url=f"https://localhost:{settings['CONSILIUM_CONSOLE_PORT']}", verify=trusted, timeout=60) as browser:
+    with httpx.Client(
+        base_url=f"https://localhost:{settings['CONSILIUM_CONSOLE_PORT']}", verify=trusted, timeout=60
+    ) as browser:
         assert browser.get("/").headers["location"] == "/login"
-        assert browser.post("/login", data={"name": "anna", "password": said.split("password ")[1].split()[0]}).status_code == 303
+        assert (
+            browser.post(
+                "/login", data={"name": "anna", "password": said.split("password ")[1].split()[0]}
+            ).status_code
+            == 303
+        )
         first = " ".join(browser.get("/").text.split())
         assert "4<i> of 4</i>" in first
         assert "certificate expires" in first
@@ -218,7 +290,11 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         os.kill(int(pid), 9)"""
     began = time.monotonic()
     c.python(east, kill, check=False)
-    wait_until("it is started again", 120, lambda: c.inspect(east)["State"]["StartedAt"] != before and c.inspect(east)["State"]["Running"])
+    wait_until(
+        "it is started again",
+        120,
+        lambda: c.inspect(east)["State"]["StartedAt"] != before and c.inspect(east)["State"]["Running"],
+    )
     print(f"started again after {time.monotonic() - began:.0f} s")
     wait_until("it is let in again", 400, lambda: let_in() > once)
     print(f"let in again after {time.monotonic() - began:.0f} s")
@@ -226,7 +302,11 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 
 def test_they_stop_when_asked(hospitals: Path) -> None:
     """SIGTERM ends every part of ours within its time, without a kill."""
-    for name, grace in ((hospital("west"), 30), (c.container(c.STACK, "superexec"), 60), (c.container(c.STACK, "superlink"), 30)):
+    for name, grace in (
+        (hospital("west"), 30),
+        (c.container(c.STACK, "superexec"), 60),
+        (c.container(c.STACK, "superlink"), 30),
+    ):
         began = time.monotonic()
         c.engine("stop", "-t", str(grace), name)
         print(f"{name[:12]} stopped in {time.monotonic() - began:.1f} s")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from client.doctor import examine
-from server.provision import provision
+from client.tools.doctor import run_checks
+from server.operations.provision import provision_federation
 from tests.deploy.processes import free_port, unpack
 
 Healthy = tuple[Path, str, list[timedelta]]
@@ -24,8 +24,10 @@ Healthy = tuple[Path, str, list[timedelta]]
 def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healthy]:
     """(folder with `made`, address, [how far its clock is off])."""
     folder, port, off = tmp_path_factory.mktemp("coordinator"), free_port(), [timedelta()]
-    (folder / "federation.yaml").write_text(f"address: localhost:{port}\ncentres: {{north: {{device: cpu}}}}\n")
-    list(provision(folder / "federation.yaml", folder / "made"))
+    (folder / "federation.yaml").write_text(
+        f"address: localhost:{port}\ncentres: {{north: {{device: cpu}}}}\n"
+    )
+    list(provision_federation(folder / "federation.yaml", folder / "made"))
 
     class Health(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -52,23 +54,36 @@ def hospital(coordinator: Healthy, tmp_path: Path) -> Path:
     data.mkdir()
     (data / "a.png").touch()
     (data / "b.png").touch()
-    (data / "cohort.csv").write_text("scan,path,patient,source,split,covid\na,a.png,1,north,train,1\nb,b.png,2,north,val,0\n")
+    (data / "cohort.csv").write_text(
+        "scan,path,patient,source,split,covid\na,a.png,1,north,train,1\nb,b.png,2,north,val,0\n"
+    )
     return unpack(coordinator[0] / "made" / "kits" / "north.tar.gz", tmp_path, data)
 
 
 def found(hospital: Path, address: str) -> dict[str, str]:
     """{what the check is about: its worst level}."""
     worst: dict[str, str] = {}
-    for finding in examine(hospital / "site.yaml", address, hospital / "ca.crt", hospital / "key"):
-        what, order = finding.what.partition(":")[0].partition(" ")[0], ["ok", "warning", "fault"]
+    for finding in run_checks(hospital / "site.yaml", address, hospital / "ca.crt", hospital / "key"):
+        what, order = finding.message.partition(":")[0].partition(" ")[0], ["ok", "warning", "fault"]
         worst[what] = max(worst.get(what, "ok"), finding.level, key=order.index)
-        assert finding.level != "fault" or finding.remedy or len(finding.what) > 40
+        assert finding.level != "fault" or finding.remedy or len(finding.message) > 40
     return worst
 
 
 def test_a_healthy_centre(coordinator: Healthy, hospital: Path) -> None:
     levels = found(hospital, coordinator[1])
-    assert set(levels) == {"versions", "key", "coordinator", "coordinator's", "clock", "device", "policy", "data", "state", "egress"}
+    assert set(levels) == {
+        "versions",
+        "key",
+        "coordinator",
+        "coordinator's",
+        "clock",
+        "device",
+        "policy",
+        "data",
+        "state",
+        "egress",
+    }
     assert {
         what for what, level in levels.items() if level == "fault" and what != "state"
     } == set()  # state: how full this machine's disk is
@@ -94,11 +109,17 @@ def edited(name: str, **values: object) -> Callable[[Path], None]:
         (edited("policy.yaml", fingerprints=["0000000000000000"]), "policy", "fault"),
         (edited("policy.yaml", smallest_sell=5), "policy", "fault"),
         (lambda h: (h.parent / "data" / "b.png").unlink(), "data", "warning"),
-        (lambda h: (h / "state").mkdir() or (h / "state" / "egress.jsonl").write_text('{"hash": "0"}\n'), "egress", "fault"),
+        (
+            lambda h: (h / "state").mkdir() or (h / "state" / "egress.jsonl").write_text('{"hash": "0"}\n'),
+            "egress",
+            "fault",
+        ),
     ],
     ids=["key", "key mode", "device", "data", "state", "site", "code", "policy", "a scan", "egress"],
 )
-def test_what_is_broken_is_named(break_it: Callable[[Path], None], what: str, level: str, coordinator: Healthy, hospital: Path) -> None:
+def test_what_is_broken_is_named(
+    break_it: Callable[[Path], None], what: str, level: str, coordinator: Healthy, hospital: Path
+) -> None:
     break_it(hospital)
     assert found(hospital, coordinator[1])[what] == level
 
@@ -117,6 +138,6 @@ def test_a_coordinator_that_is_not_there_or_not_ours(coordinator: Healthy, hospi
     assert found(hospital, f"localhost:{free_port()}")["coordinator"] == "fault"
     other = hospital.parent / "other"
     (hospital.parent / "f.yaml").write_text("address: localhost:1\ncentres: {north: {}}\n")
-    list(provision(hospital.parent / "f.yaml", other))
+    list(provision_federation(hospital.parent / "f.yaml", other))
     (hospital / "ca.crt").write_bytes((other / "ca.crt").read_bytes())
     assert found(hospital, coordinator[1])["coordinator"] == "fault"

@@ -18,14 +18,22 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from server.runs import open_ledger
+from server.rounds.run_lifecycle import open_ledger
 from tests.deploy import processes as p
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "east", "south", "west"]
-SMALL = ["preprocess.size=32", "preprocess.slices=2"]
-DRAWN = [*SMALL, "federation.phantom.scale=0.01", "federation.phantom.slices=12", "federation.phantom.pixels=64"]
-BACKBONE = ["backbone.name=tf_efficientnet_b7", "backbone.norm=group"]  # a deep network with untrained batch norms answers with infinities
+SMALL = ["preprocess.image_size=32", "preprocess.num_slices=2"]
+DRAWN = [
+    *SMALL,
+    "federation.phantom.scale=0.01",
+    "federation.phantom.num_slices=12",
+    "federation.phantom.image_size=64",
+]
+BACKBONE = [
+    "backbone.name=tf_efficientnet_b7",
+    "backbone.norm=group",
+]  # a deep network with untrained batch norms answers with infinities
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +42,13 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[p.Sta
     with p.started(tmp_path_factory.mktemp("large")) as processes:
         operator, port = p.federation(processes, CENTRES, DRAWN)
         for name in CENTRES:
-            p.start_centre(processes, processes.folder / "hospitals" / name, f"localhost:{port}", restart=True, WARM="yes")
+            p.start_centre(
+                processes,
+                processes.folder / "hospitals" / name,
+                f"localhost:{port}",
+                restart=True,
+                WARM="yes",
+            )
         yield processes, operator
 
 
@@ -47,9 +61,21 @@ def test_three_rounds(federation: tuple[p.Started, str], codec: str, models: int
     began = time.monotonic()
     ran = p.server(
         *("run", "--superlink", operator, "--ca", str(folder / "made/ca.crt"), "--runs", str(runs)),
-        *("federation=folder", f"federation.centres=[{','.join(CENTRES)}]", "federation.deadline=900", "federation.wait=300", *SMALL),
-        *(*BACKBONE, f"aggregation.codec={codec}", "stage.rounds=3", "stage.steps=1", "stage.batch=1"),
-        *("stage.optimiser.name=sgd", "stage.optimiser.lr=0.001", "evaluation.choose=last"),
+        *(
+            "federation=folder",
+            f"federation.centres=[{','.join(CENTRES)}]",
+            "federation.round_timeout=900",
+            "federation.join_timeout=300",
+            *SMALL,
+        ),
+        *(
+            *BACKBONE,
+            f"aggregation.compression={codec}",
+            "stage.rounds=3",
+            "stage.local_steps=1",
+            "stage.batch_size=1",
+        ),
+        *("stage.optimiser.name=sgd", "stage.optimiser.lr=0.001", "evaluation.checkpoint_selection=last"),
         timeout=3000,
     )
     took = time.monotonic() - began
@@ -59,14 +85,16 @@ def test_three_rounds(federation: tuple[p.Started, str], codec: str, models: int
     assert "locked" not in processes.log("superlink")
     run = (runs / "latest").resolve()
     ledger = open_ledger(runs)
-    assert [row["accepted"] for row in ledger.contributions(run.name) if row["round"] > 0] == [True] * 12
-    assert ledger.events(run.name)[-1]["kind"] == "finished"
+    assert [row["accepted"] for row in ledger.read_contributions(run.name) if row["round"] > 0] == [True] * 12
+    assert ledger.read_events(run.name)[-1]["kind"] == "finished"
     model = sum(4 * math.prod(tensor.shape) for tensor in load_file(run / "model.safetensors").values())
     rounds = json.loads((run / "metrics.json").read_text())["stages"][0]["rounds"][1:]
     seconds = " ".join(f"{entry['seconds']:.0f}" for entry in rounds)
     moved = " ".join(f"{entry['bytes_up'] / model:.2f}/{entry['bytes_down'] / model:.2f}" for entry in rounds)
     held = ", ".join(f"{key} {value / model:.2f}" for key, value in found.items())
-    print(f"\n{codec}: {took:.0f} s in all; rounds {seconds} s; up/down, models: {moved}; memory, models: {held}")
+    print(
+        f"\n{codec}: {took:.0f} s in all; rounds {seconds} s; up/down, models: {moved}; memory, models: {held}"
+    )
     assert found["own"] < models * model, held
 
 
@@ -103,5 +131,9 @@ def held(pid: int) -> dict[str, int]:
         lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
     except OSError:
         return {}
-    said: dict[str, Any] = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmHWM"))}
-    return {"own": 1024 * int(said["RssAnon"]), "resident": 1024 * int(said["VmHWM"])} if len(said) == 2 else {}
+    said: dict[str, Any] = {
+        line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmHWM"))
+    }
+    return (
+        {"own": 1024 * int(said["RssAnon"]), "resident": 1024 * int(said["VmHWM"])} if len(said) == 2 else {}
+    )

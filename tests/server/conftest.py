@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from server.tables import schema
+from server.ledger.tables import schema
 from tests.deploy import processes
 
 

@@ -11,10 +11,10 @@ import pytest
 from flwr.superlink.grid.http_grid import HttpGrid
 
 import server.app
-from common.messages import Hello, Presence, Refusal
-from common.records import from_records, to_records
-from server.app import FlowerTransport, paused_by_signals
-from server.state import Paused
+from common.protocol.flower_records import from_records, to_records
+from common.protocol.messages import JoinReply, JoinRequest, Refusal
+from server.app import FlowerTransport, pause_on_signals
+from server.run.run_state import RunPaused
 
 
 class Note:
@@ -44,8 +44,8 @@ class Grid:
     def pull_messages(self, ids: list[str]) -> list[Note]:
         found = []
         for note in (self.sent[name] for name in ids):
-            run = from_records(note.content).run  # type: ignore[union-attr]
-            here = Presence("north", ["north"], "f", [], [], {}, {}, {}, "cpu", [run])
+            run = from_records(note.content).run_id  # type: ignore[union-attr]
+            here = JoinReply("north", ["north"], "f", [], [], {}, {}, {}, "cpu", [run])
             found.append(Note(to_records(here if note.to == 1 else Refusal("", "no part"))))
         return found
 
@@ -54,24 +54,28 @@ def test_every_run_of_a_study_meets_the_centres_anew(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(server.app, "Message", Note)
     transport = FlowerTransport(Grid())  # type: ignore[arg-type]
     for run in ("part-a", "part-b"):
-        heard = [r.reply for r in transport.greet(Hello(run, {}), ["north"], 5.0) if r and isinstance(r.reply, Presence)]
+        heard = [
+            r.reply
+            for r in transport.discover(JoinRequest(run, {}), ["north"], 5.0)
+            if r and isinstance(r.reply, JoinReply)
+        ]
         assert [said.notes for said in heard] == [[run]]
         # Within a run who is known is not asked again; who refused is.
-        assert [r.centre for r in transport.greet(Hello(run, {}), ["south"], 0.0) if r] == ["node 2"]
+        assert [r.centre for r in transport.discover(JoinRequest(run, {}), ["south"], 0.0) if r] == ["node 2"]
 
 
 def test_a_superlink_that_stays_away_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.app, "AWAY", 0.6)
+    monkeypatch.setattr(server.app, "RECONNECT_TIMEOUT", 0.6)
     with socket.socket() as closed:  # bound, and nobody listens
         closed.bind(("127.0.0.1", 0))
         grid = HttpGrid(f"127.0.0.1:{closed.getsockname()[1]}", insecure=True, token="none")
-        with pytest.raises(Paused, match="SuperLink has been away"):
-            list(FlowerTransport(grid).greet(Hello("run", {}), ["north"], 5.0))
+        with pytest.raises(RunPaused, match="SuperLink has been away"):
+            list(FlowerTransport(grid).discover(JoinRequest("run", {}), ["north"], 5.0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_ends_the_process_pauses_the_run(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Paused, match=number.name), paused_by_signals():
+    with pytest.raises(RunPaused, match=number.name), pause_on_signals():
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before

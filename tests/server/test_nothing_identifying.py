@@ -10,15 +10,15 @@ import pandas as pd
 import pydicom
 import pytest
 
-from client import answer
-from client.phantom import write_centre
-from client.queries import Question
-from client.site import Site
-from common.messages import Reply, Request, Sums, pack
-from server.runs import begin, open_ledger
+from client.federation import handlers
+from client.federation.query_handlers import QueryContext
+from client.phantom.federation import write_centre
+from client.site.config import Site
+from common.protocol.messages import Reply, Request, Sums, pack_message
+from server.rounds.run_lifecycle import open_ledger, start_run
 from tests.client.planted import plant
-from tests.inprocess import InProcess, phantom_config
-from tests.server.dashboard.visit import PAGES, logged_in
+from tests.in_process_federation import InProcess, phantom_config
+from tests.server.dashboard.console_client import PAGES, logged_in
 
 SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 
@@ -45,7 +45,11 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
     caplog.set_level(logging.DEBUG)
     plain = phantom_config(tmp_path / "source")
     assert plain.federation.phantom
-    sites, runs, homes = [], tmp_path / "runs", tmp_path / "jane_doe_19340229"  # what a folder of a hospital may be called
+    sites, runs, homes = (
+        [],
+        tmp_path / "runs",
+        tmp_path / "jane_doe_19340229",
+    )  # what a folder of a hospital may be called
     homes.mkdir()
     for centre in plain.federation.centres:
         hospital(write_centre(tmp_path / "source", centre, plain.federation.phantom), homes / centre)
@@ -53,23 +57,25 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
     sent: list[str] = []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
-        arrays, facts = pack(reply)
-        sent.append(f"{sorted(arrays)} {facts} {b''.join(array.tobytes() for array in arrays.values()).decode('latin-1')}")
+        arrays, facts = pack_message(reply)
+        sent.append(
+            f"{sorted(arrays)} {facts} {b''.join(array.tobytes() for array in arrays.values()).decode('latin-1')}"
+        )
         if centre == "west":
             (homes / "west" / "cohort.csv").unlink(missing_ok=True)  # its next answer fails
         return reply
 
-    true, text_of_accident = answer.QUERIES["scores"], f"DOE^JANE in {homes}/south/MRN0815"
+    true, text_of_accident = handlers.QUERY_HANDLERS["scores"], f"DOE^JANE in {homes}/south/MRN0815"
 
-    def failing(q: Question) -> Sums:
-        if "south" in q.scans["val"].cohort:
+    def failing(q: QueryContext) -> Sums:
+        if "south" in q.datasets["val"].centres:
             raise RuntimeError(text_of_accident)
         return true(q)
 
-    monkeypatch.setitem(answer.QUERIES, "scores", failing)
+    monkeypatch.setitem(handlers.QUERY_HANDLERS, "scores", failing)
     config = phantom_config(tmp_path / "nowhere", "federation.quorum=0.5", "stage.rounds=1")
     ledger = open_ledger(runs)
-    result = begin(config, InProcess(sites, hook), runs, ledger, "r")
+    result = start_run(config, InProcess(sites, hook), runs, ledger, "r")
     assert sum(c["skipped"] for c in result["centres"].values()) == 4  # the provoked failures did happen
     assert {"south"} <= {o["centre"] for o in result["left_out"] if "RuntimeError" in o["reason"]}
     database = sqlite3.connect(runs / "ledger.db")
@@ -81,11 +87,23 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
     files = [p for p in runs.rglob("*") if p.is_file()]
     assert {"report.html", "metrics.json", "model.safetensors", "config.yaml"} <= {p.name for p in files}
     assert any("checkpoint" in str(p) for p in files)
-    egress = [(homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in config.federation.centres]
+    egress = [
+        (homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in config.federation.centres
+    ]
     client = logged_in(ledger, runs=runs)
-    console = [client.get(path) for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv")]
+    console = [
+        client.get(path)
+        for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv")
+    ]
     assert [page.status_code for page in console] == [200] * len(console)
     assert "RuntimeError" in "".join(page.text for page in console)  # the failures are shown
-    for text in [*sent, *rows, *(p.read_bytes().decode("latin-1") for p in files), *egress, caplog.text, *(page.text for page in console)]:
+    for text in [
+        *sent,
+        *rows,
+        *(p.read_bytes().decode("latin-1") for p in files),
+        *egress,
+        caplog.text,
+        *(page.text for page in console),
+    ]:
         for secret in SECRETS:
             assert secret not in text

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from server import accounts
-from server.runs import open_ledger
+from server.dashboard import accounts
+from server.rounds.run_lifecycle import open_ledger
 from tests.deploy.processes import free_port, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'consilium[dev]'")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-playwright-python: pip install 'consilium[dev]'")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="no axe-playwright-python: pip install 'consilium[dev]'"
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 240_000  # ms: other people's work shares the cores
@@ -61,7 +63,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def live(place: Path, run: str, slower: float, *overrides: str) -> subprocess.Popen[bytes]:
-    return python("-m", "tests.server.dashboard.live", str(place / "phantom"), str(place / "runs"), run, str(slower), *overrides)
+    return python(
+        "-m",
+        "tests.server.dashboard.live_run",
+        str(place / "phantom"),
+        str(place / "runs"),
+        run,
+        str(slower),
+        *overrides,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +79,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A finished run, the console, and a browser that an operator has logged in."""
     folder = tmp_path_factory.mktemp("console")
     runs = folder / "runs"
-    first = live(folder, "first", 0, "stage.rounds=2", "evaluation.matrix=last")
+    first = live(folder, "first", 0, "stage.rounds=2", "evaluation.cross_site=last")
     assert first.wait(600) == 0
     port = free_port()
-    password = accounts.give(open_ledger(runs), "anna", "operator", "the test")
-    console = python("-c", "from server.cli import main; main()", "dashboard", "--runs", str(runs), "--port", str(port))
+    password = accounts.create_account(open_ledger(runs), "anna", "operator", "the test")
+    console = python(
+        "-c", "from server.cli import main; main()", "dashboard", "--runs", str(runs), "--port", str(port)
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until("the console answers", 120, lambda: _answers(url))
         with playwright.sync_playwright() as tools:
-            browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+            browser = tools.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else []
+            )
             context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
             context.set_default_timeout(PATIENCE)
             page = context.new_page()
@@ -93,7 +107,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             page.wait_for_url(f"{url}/runs/first")
             yield Place(url, runs, page)
             browser.close()
-            assert [text for text in said if "ERR_" not in text] == []  # no refused style or script, no exception
+            assert [
+                text for text in said if "ERR_" not in text
+            ] == []  # no refused style or script, no exception
     finally:
         end(console)
 
@@ -113,10 +129,12 @@ def order(place: Place, what: str, why: str) -> None:
 
 def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: Place) -> None:
     page, url = place.page, place.url
-    run = live(place.runs.parent, "second", 1.5, "stage.rounds=400", "federation.quorum=0.5", "aggregation.tau=0")
+    run = live(
+        place.runs.parent, "second", 1.5, "stage.rounds=400", "federation.quorum=0.5", "aggregation.tau=0"
+    )
     try:
         ledger = open_ledger(place.runs)
-        wait_until("the second run goes", 240, lambda: len(ledger.rounds("second")) > 1)
+        wait_until("the second run goes", 240, lambda: len(ledger.read_rounds("second")) > 1)
         page.goto(url)
         for centre in ("north", "east", "south", "west"):
             assert "online" in page.inner_text(f"#centres tr:has(th:has-text('{centre}'))")
@@ -124,7 +142,9 @@ def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: 
         page.goto(f"{url}/runs/second")
         page.evaluate("window.marked = true")
         before = int(re.search(r"round\n(\d+)", page.inner_text("#now"))[1])  # type: ignore[index]
-        page.wait_for_function("n => parseInt(document.querySelectorAll('#now .numbers b')[1].textContent) > n + 1", arg=before)
+        page.wait_for_function(
+            "n => parseInt(document.querySelectorAll('#now .numbers b')[1].textContent) > n + 1", arg=before
+        )
         assert page.evaluate("window.marked"), "the page was loaded anew"
 
         page.goto(url)
@@ -143,19 +163,21 @@ def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: 
 
         order(place, "Resume", "the line is mended")  # by Flower's simulation, which the console starts
         page.wait_for_selector("#status.resumed")
-        (resumed,) = (e["time"] for e in ledger.events("second") if e["kind"] == "resumed")
-        wait_until("a round of the resumed run", 400, lambda: ledger.rounds("second")[-1]["started"] > resumed)
+        (resumed,) = (e["time"] for e in ledger.read_events("second") if e["kind"] == "resumed")
+        wait_until(
+            "a round of the resumed run", 400, lambda: ledger.read_rounds("second")[-1]["started"] > resumed
+        )
         page.goto(f"{url}/runs/second")
         order(place, "Stop", "seen enough")
         page.wait_for_selector("#status.stopped")
-        assert [e["what"] for e in ledger.audit("second")] == ["pause", "resume", "stop"]
+        assert [e["what"] for e in ledger.read_audit("second")] == ["pause", "resume", "stop"]
     finally:
         end(run)
 
 
 def test_two_runs_are_compared_and_a_model_card_is_kept(place: Place, tmp_path: Path) -> None:
     page, url = place.page, place.url
-    if len(open_ledger(place.runs).runs()) < 2:
+    if len(open_ledger(place.runs).read_runs()) < 2:
         assert live(place.runs.parent, "second", 0, "stage.rounds=1", "aggregation.tau=0").wait(600) == 0
     page.goto(f"{url}/runs")
     for box in page.query_selector_all("input[name=run]"):
@@ -163,7 +185,7 @@ def test_two_runs_are_compared_and_a_model_card_is_kept(place: Place, tmp_path: 
     page.click("text=Compare the ticked")
     page.wait_for_selector(".js-plotly-plot .trace")
     assert "aggregation.tau" in page.inner_text("main")
-    assert "federation.root" not in page.inner_text("main"), "what is equal is not shown"
+    assert "federation.data_root" not in page.inner_text("main"), "what is equal is not shown"
     page.goto(f"{url}/runs/first/evidence")
     with page.expect_download() as coming:
         page.click("text=model-card.html")
@@ -171,7 +193,9 @@ def test_two_runs_are_compared_and_a_model_card_is_kept(place: Place, tmp_path: 
     assert "Model card" in (tmp_path / "card.html").read_text()
 
 
-OF_RUN = [f"/runs/first{page}" for page in ("", "/learning", "/privacy", "/data", "/evidence", "/order/resume")]
+OF_RUN = [
+    f"/runs/first{page}" for page in ("", "/learning", "/privacy", "/data", "/evidence", "/order/resume")
+]
 PAGES = ["/", "/runs", "/start", "/audit", "/accounts", "/compare?run=first&run=second", *OF_RUN]
 
 
@@ -194,6 +218,10 @@ def test_pages_are_usable_by_everybody(place: Place, scheme: str) -> None:
                 name = re.sub(r"\W+", "-", path).strip("-") or "federation"
                 page.screenshot(path=f"{shots}/{name}-{width}-{scheme}.png", full_page=True)
         found = axe.Axe().run(page).response["violations"]
-        wrong += [f"{path}: {v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in ("serious", "critical")]
+        wrong += [
+            f"{path}: {v['id']}: {v['nodes'][0]['html'][:200]}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
     page.set_viewport_size({"width": 1280, "height": 900})
     assert wrong == []

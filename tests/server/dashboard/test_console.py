@@ -12,16 +12,25 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from common.errors import ConsiliumError
-from common.quality import MEASURES
-from server import accounts
-from server.dashboard import facts
-from server.dashboard.access import Trust
-from server.ledger import Ledger
-from server.orders import broken
-from server.quality import described
+from common.protocol.image_statistics import IMAGE_STATISTICS
+from common.utils.errors import ConsiliumError
+from server.analysis.image_drift import summarise_histograms
+from server.dashboard import accounts
+from server.dashboard.auth import ProxyTrust
+from server.ledger.ledger import Ledger
+from server.monitoring import run_status
+from server.run.operator_commands import first_broken_link
 from tests.deploy.processes import postgresql
-from tests.server.dashboard.visit import CENTRES, PAGES, browser, config, logged_in, many, started, token
+from tests.server.dashboard.console_client import (
+    CENTRES,
+    PAGES,
+    browser,
+    config,
+    logged_in,
+    many,
+    started,
+    token,
+)
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def test_nothing_is_to_be_seen_without_a_log_in(ledger: Ledger) -> None:
     assert client.get("/metrics").status_code == 303
     assert client.post("/runs/r/order/stop", data={"why": "because"}).status_code == 303
     assert client.get("/openapi.json").status_code == 404
-    assert [e["what"] for e in ledger.audit()] == []
+    assert [e["what"] for e in ledger.read_audit()] == []
 
 
 def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None:
@@ -53,10 +62,20 @@ def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None
 
 def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> None:
     """Central mode: one answers, as `pooled`, of four cohorts."""
-    ledger.start_run("c", recipe="multisource", mode="central", config=config("federation.mode=central"), code="0123456789abcdef")
-    bins = {name: len(of.edges) - 1 for name, of in MEASURES.items()}
-    surveyed = {f"{c}/quality/{name}": np.roll(np.arange(1.0, n + 1), k) for k, c in enumerate(CENTRES) for name, n in bins.items()}
-    ledger.add_evidence("c", "quality", described(surveyed))
+    ledger.add_run(
+        "c",
+        recipe="multisource",
+        mode="central",
+        config=config("federation.mode=central"),
+        code="0123456789abcdef",
+    )
+    bins = {name: len(of.bin_edges) - 1 for name, of in IMAGE_STATISTICS.items()}
+    surveyed = {
+        f"{c}/quality/{name}": np.roll(np.arange(1.0, n + 1), k)
+        for k, c in enumerate(CENTRES)
+        for name, n in bins.items()
+    }
+    ledger.add_artifact("c", "quality", summarise_histograms(surveyed))
     many(ledger, "c", CENTRES, 2)
     client = logged_in(ledger)
     for path in ("/runs/c/data", "/runs/c/learning"):
@@ -67,7 +86,7 @@ def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> 
 
 
 def test_a_run_that_could_not_be_taken_up_says_why(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.event("r", "paused", "enough for today")
+    ledger.log_event("r", "paused", "enough for today")
     client = logged_in(ledger)
     launcher = client.app.state.console.launcher  # type: ignore[attr-defined]
     (tmp_path / "r.console.log").write_text("error: the SuperLink cannot be reached\n")
@@ -75,7 +94,7 @@ def test_a_run_that_could_not_be_taken_up_says_why(ledger: Ledger, tmp_path: Pat
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         launcher.begun["r"] = process, when
         with pytest.raises(ConsiliumError, match="being taken up" if shown else "no run 'r'"):
-            launcher.resume("r", facts.run_of(ledger, "r")["since"])  # type: ignore[index]
+            launcher.resume("r", run_status.load_run(ledger, "r")["since"])  # type: ignore[index]
         process.communicate()  # the end of its input is the end of it, with an error
         assert ("the SuperLink cannot be reached" in client.get("/runs/r").text) is shown
 
@@ -91,9 +110,13 @@ def test_what_browsers_are_told(ledger: Ledger) -> None:
     assert page.headers["cache-control"] == "no-store"
     assert not re.search(r"<script(?![^>]*(src=|application/json))|\sstyle=|\son\w+=|<style", page.text)
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page.text)
-    cookie = client.post("/login", data={"name": "operator", "password": accounts.give(ledger, "operator", "operator", "test")}).headers[
-        "set-cookie"
-    ]
+    cookie = client.post(
+        "/login",
+        data={
+            "name": "operator",
+            "password": accounts.create_account(ledger, "operator", "operator", "test"),
+        },
+    ).headers["set-cookie"]
     assert cookie.startswith("__Host-consilium=")
     assert {"httponly", "secure", "samesite=strict"} <= {part.strip().lower() for part in cookie.split(";")}
 
@@ -104,20 +127,33 @@ def test_a_viewer_sees_and_does_nothing(ledger: Ledger) -> None:
     assert "/order/" not in client.get("/runs/r").text
     csrf = token(client)
     for path in ("/runs/r/order/stop", "/start", "/accounts", "/accounts/close"):
-        assert client.post(path, data={"csrf": csrf, "why": "because", "name": "x", "role": "operator"}).status_code == 403, path
-    assert {e["what"] for e in ledger.audit()} == {"account", "login"}
+        assert (
+            client.post(
+                path, data={"csrf": csrf, "why": "because", "name": "x", "role": "operator"}
+            ).status_code
+            == 403
+        ), path
+    assert {e["what"] for e in ledger.read_audit()} == {"account", "login"}
 
 
 def test_an_order_needs_the_session_s_token_and_a_reason(ledger: Ledger) -> None:
     client = logged_in(ledger)
     csrf = token(client)
     assert client.post("/runs/r/order/pause", data={"why": "another site's form"}).status_code == 403
-    assert client.post("/runs/r/order/pause", data={"csrf": "x", "why": "another site's form"}).status_code == 403
+    assert (
+        client.post("/runs/r/order/pause", data={"csrf": "x", "why": "another site's form"}).status_code
+        == 403
+    )
     assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": " "}).status_code == 400
-    assert ledger.audit("r") == []
+    assert ledger.read_audit("r") == []
     assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": "<b>the scanner"}).status_code == 303
-    assert client.post("/runs/r/order/exclude", data={"csrf": csrf, "why": "moves", "centre": "west"}).status_code == 303
-    assert [(e["who"], e["what"], e["centre"], e["why"]) for e in ledger.audit("r")] == [
+    assert (
+        client.post(
+            "/runs/r/order/exclude", data={"csrf": csrf, "why": "moves", "centre": "west"}
+        ).status_code
+        == 303
+    )
+    assert [(e["who"], e["what"], e["centre"], e["why"]) for e in ledger.read_audit("r")] == [
         ("operator", "pause", "", "<b>the scanner"),
         ("operator", "exclude", "west", "moves"),
     ]
@@ -135,50 +171,63 @@ def test_log_ins_are_counted_and_sessions_end(ledger: Ledger) -> None:
     again.app = client.app
     again.cookies.update(copy)
     assert again.get("/").status_code == 303, "a copied cookie outlived its session"
-    answers = [client.post("/login", data={"name": "operator", "password": "wrong"}).status_code for _ in range(7)]
+    answers = [
+        client.post("/login", data={"name": "operator", "password": "wrong"}).status_code for _ in range(7)
+    ]
     assert answers == [401] * 5 + [403] * 2
-    password = accounts.give(ledger, "operator", "operator", "test")
-    assert client.post("/login", data={"name": "operator", "password": password}).status_code == 403, "the right one, too soon"
+    password = accounts.create_account(ledger, "operator", "operator", "test")
+    assert client.post("/login", data={"name": "operator", "password": password}).status_code == 403, (
+        "the right one, too soon"
+    )
 
 
 def test_a_new_password_or_a_closed_account_ends_its_sessions(ledger: Ledger) -> None:
     client = logged_in(ledger)
     assert client.get("/").status_code == 200
-    accounts.give(ledger, "operator", "viewer", "test")
+    accounts.create_account(ledger, "operator", "viewer", "test")
     assert client.get("/").status_code == 303
-    accounts.give(ledger, "ben", "operator", "test")
+    accounts.create_account(ledger, "ben", "operator", "test")
     with pytest.raises(ConsiliumError, match="'ben' is the last operator"):
-        accounts.close(ledger, "ben", "test")
+        accounts.disable_account(ledger, "ben", "test")
     with pytest.raises(ConsiliumError, match="role 'admin' is unknown"):
-        accounts.give(ledger, "eve", "admin", "test")
+        accounts.create_account(ledger, "eve", "admin", "test")
 
 
 def test_a_person_changes_the_own_password(ledger: Ledger) -> None:
     client = browser(ledger)
-    old = accounts.give(ledger, "vera", "viewer", "test")
+    old = accounts.create_account(ledger, "vera", "viewer", "test")
     client.post("/login", data={"name": "vera", "password": old})
     csrf = token(client)
     assert client.post("/password", data={"csrf": csrf, "old": old, "new": "too short"}).status_code == 400
-    assert client.post("/password", data={"csrf": csrf, "old": "wrong", "new": "long enough by far"}).status_code == 400
-    assert client.post("/password", data={"csrf": csrf, "old": old, "new": "long enough by far"}).status_code == 303
-    assert accounts.authentic(ledger, "vera", old) is None
-    assert accounts.authentic(ledger, "vera", "long enough by far")
-    assert "long enough" not in str(ledger.accounts())
+    assert (
+        client.post("/password", data={"csrf": csrf, "old": "wrong", "new": "long enough by far"}).status_code
+        == 400
+    )
+    assert (
+        client.post("/password", data={"csrf": csrf, "old": old, "new": "long enough by far"}).status_code
+        == 303
+    )
+    assert accounts.authenticate(ledger, "vera", old) is None
+    assert accounts.authenticate(ledger, "vera", "long enough by far")
+    assert "long enough" not in str(ledger.read_accounts())
 
 
 def test_a_proxy_s_header_holds_from_the_proxy_only(ledger: Ledger) -> None:
     """And /metrics is open to the watcher's address, not to what comes by way of the proxy."""
-    trust = Trust.of("X-Forwarded-User", ["10.0.0.0/24"], ["10.0.0.9", "10.9.9.9"])
-    accounts.give(ledger, "vera", "viewer", "test", proxied=True)
+    trust = ProxyTrust.from_options("X-Forwarded-User", ["10.0.0.0/24"], ["10.0.0.9", "10.9.9.9"])
+    accounts.create_account(ledger, "vera", "viewer", "test", uses_proxy=True)
     said = {"X-Forwarded-User": "vera"}
     assert browser(ledger, "10.0.0.5", trust).get("/", headers=said).status_code == 200
     assert browser(ledger, "10.0.1.5", trust).get("/", headers=said).status_code == 303
     assert browser(ledger, "10.0.0.5", trust).get("/", headers={"X-Forwarded-User": "eve"}).status_code == 403
-    assert browser(ledger, "10.0.0.5", trust).post("/login", data={"name": "vera", "password": ""}).status_code == 401
+    assert (
+        browser(ledger, "10.0.0.5", trust).post("/login", data={"name": "vera", "password": ""}).status_code
+        == 401
+    )
     assert b"consilium_" in browser(ledger, "10.9.9.9", trust).get("/metrics").content
     assert browser(ledger, "10.0.0.9", trust).get("/metrics").status_code == 303
     with pytest.raises(ConsiliumError, match="--trust-header needs --proxy"):
-        Trust.of("X-Forwarded-User", [], [])
+        ProxyTrust.from_options("X-Forwarded-User", [], [])
 
 
 def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
@@ -187,10 +236,13 @@ def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
     answer = client.post("/start", data={**given, "overrides": "stage.rouds=3"})
     assert (answer.status_code, "did you mean &#39;rounds&#39;?" in answer.text) == (400, True)
     assert client.post("/start", data={**given, "overrides": "stage.rounds=3", "why": ""}).status_code == 400
-    assert "start" not in {e["what"] for e in ledger.audit()}
+    assert "start" not in {e["what"] for e in ledger.read_audit()}
 
 
-@pytest.mark.skipif(not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")), reason="no PostgreSQL here: apt install postgresql")
+@pytest.mark.skipif(
+    not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
+    reason="no PostgreSQL here: apt install postgresql",
+)
 def test_on_postgresql(tmp_path: Path) -> None:
     """The pages, the orders and the chain, as in deployment."""
     with postgresql() as (address, _):
@@ -200,10 +252,15 @@ def test_on_postgresql(tmp_path: Path) -> None:
         client = logged_in(ledger, runs=tmp_path)
         for path in PAGES:
             assert client.get(path).status_code == 200, path
-        assert client.post("/runs/r/order/exclude", data={"csrf": token(client), "why": "moves", "centre": "west"}).status_code == 303
+        assert (
+            client.post(
+                "/runs/r/order/exclude", data={"csrf": token(client), "why": "moves", "centre": "west"}
+            ).status_code
+            == 303
+        )
         assert "west is excluded by operator: moves" in client.get("/").text
-        assert broken(ledger.audit()) is None
-        with pytest.raises(ConsiliumError, match="append-only"), ledger._open() as database:
+        assert first_broken_link(ledger.read_audit()) is None
+        with pytest.raises(ConsiliumError, match="append-only"), ledger._transaction() as database:
             database.execute(sa.text("DELETE FROM audit"))
         ledger._engine.dispose()
 
@@ -213,8 +270,12 @@ def test_names_are_text(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     started(ledger, "r", "federation.centres=[north]")
-    ledger.add_centre("r", evil, {"counts": {}, "sources": [evil], "versions": {evil: evil}, "skipped": {evil: 1}, "device": evil})
-    ledger.event("r", "left_out", evil, evil)
+    ledger.add_centre(
+        "r",
+        evil,
+        {"counts": {}, "sources": [evil], "versions": {evil: evil}, "skipped": {evil: 1}, "device": evil},
+    )
+    ledger.log_event("r", "left_out", evil, evil)
     many(ledger, "r", (evil, "north"), 3)
     client = logged_in(ledger)
     for path in PAGES:
@@ -224,7 +285,7 @@ def test_names_are_text(tmp_path: Path) -> None:
 def test_the_trail_s_chain_is_checked(ledger: Ledger) -> None:
     client = logged_in(ledger)
     assert "each follows from the one before" in client.get("/audit").text
-    with ledger._open() as database:
+    with ledger._transaction() as database:
         database.execute(sa.text('DROP TRIGGER "audit_no_UPDATE"'))
         database.execute(sa.text("UPDATE audit SET who = 'eve' WHERE id = 1"))
     assert "Entry 1 was changed" in client.get("/audit").text

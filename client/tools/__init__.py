@@ -1,0 +1,3 @@
+"""What a hospital runs by hand: predictions with a finished model, a self-check, a metrics endpoint.
+
+Not part of a federation's round."""

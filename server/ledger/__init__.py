@@ -1,0 +1,3 @@
+"""The run ledger: its database, tables and views.
+
+Stores what happened; decides nothing."""

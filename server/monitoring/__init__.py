@@ -1,0 +1,3 @@
+"""How a run is doing right now: status, health, Prometheus metrics, the terminal view.
+
+Reads the ledger; never touches a run."""

@@ -1,0 +1,148 @@
+"""The federation's own certificate authority, and the coordinator's certificate. Made offline, with the `cryptography` library."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common.utils.checks import CheckResult
+from common.utils.errors import ConsiliumError
+from common.utils.node_keys import write_secret_file
+from common.utils.tls_checks import check_expiry
+
+INTERNAL_NAMES = ["superlink", "localhost", "127.0.0.1"]  # what the coordinator's own parts call it
+AUTHORITY_VALIDITY_YEARS = 10
+
+
+def make_authority(folder: Path, name: str) -> None:
+    """ca.key (0600) and ca.crt. Raises FileExistsError."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} certificate authority")])
+    builder = _certificate_builder(
+        subject, subject, key.public_key(), key.public_key(), 365 * AUTHORITY_VALIDITY_YEARS
+    )
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    write_secret_file(folder / "ca.key", _encode_private_key(key))
+    (folder / "ca.crt").write_bytes(
+        _add_key_usage(builder, signs_certificates=True)
+        .sign(key, hashes.SHA384())
+        .public_bytes(form.Encoding.PEM)
+    )
+
+
+def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], days: int) -> None:
+    """server.key (0600) and server.crt, a chain of one, for `host`, `sans` and the names used inside. Raises FileExistsError, ConsiliumError."""
+    try:
+        ca_key = form.load_pem_private_key((authority / "ca.key").read_bytes(), None)
+    except OSError as error:
+        raise ConsiliumError(
+            f"{authority / 'ca.key'} is needed to make a certificate and cannot be read; bring it back for this"
+        ) from error
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    ca = read_certificate(authority / "ca.crt")
+    key = ec.generate_private_key(ec.SECP384R1())
+    left = (ca.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
+    builder = _certificate_builder(
+        _common_name(host), ca.subject, key.public_key(), ca_key.public_key(), min(days, left)
+    )
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName([_to_general_name(n) for n in list_certificate_names(host, sans)]),
+        critical=False,
+    )
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    write_secret_file(folder / "server.key", _encode_private_key(key))
+    certificate = _add_key_usage(builder, signs_certificates=False).sign(ca_key, hashes.SHA384())
+    (folder / "server.crt").write_bytes(certificate.public_bytes(form.Encoding.PEM))
+
+
+def list_certificate_names(host: str, sans: list[str]) -> list[str]:
+    """All that the certificate is for, each once."""
+    return list(dict.fromkeys([host, *sans, *INTERNAL_NAMES]))
+
+
+def read_certificate_names(certificate: x509.Certificate) -> set[str]:
+    """What a certificate is for."""
+    return {
+        str(n.value)
+        for n in certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    }
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Raises ConsiliumError."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConsiliumError(
+            f"{path} cannot be read as a certificate ({type(error).__name__}); run `consilium-server provision`"
+        ) from error
+
+
+def check_certificate_expiry(path: Path, warn_days: int, remedy: str) -> CheckResult:
+    """How long a certificate is still good for."""
+    try:
+        until = read_certificate(path).not_valid_after_utc
+    except ConsiliumError as error:
+        return CheckResult("fault", str(error))
+    return check_expiry(path.name, until, warn_days, remedy)
+
+
+def _certificate_builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePublicKey,
+    days: int,
+) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC).replace(microsecond=0)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))  # a hospital's clock may be a little behind
+        .not_valid_after(now + dt.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
+    )
+
+
+def _add_key_usage(builder: x509.CertificateBuilder, signs_certificates: bool) -> x509.CertificateBuilder:
+    return builder.add_extension(
+        x509.KeyUsage(
+            digital_signature=not signs_certificates,
+            key_cert_sign=signs_certificates,
+            crl_sign=signs_certificates,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
+            decipher_only=False,
+        ),
+        critical=True,
+    )
+
+
+def _common_name(host: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
+
+
+def _to_general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _encode_private_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())

@@ -1,0 +1,3 @@
+"""What a finished run leaves: report, figures, model card, exports, TensorBoard.
+
+Reads results; changes none."""

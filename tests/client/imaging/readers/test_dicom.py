@@ -1,0 +1,302 @@
+"""DICOM series and radiographs as hospitals keep them, good and bad: every file is written by the test itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.pixels.encoders.base import get_encoder
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    UID,
+    DigitalXRayImageStorageForPresentation,
+    EnhancedCTImageStorage,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from client.imaging.readers import detect_format, read_scan
+from client.imaging.readers.dicom_series import choose_series, find_series
+from common.utils.errors import ConsiliumError
+from tests.client.dicom_files import SIZE, cut, dataset, level, levels, said, stack, write
+
+
+def test_slices_are_ordered_by_position_in_hounsfield_units(tmp_path: Path) -> None:
+    folder = write(tmp_path / "scan", stack())
+    (folder / "notes.txt").write_text("not a slice")
+    volume = read_scan(folder)
+    assert detect_format(folder) == "dicom"
+    assert volume.is_hounsfield
+    assert volume.voxels.dtype == np.int16
+    assert volume.voxels.shape == (6, SIZE, SIZE)
+    assert levels(volume) == [level(2.5 * z) for z in range(6)]
+    assert (volume.voxels[:, :, -1] == 40).all()
+    assert volume.spacing == (2.5, 0.7, 0.8)
+    np.testing.assert_allclose(volume.positions, np.arange(6) * 2.5)
+    assert (volume.modality, volume.notes) == ("CT", [])
+
+
+@given(st.permutations(range(7)), st.integers(0, 99))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_names_and_order_of_files_do_not_matter(tmp_path: Path, order: list[int], seed: int) -> None:
+    folder = tmp_path / f"{seed}-{''.join(map(str, order))}"
+    if folder.exists():
+        return
+    volume = read_scan(write(folder, [dataset(2.0 * z) for z in order], seed))
+    assert levels(volume) == [level(2.0 * z) for z in range(7)]
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_compressed_slices_read_the_same(tmp_path: Path, syntax: UID) -> None:
+    if not get_encoder(syntax).is_available:
+        pytest.skip(f"no encoder for {syntax.name} here")
+    plain, packed = stack(3, size=64), stack(3, size=64)
+    for ds in packed:
+        ds.compress(syntax, generate_instance_uid=False)
+    np.testing.assert_array_equal(
+        read_scan(write(tmp_path / "packed", packed)).voxels,
+        read_scan(write(tmp_path / "plain", plain)).voxels,
+    )
+
+
+def test_rescale_padding_and_clipping(tmp_path: Path) -> None:
+    pixels = np.full((SIZE, SIZE), 500, np.int16)
+    pixels[0], pixels[1], pixels[2] = -2000, 32000, -1500
+    slices = [
+        dataset(
+            z, RescaleSlope=2, RescaleIntercept=-1000, PixelPaddingValue=-2000, PixelData=pixels.tobytes()
+        )
+        for z in (0, 1)
+    ]
+    volume = read_scan(write(tmp_path / "a", slices))
+    assert volume.voxels[0, :4, 0].tolist() == [-1024, 32767, -1024, 0]
+    unsigned = pixels.astype(np.uint16)
+    unsigned[0] = 63536
+    slices = [
+        dataset(z, PixelRepresentation=0, PixelPaddingValue=63536, PixelData=unsigned.tobytes())
+        for z in (0, 1)
+    ]
+    assert read_scan(write(tmp_path / "b", slices)).voxels[0, [0, 3], 0].tolist() == [-1024, 500 - 1024]
+    volume = read_scan(write(tmp_path / "c", stack(3, RescaleIntercept=None, RescaleSlope=None)))
+    assert levels(volume) == [level(2.5 * z) + 1024 for z in range(3)]
+    assert said(volume, "No rescale intercept")
+
+
+def test_gantry_tilt_is_ordered_along_the_normal_and_noted(tmp_path: Path) -> None:
+    angle = math.radians(12)
+    turn = [1, 0, 0, 0, math.cos(angle), -math.sin(angle)]
+    volume = read_scan(write(tmp_path / "a", stack(ImageOrientationPatient=turn)))
+    assert levels(volume) == [level(2.5 * z) for z in range(6)]
+    assert volume.spacing[0] == pytest.approx(2.5 * math.cos(angle))
+    assert said(volume, "tilted by 12.0 degrees")
+    # The same slices stacked along their own normal are no tilt, however the body lay.
+    along = np.array([0, math.sin(angle), math.cos(angle)])
+    straight = [
+        dataset(2.5 * z, ImageOrientationPatient=turn, ImagePositionPatient=list(2.5 * z * along))
+        for z in range(6)
+    ]
+    volume = read_scan(write(tmp_path / "b", straight))
+    assert volume.spacing[0] == pytest.approx(2.5)
+    assert volume.notes == []
+
+
+def test_prone_slices_are_brought_to_the_usual_view(tmp_path: Path) -> None:
+    turned = stack(3, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])
+    volume = read_scan(write(tmp_path / "scan", turned))
+    assert [int(v) for v in volume.voxels[:, 3, -3]] == [level(2.5 * z) for z in range(3)]
+    assert (volume.voxels[:, :, 0] == 40).all()
+    assert said(volume, "turned")
+
+
+def test_missing_duplicate_and_odd_sized_slices_are_noted(tmp_path: Path) -> None:
+    slices = [dataset(2.5 * z) for z in range(10) if z not in (4, 5)]
+    volume = read_scan(write(tmp_path / "missing", slices))
+    assert len(volume.voxels) == 8
+    assert volume.spacing[0] == 2.5
+    assert volume.positions[4] - volume.positions[3] == pytest.approx(7.5)
+    assert said(volume, "About 2 slices missing")
+
+    again = dataset(5.0, InstanceNumber=5000)  # the later of two in one place goes
+    again.PixelData = np.zeros((SIZE, SIZE), np.int16).tobytes()
+    volume = read_scan(write(tmp_path / "twice", [again, *stack()]))
+    assert levels(volume) == [level(2.5 * z) for z in range(6)]
+    assert said(volume, "1 slice in the same place")
+
+    volume = read_scan(write(tmp_path / "sizes", [*stack(), dataset(15.0, size=16), dataset(17.5, size=16)]))
+    assert volume.voxels.shape == (6, SIZE, SIZE)
+    assert said(volume, "2 slices of another size")
+
+
+def test_without_positions_the_instance_number_orders_and_without_both_nothing_does(tmp_path: Path) -> None:
+    slices = [dataset(2.5 * z, ImagePositionPatient=None, InstanceNumber=z + 1) for z in range(12)]
+    volume = read_scan(write(tmp_path / "numbers", slices))
+    assert levels(volume) == [level(2.5 * z) for z in range(12)]
+    assert volume.positions.tolist() == list(range(12))
+    assert volume.spacing[0] == 2.5
+    assert said(volume, "instance number")
+    slices = [dataset(2.5 * z, ImagePositionPatient=None, InstanceNumber=None) for z in range(4)]
+    with pytest.raises(ConsiliumError, match="instance numbers are missing too"):
+        read_scan(write(tmp_path / "neither", slices))
+
+
+def test_truncated_files_are_left_out_until_fewer_than_half_remain(tmp_path: Path) -> None:
+    folder = write(tmp_path / "scan", stack())
+    files = sorted(folder.iterdir())
+    cut(files[0], 0.8)  # in its pixels
+    volume = read_scan(folder)
+    assert len(volume.voxels) == len(volume.positions) == 5
+    assert said(volume, "1 of 6 slices cannot be decoded")
+    cut(files[1], 0.1)  # in its header
+    volume = read_scan(folder)
+    assert len(volume.voxels) == 4
+    assert said(volume, "1 file with a damaged DICOM header")
+    for file in files[2:4]:
+        cut(file, 0.8)
+    with pytest.raises(ConsiliumError, match="3 of 5 slices cannot be decoded"):
+        read_scan(folder)
+    folder = write(tmp_path / "ruins", stack())
+    for file in folder.iterdir():
+        cut(file, 0.1)
+    with pytest.raises(ConsiliumError, match="6 damaged files"):
+        read_scan(folder)
+
+
+def test_of_several_series_the_thinnest_axial_one_that_covers_the_chest(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    write(study / "thick", stack(8, 5.0, series="1.2.3.5", SliceThickness=5, SeriesNumber=2))
+    write(study / "thin", stack(30, 1.25, series="1.2.3.1", SliceThickness=1.25, SeriesNumber=4))
+    write(
+        study / "bolus",
+        [dataset(z, series="1.2.3.2", SliceThickness=0.6, SeriesNumber=5) for z in (10.0, 10.6)],
+    )
+    coronal = [1, 0, 0, 0, 0, -1]
+    crowns = [
+        dataset(
+            z,
+            series="1.2.3.3",
+            SliceThickness=1,
+            SeriesNumber=6,
+            ImageOrientationPatient=coronal,
+            ImagePositionPatient=[0, z, 0],
+        )
+        for z in range(40)
+    ]
+    write(study / "coronal", crowns)
+    write(study / "scout", [dataset(0, series="1.2.3.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])])
+    found, _, _ = find_series(study)
+    assert sorted(s.series_uid for s in found) == ["1.2.3.1", "1.2.3.2", "1.2.3.3", "1.2.3.5"]
+    assert {s.patient_id for s in found} == {"SECRET"}
+    chosen, notes = choose_series(found)
+    assert (chosen.series_uid, chosen.is_axial, chosen.slice_thickness, len(chosen.files)) == (
+        "1.2.3.1",
+        True,
+        1.25,
+        30,
+    )
+    assert len(notes) == 1
+    volume = read_scan(study)
+    assert len(volume.voxels) == 30
+    assert said(volume, "4 series", "number 4 (1.25 mm, 30 images) was read", "number 2 (5 mm, 8 images)")
+    assert len(read_scan(study, series_uid="1.2.3.5").voxels) == 8
+    with pytest.raises(ConsiliumError, match=r"does not hold the series 9\.9"):
+        read_scan(study, series_uid="9.9")
+    write(study / "other", stack(3, series="1.2.3.9", StudyInstanceUID="1.2.9"))
+    with pytest.raises(ConsiliumError, match="2 studies"):
+        read_scan(study)
+
+
+def test_a_multi_frame_file_is_a_series(tmp_path: Path) -> None:
+    def item(**tags: Any) -> Dataset:
+        made = Dataset()
+        for tag, value in tags.items():
+            setattr(made, tag, value)
+        return made
+
+    places = [5.0, 0.0, 2.5]
+    ds = dataset(
+        0,
+        storage=EnhancedCTImageStorage,
+        ImagePositionPatient=None,
+        ImageOrientationPatient=None,
+        PixelSpacing=None,
+    )
+    del ds.RescaleSlope, ds.RescaleIntercept, ds.SliceThickness
+    ds.NumberOfFrames = len(places)
+    ds.SharedFunctionalGroupsSequence = Sequence(
+        [
+            item(
+                PlaneOrientationSequence=Sequence([item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]),
+                PixelMeasuresSequence=Sequence([item(PixelSpacing=[0.7, 0.8], SliceThickness=2.5)]),
+                PixelValueTransformationSequence=Sequence([item(RescaleSlope=1, RescaleIntercept=-1024)]),
+            )
+        ]
+    )
+    ds.PerFrameFunctionalGroupsSequence = Sequence(
+        [item(PlanePositionSequence=Sequence([item(ImagePositionPatient=[0, 0, z])])) for z in places]
+    )
+    ds.PixelData = b"".join(dataset(z).PixelData for z in places)
+    folder = write(tmp_path / "scan", [ds])
+    volume = read_scan(next(folder.iterdir()))
+    assert levels(volume) == [level(z) for z in sorted(places)]
+    assert volume.spacing == (2.5, 0.7, 0.8)
+    assert volume.notes == []
+
+
+def radiograph(pixels: NDArray[Any], **changed: Any) -> FileDataset:
+    tags: dict[str, Any] = {
+        "Modality": "DX",
+        "PixelRepresentation": 0,
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+    }
+    tags |= {
+        "PixelData": pixels.astype(np.uint16).tobytes(),
+        "ImagePositionPatient": None,
+        "ImageOrientationPatient": None,
+    }
+    tags |= {
+        "RescaleSlope": None,
+        "RescaleIntercept": None,
+        "PixelSpacing": None,
+        "ImagerPixelSpacing": [0.14, 0.15],
+    }
+    return dataset(0, storage=DigitalXRayImageStorageForPresentation, **(tags | changed))
+
+
+def test_radiographs_are_windowed_and_bone_is_bright(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 4000, 50), (40, 1)).astype(np.uint16)
+    plain = read_scan(next(write(tmp_path / "a", [radiograph(ramp)]).iterdir()))
+    assert (plain.modality, plain.is_hounsfield, plain.voxels.shape) == ("XR", False, (1, 40, 50))
+    assert plain.spacing == (1.0, 0.14, 0.15)
+    row = plain.voxels[0, 0].astype(int)
+    assert (row[0], row[-1]) == (0, 255)
+    assert (np.diff(row) >= 0).all()
+    inverted = read_scan(write(tmp_path / "b", [radiograph(ramp, PhotometricInterpretation="MONOCHROME1")]))
+    np.testing.assert_array_equal(inverted.voxels, 255 - plain.voxels)
+    windowed = read_scan(
+        write(tmp_path / "c", [radiograph(ramp, WindowCenter=1000, WindowWidth=1000)])
+    ).voxels[0, 0]
+    assert windowed[ramp[0] < 490].max() == 0
+    assert windowed[ramp[0] > 1510].min() == 255
+    assert 120 <= windowed[np.abs(ramp[0].astype(int) - 1000).argmin()] <= 140
+    useless = read_scan(write(tmp_path / "d", [radiograph(ramp, WindowCenter=-9000, WindowWidth=10)]))
+    np.testing.assert_array_equal(useless.voxels, plain.voxels)
+
+
+def test_of_two_views_the_frontal_one(tmp_path: Path) -> None:
+    side, front = np.zeros((20, 30), np.uint16), np.tile(np.arange(40, dtype=np.uint16), (20, 1))
+    folder = write(
+        tmp_path / "scan",
+        [radiograph(side, ViewPosition="LL", series="1"), radiograph(front, ViewPosition="PA", series="2")],
+    )
+    volume = read_scan(folder)
+    assert volume.voxels.shape == (1, 20, 40)
+    assert said(volume, "2 series")

@@ -1,0 +1,306 @@
+"""Local training against loops written out by hand, and laws: what has no label, is frozen or is the server's does not move."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partialmethod
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from client.training.trainer import Batch, make_optimiser, run_inference, scheduled_learning_rate, train
+from common.config.schema import AugmentConfig, BackboneConfig, OptimiserConfig, Stage, Task
+from common.modeling.model import Model, make_model
+from common.utils.errors import ConsiliumError
+
+STILL = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
+SGD = OptimiserConfig(name="sgd", lr=0.1, momentum=0, weight_decay=0, schedule="constant")
+STAGE = Stage(augment=STILL, optimiser=SGD, channels_last=False, batch_size=4)
+COVID = {"covid": Task()}
+BOTH = {"covid": Task(), "source": Task(type="multiclass", classes=["a", "b", "c"], loss_weight=0.5)}
+NAN = math.nan
+
+
+def model_of(tasks: dict[str, Task], norm: str = "group", seed: int = 1) -> Model:
+    """Group norm: a scan's output then depends on that scan alone."""
+    return make_model(BackboneConfig(norm=norm), tasks, seed)  # type: ignore[arg-type]
+
+
+def batch_of(targets: dict[str, list[float]], seed: int = 0) -> Batch:
+    n = len(next(iter(targets.values())))
+    slices = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 2, 32, 32), dtype=np.uint8))
+    return Batch(slices, {t: torch.tensor(y, dtype=torch.float64) for t, y in targets.items()})
+
+
+def some_batches(count: int) -> list[Batch]:
+    return [batch_of({"covid": [0, 1, NAN, 1], "source": [2, 0, 1, NAN]}, seed) for seed in range(count)]
+
+
+def state(model: nn.Module, start: str = "") -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if name.startswith(start)}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def trained(
+    tasks: dict[str, Task], batches: list[Batch], stage: Stage = STAGE, norm: str = "group", **more: Any
+) -> Model:
+    model = model_of(tasks, norm)
+    train(model, batches, stage, tasks, {}, num_steps=len(batches), **more)
+    return model
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before() -> None:
+    tasks = {"covid": Task(dropout=0.5)}
+    stage = replace(STAGE, augment=AugmentConfig(), optimiser=OptimiserConfig())
+    first = state(trained(tasks, some_batches(3), stage, "batch", seed=5))
+    torch.rand(11)
+    before = torch.random.get_rng_state()
+    assert equal(first, state(trained(tasks, some_batches(3), stage, "batch", seed=5)))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not equal(first, state(trained(tasks, some_batches(3), stage, "batch", seed=6)))
+    still = {"covid": Task(dropout=0.5)}, some_batches(3), replace(stage, augment=STILL)
+    assert not equal(
+        state(trained(*still, seed=5)), state(trained(*still, seed=6))
+    )  # dropout draws from the seed too
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_accumulation_gives_the_weights_of_the_whole_batch(parts: int) -> None:
+    whole, cut = (
+        state(trained(BOTH, some_batches(3), replace(STAGE, grad_accum_steps=k))) for k in (1, parts)
+    )
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_without_the_label_changes_nothing() -> None:
+    labelled = batch_of({"covid": [0, 1, 1]})
+    more = batch_of({"covid": [0, 1, 1, NAN]})
+    more.slices[:3] = labelled.slices
+    alone, beside = state(trained(COVID, [labelled])), state(trained(COVID, [more]))
+    for name in alone:
+        torch.testing.assert_close(beside[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_tasks_label_leaves_a_head_as_it_is() -> None:
+    heads = []
+    for source in ([0.0, 1, 2, NAN], [0.0, 1, 2, 2], [NAN] * 4):
+        model = trained(BOTH, [batch_of({"covid": [0, 1, 1, NAN], "source": source})])
+        heads.append(state(model, "heads.covid"))
+    assert equal(heads[0], heads[1])
+    assert equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_an_unlabelled_rows_output_never_reaches_the_gradient(value: float) -> None:
+    batch = batch_of({"covid": [0, NAN, 1, NAN]})
+    sane = state(trained(COVID, [batch]))
+
+    def spoil(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return torch.where(torch.tensor([[False], [True], [False], [True]]), value, out)
+
+    model = model_of(COVID)
+    model.heads["covid"].register_forward_hook(spoil)
+    report = train(model, [batch], STAGE, COVID, {})
+    assert equal(state(model), sane)
+    assert math.isfinite(report.losses["covid"][0])
+
+
+def test_a_batch_without_labels_is_a_step_that_moves_nothing() -> None:
+    model = model_of(COVID)
+    before = state(model)
+    report = train(
+        model,
+        [batch_of({"covid": [NAN, NAN]})],
+        replace(STAGE, optimiser=OptimiserConfig(), fedprox_mu=0.1),
+        COVID,
+        {},
+    )
+    assert equal(before, state(model))
+    assert (report.steps, report.scans_seen, report.losses) == (1, 2, {"covid": [0.0, 0.0]})
+
+
+def test_fedprox_and_prior_against_steps_by_hand() -> None:
+    mu, lr, batches, adjustment = 0.7, 0.1, some_batches(3), torch.tensor([-0.2, -1.5])
+    model = model_of(COVID)
+    expected = copy.deepcopy(model)
+    report = train(model, batches, replace(STAGE, fedprox_mu=mu), COVID, {"covid": adjustment}, num_steps=3)
+    origin = [p.detach().clone() for p in expected.parameters()]
+    summed = 0.0
+    for batch in batches:
+        y = batch.targets["covid"]
+        z = expected(batch.slices / 255)["covid"][:, 0]
+        z, y = z[~y.isnan()] + adjustment[1] - adjustment[0], y[~y.isnan()]
+        losses = F.softplus(z) - y * z  # binary cross-entropy with logits
+        summed += float(losses.sum().detach())
+        grads = torch.autograd.grad(losses.mean(), list(expected.parameters()))
+        with torch.no_grad():
+            for p, g, o in zip(expected.parameters(), grads, origin, strict=True):
+                p.sub_(lr * (g + mu * (p - o)))
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+    assert report.losses["covid"] == [pytest.approx(summed, rel=1e-4), 9]
+    assert (report.steps, report.scans_seen) == (3, 12)
+
+
+def test_a_gradient_that_overflows_half_precision_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16's scaler begins too high and halves until the gradients fit: those steps count for nothing, the anchored head's too. And it is not
+    upset by a batch without labels. Here with fp32 and a scale that overflows even that."""
+    tasks = {"source": replace(BOTH["source"], head_update="anchored", loss_weight=8.0)}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    stage = replace(STAGE, optimiser=replace(SGD, lr=1e-3))
+    model, seen = model_of(tasks), []
+    batches = [batch_of({"source": [NAN, NAN]}), *some_batches(8)]
+
+    def watched() -> Iterator[Batch]:
+        for batch in batches:
+            seen.append(state(model))
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+        train(model, watched(), stage, tasks, {}, num_steps=9)
+    skipped = sum(equal(a, b) for a, b in pairwise(seen))
+    assert 2 <= skipped <= 6
+    expected = state(trained(tasks, batches[skipped:], stage))
+    for name, t in state(model).items():
+        torch.testing.assert_close(t, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_learning_rate_follows_the_stage() -> None:
+    cosine, constant = OptimiserConfig(lr=0.2), OptimiserConfig(lr=0.2, schedule="constant")
+    assert [scheduled_learning_rate(cosine, x) for x in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0.0])
+    assert scheduled_learning_rate(cosine, 0.25) == pytest.approx(0.1 * (1 + math.sqrt(0.5)))
+    assert {scheduled_learning_rate(constant, x) for x in (0, 0.3, 1)} == {0.2}
+
+
+def test_every_step_is_as_long_as_the_schedule_and_the_limit_say() -> None:
+    """With the gradient's norm limited far below itself, a step of SGD is lr * limit long; heads step `head_lr` times as far."""
+    model, seen = model_of(COVID), []
+
+    def watched() -> Iterator[Batch]:
+        for batch in some_batches(4):
+            seen.append(state(model))
+            yield batch
+
+    stage = replace(STAGE, optimiser=replace(SGD, lr=10.0, schedule="cosine", max_grad_norm=1e-3))
+    train(model, watched(), stage, COVID, {}, stage_progress=(0.25, 0.75), num_steps=4)
+    seen.append(state(model))
+    pairs = pairwise(seen)
+    lengths = [
+        math.sqrt(sum(float((b[k].double() - a[k].double()).square().sum()) for k in a)) for a, b in pairs
+    ]
+    expected = [10.0 * 1e-3 * 0.5 * (1 + math.cos(math.pi * (0.25 + 0.5 * step / 4))) for step in range(4)]
+    assert lengths == pytest.approx(expected, rel=1e-3)
+
+    moves = {}
+    for head_lr in (1.0, 3.0):
+        stage = replace(STAGE, optimiser=replace(SGD, head_lr_scale=head_lr))
+        start, after = state(model_of(COVID)), state(trained(COVID, some_batches(1), stage))
+        moves[head_lr] = {k: after[k] - start[k] for k in after}
+    torch.testing.assert_close(
+        moves[3.0]["heads.covid.1.weight"], 3 * moves[1.0]["heads.covid.1.weight"], rtol=1e-3, atol=1e-7
+    )
+    assert torch.equal(moves[3.0]["encoder.conv1.0.weight"], moves[1.0]["encoder.conv1.0.weight"])
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence() -> None:
+    model = model_of(COVID)
+    with torch.no_grad():
+        model.heads["covid"][1].bias.fill_(NAN)  # type: ignore[index, union-attr]
+    with pytest.raises(
+        ConsiliumError,
+        match=r"^the loss became nan at step 0; lower stage\.optimiser\.lr or set stage\.precision=fp32$",
+    ):
+        train(model, some_batches(1), STAGE, COVID, {})
+
+
+def test_checkpointing_and_channels_last_change_memory_not_weights() -> None:
+    plain = state(trained(COVID, some_batches(1)))
+    model = make_model(BackboneConfig(norm="group"), COVID, 1, channels_last=True, grad_checkpointing=True)
+    train(model, some_batches(1), STAGE, COVID, {})
+    for name, t in state(model).items():
+        torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
+
+
+def test_compiling_changes_time_not_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, whose C++ compiler would take half a minute; it was run once."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    plain = state(trained(COVID, some_batches(2)))
+    for name, t in state(
+        trained(COVID, some_batches(2), replace(STAGE, torch_compile=True))
+    ).items():  # by the same names, too
+        torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_full(precision: str) -> None:
+    full, half = (
+        state(trained(COVID, some_batches(1), replace(STAGE, precision=p))) for p in ("fp32", precision)
+    )  # type: ignore[arg-type]
+    assert all(t.dtype == torch.float32 for t in half.values())
+    for name in full:
+        torch.testing.assert_close(half[name], full[name], rtol=0.05, atol=0.02)
+    assert not equal(full, half)
+
+
+def test_inference_keeps_the_order_and_leaves_the_model_as_it_is() -> None:
+    model = model_of({"covid": Task(dropout=0.5)}, "batch")
+    before, scans = state(model), batch_of({"covid": [0] * 5}).slices
+    found = run_inference(model, scans.split(2), lambda m, x: m(x))["covid"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.eval()(scans / 255)["covid"], rtol=1e-4, atol=1e-5)
+    assert equal(before, state(model))
+
+
+def test_a_new_decoder_learns_as_fast_as_the_heads() -> None:
+    """Both are random where the encoder may come from ImageNet."""
+    model = make_model(BackboneConfig(), {"lesion": Task(type="segmentation")}, 1)
+    optimiser = make_optimiser(list(model.named_parameters()), OptimiserConfig(lr=0.1, head_lr_scale=10.0))
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert {name.partition(".")[0]: rates[id(p)] for name, p in model.named_parameters()} == pytest.approx(
+        {"encoder": 0.1, "decoder": 1.0, "heads": 1.0}
+    )
+
+
+@pytest.mark.parametrize("room", [3, 1])
+def test_a_batch_that_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """A device that holds `room` scans at a time: the same step as with as many parts asked for, and from then on no more overflows."""
+    overflows = []
+    forward = Model.forward
+
+    def narrow(self: Model, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
+        if len(x) > room:
+            overflows.append(len(x))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, tasks)
+
+    stage = replace(STAGE, augment=AugmentConfig())
+    fitting = state(
+        trained(BOTH, some_batches(3), replace(stage, grad_accum_steps=4 // room if room == 1 else 2), seed=3)
+    )
+    monkeypatch.setattr(Model, "forward", narrow)
+    assert equal(fitting, state(trained(BOTH, some_batches(3), stage, seed=3)))
+    assert overflows == ([4] if room == 3 else [4, 2])
+
+
+def test_a_scan_that_does_not_fit_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Model, "forward", full)
+    with pytest.raises(
+        ConsiliumError, match=r"^one scan does not fit the device's memory; set stage\.checkpointing=true"
+    ):
+        trained(COVID, some_batches(1))
