@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.modeling.parameters import Weights
+from common.utils.errors import RefusalCode
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -213,6 +214,11 @@ class Refusal:
     centre: str
     reason: str
     permanent: bool = False  # by choice: asking again is no use
+    code: RefusalCode = RefusalCode.ERROR
+
+    def __post_init__(self) -> None:
+        """Turn the code's text, as it came over the wire, into a `RefusalCode`."""
+        self.code = RefusalCode(self.code)
 
 
 SecureSumRequest = ShareKeysRequest | MaskedInputRequest | UnmaskRequest

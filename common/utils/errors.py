@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import StrEnum
+
+
+class RefusalCode(StrEnum):
+    """Why a request was not answered as asked. Travels with every refusal, so that nobody has to read its sentence."""
+
+    OFFLINE = "offline"  # not connected, or no reply before the round timeout
+    POLICY = "policy"  # the hospital's policy or privacy budget forbids it
+    NO_DATA = "no_data"  # the centre has no scan, label or cohort for it
+    BAD_REQUEST = "bad_request"  # the request or its configuration is wrong
+    BAD_REPLY = "bad_reply"  # the reply could not be used: malformed, not finite, an outlier
+    EXCLUDED = "excluded"  # an operator excluded the centre
+    ERROR = "error"  # the centre failed; its own log has the details
 
 
 class ConsiliumError(Exception):
@@ -16,6 +29,11 @@ class ConsiliumError(Exception):
 
 class Refused(ConsiliumError):
     """The centre will not answer this request; the text says why and is meant for the coordinator's operator."""
+
+    def __init__(self, reason: str, code: RefusalCode = RefusalCode.BAD_REQUEST) -> None:
+        """Refuse with a sentence for the coordinator's operator and a code for its programs."""
+        super().__init__(reason)
+        self.code = code
 
 
 class PermanentlyRefused(Refused):
