@@ -1,9 +1,14 @@
-"""Configuration keys of 0.1.0 and what they are called since 0.2.0, so that an old key is refused with its new name.
+"""Configuration keys of 0.1.0 and what they are called since 0.2.0, so that an old key is refused with its
+new name.
 
-``*`` stands for a name that the recipe chooses (a task's). A key of ``stage`` is the same under ``stages.<name>``.
+``*`` stands for a name that the recipe chooses (a task's). A key of ``stage`` is the same under
+``stages.<name>``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 RENAMED_KEYS: dict[str, str] = {
     "preprocess.exact": "preprocess.full_lung_search",
@@ -92,13 +97,91 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.absent": "evaluation.missing_class",
 }
 
-# Choices of a configuration group and values, as they are written in an override.
+RENAMED_GROUPS = {"fitting": "presets"}
+
+# Values that have new names, as they are written in an override.
 RENAMED_VALUES: dict[str, str] = {
     "aggregation=mirror": "aggregation=imbalance_aware",
-    "fitting=": "presets=",
     "tasks.*.kind=contrast": "tasks.*.type=contrastive",
     "stage.pace=own": "stage.local_steps_mode=proportional",
     "stage.runtime=given": "stage.autotune=false",
     "stage.runtime=auto": "stage.autotune=true",
     "aggregation.robust=trimmed": "aggregation.robust_rule=trimmed_mean",
 }
+
+
+def find_new_key(key: str) -> str | None:
+    """Return the present name of a dotted key of 0.1.0, or None when it is not an old key."""
+    parts = key.split(".")
+    for old_key, new_key in _iterate_renames(RENAMED_KEYS):
+        old_parts = old_key.split(".")
+        if _matches(parts, old_parts):
+            new_parts = new_key.split(".")
+            return ".".join(_fill_wildcards(parts, new_parts))
+    return None
+
+
+def find_new_override(override: str) -> str | None:
+    """Return the present form of an override ``key=value`` of 0.1.0, or None when nothing about it is old."""
+    key, _, value = override.lstrip("+~").partition("=")
+    if key in RENAMED_GROUPS:
+        return f"{RENAMED_GROUPS[key]}={value}"
+    for old_text, new_text in _iterate_renames(RENAMED_VALUES):
+        old_key, _, old_value = old_text.partition("=")
+        if value == old_value and _matches(key.split("."), old_key.split(".")):
+            new_key, _, new_value = new_text.partition("=")
+            filled_parts = _fill_wildcards(key.split("."), new_key.split("."))
+            return f"{'.'.join(filled_parts)}={new_value}"
+    new_key_alone = find_new_key(key)
+    return f"{new_key_alone}={value}" if new_key_alone else None
+
+
+def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration of 0.1.0 under the present keys.
+
+    One of this version is returned unchanged.
+
+    For files that nobody can edit, such as the configuration inside a saved model. Keys that a person wrote
+    are refused with their new name instead (`find_new_key`).
+    """
+    return _upgrade_level(values, [])
+
+
+def _upgrade_level(values: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
+    upgraded: dict[str, Any] = {}
+    for name, value in values.items():
+        key = ".".join([*path, name])
+        new_name = (find_new_key(key) or key).rpartition(".")[2]
+        new_value = _find_new_value(key, value)
+        if isinstance(new_value, Mapping):
+            new_value = _upgrade_level(new_value, [*path, name])
+        upgraded[new_name] = new_value
+    return upgraded
+
+
+def _find_new_value(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    new_override = find_new_override(f"{key}={value}")
+    if new_override is None:
+        return value
+    new_value = new_override.partition("=")[2]
+    return {"true": True, "false": False}.get(new_value, new_value)
+
+
+def _iterate_renames(renames: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the renames, those of ``stage`` also as they stand under ``stages.*``."""
+    for old_text, new_text in renames.items():
+        yield old_text, new_text
+        if old_text.startswith("stage."):
+            yield f"stages.*.{old_text.removeprefix('stage.')}", f"stages.*.{new_text.removeprefix('stage.')}"
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    if len(parts) != len(pattern):
+        return False
+    return all(wanted in ("*", part) for part, wanted in zip(parts, pattern, strict=True))
+
+
+def _fill_wildcards(parts: list[str], pattern: list[str]) -> list[str]:
+    return [part if wanted == "*" else wanted for part, wanted in zip(parts, pattern, strict=True)]

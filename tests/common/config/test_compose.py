@@ -13,31 +13,31 @@ from common.config.compose import (
     config_to_dict,
     parse_config,
     stage_tasks,
-    validate_config,
+    prepare_config,
 )
 from common.config.schema import Config, EvaluationConfig, Stage, Task
 from common.utils.errors import ConsiliumError
 
 
 @pytest.mark.parametrize("group", [p.name for p in CONFIG_DIR.iterdir() if p.is_dir()])
-def test_every_file_composes(group: str) -> None:
+def test_every_configuration_file_composes(group: str) -> None:
     for file in (CONFIG_DIR / group).glob("*.yaml"):
         extra = ["federation.centres=[a,b]"] if (group, file.stem) == ("federation", "folder") else []
         assert compose_config([f"{group}={file.stem}", *extra]).tasks
 
 
-def test_travels_as_json() -> None:
+def test_configuration_survives_a_round_trip_through_json() -> None:
     config = compose_config(["stage.rounds=3"])
     assert parse_config(json.loads(json.dumps(config_to_dict(config)))) == config
     assert asdict(config)["stages"]["main"]["rounds"] == 3
 
 
-def test_stage_sets_every_stage_and_stages_one() -> None:
+def test_stage_override_applies_to_all_stages_and_stages_override_to_one() -> None:
     assert compose_config(["stage.rounds=3", "stage.optimiser.lr=0.5"]).stages["main"].optimiser.lr == 0.5
     assert compose_config(["stage.rounds=3", "stages.main.rounds=4"]).stages["main"].rounds == 4
 
 
-def test_local_mode_exchanges_nothing() -> None:
+def test_local_mode_keeps_every_parameter_at_the_centre() -> None:
     config = compose_config(["federation.mode=local"])
     assert all(s.local_layers == ["all"] for s in config.stages.values())
     assert all(t.head_update == "local" for t in config.tasks.values())
@@ -73,17 +73,18 @@ def test_local_mode_exchanges_nothing() -> None:
         ("stage.sampling_ratios={affected: 1}", "stages.main.sampling_ratios.affected"),
         (
             "stage.local_layers=[heads]",
-            "keeps the heads at the centres, but task 'source' has one that the server moves; set its head: local",
+            "keeps the heads at the centres, but the server updates the head of task 'source'; set its "
+            "head_update: local",
         ),
     ],
 )
-def test_what_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
+def test_invalid_override_is_refused_in_one_sentence(override: str, sentence: str) -> None:
     with pytest.raises(ConsiliumError, match=sentence) as caught:
         compose_config([override])
     assert "\n" not in str(caught.value)
 
 
-# --- the papers' recipes ----------------------------------------------------------------------------------------------------------------
+# --- the papers' recipes ---
 
 RECIPES = {  # the tasks of each stage that is played, and what is looked at
     "multisource": ({"main": ["covid", "source"]}, "CT"),
@@ -95,7 +96,7 @@ RECIPES = {  # the tasks of each stage that is played, and what is looked at
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_a_recipe_plays_its_stages_and_holds_no_task_beyond_them(recipe: str) -> None:
+def test_recipe_has_its_stages_and_only_their_tasks(recipe: str) -> None:
     stages, modality = RECIPES[recipe]
     config = compose_config([f"recipe={recipe}"])
     assert {name: stage_tasks(config, stage) for name, stage in config.stages.items()} == stages
@@ -131,21 +132,21 @@ def test_a_recipe_plays_its_stages_and_holds_no_task_beyond_them(recipe: str) ->
         (["recipe=transfer", "stages.transition.rounds=0"], {"target": ["target"]}),
     ],
 )
-def test_the_variants_that_the_recipes_comments_name(
+def test_variants_named_in_recipe_comments_compose(
     overrides: list[str], stages: dict[str, list[str]]
 ) -> None:
     config = compose_config(overrides)
     assert {name: stage_tasks(config, stage) for name, stage in config.stages.items()} == stages
 
 
-def test_classes_that_follow_from_edges_and_clusters() -> None:
+def test_class_names_follow_from_bin_edges_and_clusters() -> None:
     assert compose_config(["recipe=prognosis"]).tasks["brixia"].classes == ["<=4", "<=9", "<=14", ">14"]
     soft = compose_config(["recipe=transfer", "stages.transition.tasks=[soft]"]).tasks["soft"]
     assert soft.classes == [str(k) for k in range(16)]
     assert compose_config(["recipe=multisource"]).tasks["source"].classes == []  # the federation's
 
 
-def test_what_a_study_cannot_be() -> None:
+def test_loco_needs_a_shared_model() -> None:
     assert (
         compose_config(["federation.evaluation=kfold", "federation.mode=local"]).federation.evaluation
         == "kfold"
@@ -157,23 +158,26 @@ def test_what_a_study_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(("name", "label"), [("lungs", ""), ("lung", "lungs")])
-def test_our_own_lung_masks_are_not_learnt(name: str, label: str) -> None:
-    """The column is filled by our finder where a hospital has none: a model would be scored on what we made up."""
+def test_task_may_not_learn_our_own_lung_segmentation(name: str, label: str) -> None:
+    """The column is filled by our finder where a hospital has none.
+
+    A model would be scored on what we made up.
+    """
     given = Config(
         tasks={name: Task(type="segmentation", label_column=label)},
         stages={"main": Stage()},
         evaluation=EvaluationConfig(task=name),
     )
     with pytest.raises(
-        ConsiliumError, match="would learn the column 'lungs', where our own lung finder fills in"
+        ConsiliumError, match="would learn the column 'lungs', which our lung segmentation fills in"
     ):
-        validate_config(given)
+        prepare_config(given)
 
 
-# --- privacy --------------------------------------------------------------------------------------------------------------------------
+# --- privacy ---
 
 
-def test_privacy_gives_every_centre_the_same_group_norms() -> None:
+def test_privacy_replaces_batch_norm_by_group_norm() -> None:
     assert compose_config([]).privacy.dp_level == "none"
     assert compose_config([]).backbone.norm == "batch"
     config = compose_config(["privacy=patient", "backbone=efficientnet_b7", "stage.precision=bf16"])
@@ -224,7 +228,7 @@ def test_privacy_gives_every_centre_the_same_group_norms() -> None:
         (["stage.autotune=true"], "autotune=true trains on patients without protection"),
     ],
 )
-def test_privacy_refuses_what_would_tell_more(overrides: list[str], sentence: str) -> None:
+def test_patient_dp_refuses_what_would_reveal_more(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConsiliumError) as caught:
         compose_config(["privacy=patient", *overrides])
     assert sentence in str(caught.value)

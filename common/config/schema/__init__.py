@@ -1,0 +1,69 @@
+"""Every setting of a run: its type, its default, its range.
+
+These are plain dataclasses, so that the trainer, the model and the losses need neither Hydra nor pydantic.
+Hydra fills them from ``configs/`` and the command line (common/config/compose.py); a centre receives them
+resolved. A value out of range is refused when the object is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from common.config.schema.base import Precision, config_dataclass
+from common.config.schema.data import PhantomConfig, PreprocessConfig
+from common.config.schema.federation import (
+    AggregationConfig,
+    Compression,
+    EvaluationConfig,
+    FederationConfig,
+    MetricName,
+    TrainingMode,
+)
+from common.config.schema.model import BackboneConfig, DecoderConfig
+from common.config.schema.privacy import PrivacyConfig, SecureAggregationConfig
+from common.config.schema.tasks import ContrastiveConfig, Task
+from common.config.schema.training import AugmentConfig, LabelKind, LocalLayerGroup, OptimiserConfig, Stage
+
+__all__ = [
+    "AggregationConfig",
+    "AugmentConfig",
+    "BackboneConfig",
+    "Compression",
+    "Config",
+    "ContrastiveConfig",
+    "DecoderConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "LabelKind",
+    "LocalLayerGroup",
+    "MetricName",
+    "OptimiserConfig",
+    "PhantomConfig",
+    "Precision",
+    "PreprocessConfig",
+    "PrivacyConfig",
+    "SecureAggregationConfig",
+    "Stage",
+    "Task",
+    "TrainingMode",
+    "config_dataclass",
+]
+
+
+@config_dataclass
+class Config:
+    """A run's configuration, resolved.
+
+    What the coordinator writes to ``config.yaml`` and sends to the centres.
+    """
+
+    recipe: str = ""
+    seed: int = 1
+    tasks: dict[str, Task] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,0 +1,137 @@
+"""Settings of the federation: who takes part, how updates are aggregated, and how models are scored."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from common.config.schema.base import config_dataclass, require
+from common.config.schema.data import PhantomConfig
+
+TrainingMode = Literal["federated", "central", "local"]
+Compression = Literal["fp32", "fp16", "int8", "int4"]
+MetricName = Literal[
+    "auc", "f1", "balanced_accuracy", "sensitivity", "specificity",
+    "accuracy", "gmean", "dice", "r2", "spearman",
+]  # fmt: skip
+
+
+@config_dataclass
+class AggregationConfig:
+    """How the centres' updates become the next weights."""
+
+    method: Literal["fedavg", "fedadam", "fedyogi"] = "fedavg"
+    tau: float = 1.0  # w_c ~ n_c^(1 - tau): 0 is FedAvg, 1 weighs every centre alike
+    weight_by: Literal["cells", "scans"] = "cells"  # cells: of (centre, class)
+    server_lr: float = 1.0  # the server's learning rate on the mean update
+    beta1: float = 0.9  # fedadam, fedyogi
+    beta2: float = 0.99
+    eps: float = 1e-3
+    compression: Compression = "int8"  # of the updates (common/protocol/update_codec.py); fp32: none
+    max_norm_ratio: float = (
+        10.0  # an update is left out when its norm exceeds this multiple of the others' median
+    )
+    # Against centres that send false updates (server/aggregation/robust.py). `none`: the weighted mean.
+    robust_rule: Literal["none", "median", "trimmed_mean", "krum"] = "none"
+    num_byzantine: int = 1  # how many such centres the robust rule has to withstand
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(0 <= self.tau <= 2, f"aggregation.tau is {self.tau}; it must be in [0, 2]")
+        require(self.server_lr > 0, f"aggregation.server_lr is {self.server_lr}; it must be above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"aggregation.{name} is {value}; it must be in [0, 1)")
+        require(self.eps > 0, f"aggregation.eps is {self.eps}; it must be above 0")
+        ratio = self.max_norm_ratio
+        byzantine = self.num_byzantine
+        require(ratio > 1, f"aggregation.max_norm_ratio is {ratio}; it must be above 1")
+        require(byzantine >= 1, f"aggregation.num_byzantine is {byzantine}; it must be 1 or more")
+
+    @property
+    def min_contributions(self) -> int:
+        """Return how many updates the robust rule needs.
+
+        An honest majority, or Krum's own condition n > 2f + 2.
+        """
+        if self.robust_rule == "none":
+            return 1
+        if self.robust_rule == "krum":
+            return 2 * self.num_byzantine + 3
+        return 2 * self.num_byzantine + 1
+
+
+@config_dataclass
+class FederationConfig:
+    """Who takes part, and when a round closes."""
+
+    name: str = "phantom"
+    centres: list[str] = field(default_factory=lambda: ["north", "east", "south", "west"])
+    mode: TrainingMode = "federated"
+    # `loco`: one run for each centre, which is left out of training and tested.
+    # `kfold`: one run for each fold. The fold's patients are the test split and the next fold's the
+    # validation split, whatever split the cohort names.
+    evaluation: Literal["holdout", "loco", "kfold"] = "holdout"
+    folds: int = 5  # kfold
+    fold: int | None = None  # set by kfold: the fold that is the test split
+    held_out_centres: list[str] = field(
+        default_factory=list
+    )  # set by loco: centres that test with all their scans
+    data_root: str = (
+        ""  # simulation: the folder with a subfolder a centre; a hospital's data are in its site.yaml
+    )
+    quorum: float = 1.0  # fraction of the centres that must have replied when the round times out
+    round_timeout: float = 3600.0  # seconds
+    round_retries: int = 2  # of a round below the quorum, before the run pauses
+    join_timeout: float = 120.0  # seconds for the centres to appear
+    phantom: PhantomConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that centres are named once."""
+        centres = self.centres
+        held_out = self.held_out_centres
+        require(
+            bool(centres),
+            "federation.centres is empty; name the centres, e.g. federation.centres=[north,south]",
+        )
+        require(len(set(centres)) == len(centres), f"federation.centres names a centre twice: {centres}")
+        require(self.folds >= 3, f"federation.folds is {self.folds}; it must be 3 or more")
+        in_range = self.fold is None or 0 <= self.fold < self.folds
+        require(in_range, f"federation.fold is {self.fold}; it must be 0 to {self.folds - 1}")
+        require(
+            set(held_out) < set(centres),
+            f"federation.held_out_centres is {held_out}; it must name some of federation.centres, not all",
+        )
+        require(0 < self.quorum <= 1, f"federation.quorum is {self.quorum}; it must be in (0, 1]")
+        timeout = self.round_timeout
+        retries = self.round_retries
+        require(timeout > 0, f"federation.round_timeout is {timeout}; it must be above 0 seconds")
+        require(retries >= 0, f"federation.round_retries is {retries}; it must be 0 or more")
+
+
+@config_dataclass
+class EvaluationConfig:
+    """How models are scored, and how the best round is selected, on validation only."""
+
+    task: str = "covid"  # the task whose metric selects
+    metric: MetricName = "auc"
+    reduction: Literal["macro", "pooled", "worst"] = "macro"  # over the centres
+    # `last`: a small validation set selects noise, and an annealed stage ends with its best guess.
+    checkpoint_selection: Literal["best", "last"] = "best"
+    threshold: float = 0.5
+    histogram_bins: int = 256  # of the score histograms that leave a centre
+    # `last`: each centre's own model of the last round is scored at every centre.
+    cross_site: Literal["none", "last"] = "none"
+    image_statistics: bool = True  # ask the centres once for histograms of image statistics
+    missing_class: Literal["zero", "skip"] = (
+        "skip"  # challenge score: F1 of a class that a source does not have
+    )
+    patience: int = 0  # rounds without a better validation score before a stage ends; 0: never
+    warmup: int = 0  # first rounds of a stage, which patience does not count
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(0 < self.threshold < 1, f"evaluation.threshold is {self.threshold}; it must be in (0, 1)")
+        bins = self.histogram_bins
+        valid = 8 <= bins <= 4096 and bins % 2 == 0
+        require(valid, f"evaluation.histogram_bins is {bins}; it must be even, 8 to 4096")
