@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tests.benchmarks.aggregating [--centres 4,16] [--repeats 5] [--memory 4,16,64,256]
 
-Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours: server/aggregation/contributions.py, `weighted_sum` of contributions spooled to
+Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours: server/aggregation/weighted_mean.py, `weighted_sum` of contributions spooled to
 disk as they came, and what it costs before that to receive one (`fault` and `spool`). "read" adds up every value of the same files and does nothing
 else: the floor. Memory is what the process holds of its own (RssAnon), the model itself not counted, in models of 256 MB.
 """
@@ -27,13 +27,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from common.config.schema import AggregationConfig
 from common.modeling.parameters import Layout, Weights, build_layout
 from common.protocol.messages import TrainReply
-from server.aggregation.contributions import (
-    StoredUpdate,
-    server_step,
-    store_update,
-    validation_error,
-    weighted_sum,
-)
+from server.aggregation.screening import find_validation_error
+from server.aggregation.server_optimizer import server_step
+from server.aggregation.stored_updates import StoredUpdate, store_update
+from server.aggregation.weighted_mean import weighted_sum
 
 
 def contribution(layout: Layout, number: int) -> TrainReply:
@@ -86,7 +83,7 @@ def compare(layout: Layout, centres: int, repeats: int, folder: Path) -> str:
         receiving.append(
             seconds(
                 lambda one=one: (
-                    validation_error(one, layout, False),
+                    find_validation_error(one, layout, False),
                     arrived.append(store_update(one, layout, folder)),
                 )
             )

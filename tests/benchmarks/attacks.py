@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from client.data.batch import Batch
 from client.data.dataset import ScanDataset, concat_datasets, iterate_batches, iterate_slices
 from client.data.loading import load_datasets
 from client.phantom.chest_ct import draw_chest
-from client.phantom.federation import CENTRE_PROFILES
+from client.phantom.profiles import CENTRE_PROFILES
 from client.training.dp_sgd import DPParams, poisson_batches, rows_by_patient
-from client.training.objective import Batch
-from client.training.trainer import run_inference, train
+from client.training.trainer import TrainSpec, run_inference, train
 from common.config.compose import compose_config
 from common.config.schema import AugmentConfig, Compression, Config, OptimiserConfig, Stage, Task
 from common.modeling.parameters import build_layout, get_model_weights
@@ -150,11 +150,10 @@ def members(
                 poisson_batches(own, tasks, odds, steps, k),
                 DPParams(1.0, noise, stage.batch_size),
             )
-            train(model, patients, stage, tasks, {}, num_steps=steps, seed=k, dp_params=hidden)
+            train(model, patients, TrainSpec(stage, tasks, num_steps=steps, seed=k, dp_params=hidden))
         else:
-            train(
-                model, iterate_batches(own, tasks, stage, steps, k), stage, tasks, {}, num_steps=steps, seed=k
-            )
+            batches = iterate_batches(own, tasks, stage, steps, k)
+            train(model, batches, TrainSpec(stage, tasks, num_steps=steps, seed=k))
         z = (
             run_inference(model, iterate_slices(scans, 32), lambda m, x: m(x, ["covid"]))["covid"][:, 0]
             .double()
@@ -206,9 +205,10 @@ def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 4
         protection = DPParams(
             1.0, solve_noise_multiplier(8.0, 1e-5, ((1.0, 1),)), 1.0
         )  # as loud as one step of all patients needs
-        train(made, [{"one": batch}], stage, tasks, {}, seed=seed, dp_params=protection)  # type: ignore[arg-type]
+        train(made, [{"one": batch}], TrainSpec(stage, tasks, seed=seed, dp_params=protection))  # type: ignore[arg-type]
     else:
-        train(made, [batch] * (5 if defence == "five steps" else 1), stage, tasks, {}, seed=seed)  # type: ignore[arg-type]
+        num_steps = 5 if defence == "five steps" else 1
+        train(made, [batch] * num_steps, TrainSpec(stage, tasks, seed=seed))  # type: ignore[arg-type]
     delta = get_model_weights(made, layout).floats - get_model_weights(model, layout).floats
     if defence in ("int8", "int4"):
         codec: Compression = "int8" if defence == "int8" else "int4"

@@ -30,7 +30,8 @@ from common.modeling.parameters import Weights, build_layout
 from common.protocol.messages import JoinReply, Sums
 from server.analysis import score_tables
 from server.ledger.ledger import Ledger
-from server.reporting.report import build_result_table, write_report
+from server.reporting.report import write_report
+from server.reporting.terminal_tables import build_result_table
 from server.rounds.coordinator import checkpoint_run
 from server.run.run_state import Run
 
@@ -73,7 +74,7 @@ def entry_of(draws: np.random.Generator, config: Config, round: int) -> dict[str
     return {
         "round": round, "seconds": 31.0, "bytes_up": 6e6 * len(centres), "bytes_down": 24e6 * len(centres), "weights": weights,
         "effective": {part: compute_effective_centres(w) for part, w in weights.items()}, "centres": replies,
-        "val": score_tables.score_table(sums_of(draws, config), config, list(config.tasks)),
+        "val": score_tables.compute_scores(sums_of(draws, config), config, list(config.tasks)),
     }  # fmt: skip
 
 
@@ -122,10 +123,10 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
     for k in range(others):
         ledger.add_run(
-            f"other{k}", recipe="multisource", mode="federated", config=config_to_dict(config), code="0"
+            f"other{k}", recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="0"
         )
         ledger.log_event(f"other{k}", "finished")
-    ledger.add_run(RUN, recipe="multisource", mode="federated", config=config_to_dict(config), code="0")
+    ledger.add_run(RUN, recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="0")
     counts: Sums = {
         f"{c}/{split}/covid": np.array([40.0, 40.0, 0.0]) for c in names for split in ("train", "val", "test")
     }
@@ -164,10 +165,10 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
         place["best"] = {"stage": STAGE, "round": round, "value": 0.9}
         run.weights.floats[0] = round
         kept.append(timed(lambda round=round: checkpoint_run(run, STAGE, round))[:2])  # type: ignore[misc]
-    result["test"] = score_tables.score_table(
+    result["test"] = score_tables.compute_scores(
         sums_of(draws, config), config, list(config.tasks), with_sums=True
     )
-    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", score_tables.drop_sums(result["test"]))
+    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", result["test"])
     ledger.log_event(RUN, "finished")
     rows = {what: len(getattr(ledger, what)(RUN)) for what in ("rounds", "contributions", "shares", "scores")}
     per_round = sum(rows.values()) // rounds

@@ -23,7 +23,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from client.app import app as client
-from client.phantom.federation import CENTRE_PROFILES, write_federation
+from client.phantom.federation import write_federation
+from client.phantom.profiles import CENTRE_PROFILES
 from common.config.compose import compose_config, config_to_dict
 from common.protocol.messages import Request, StatisticsReply, TrainReply, TrainRequest
 from server.app import FlowerTransport
@@ -82,7 +83,11 @@ def main() -> None:
             transport = Watched(grid)
             ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
             ledger.add_run(
-                "r", recipe=config.recipe, mode="federated", config=config_to_dict(config), code=""
+                "r",
+                recipe=config.recipe,
+                mode="federated",
+                config=config_to_dict(config),
+                code_fingerprint="",
             )
             found.append((transport.asked, run_training(Run("r", config, folder, transport, ledger))))
 

@@ -5,7 +5,7 @@
 
 PEER is a clone of github.com/Purdue-M2/multisource-covid-ct; without it the JPEG table is left out. DATA (default: `$CONSILIUM_REAL_DATA`, else
 ../shared/data) gives a real chest CT, read between its slices to as many as are asked for; without it a phantom's is taken. Our side is what
-`consilium-centre preprocess` runs for a scan (client/imaging/preprocess.py, `run_job`): hash of all files, look, selection, crop, store. Sides
+`consilium-centre preprocess` runs for a scan (client/imaging/job_execution.py, `run_job`): hash of all files, look, selection, crop, store. Sides
 take turns within each repeat. "CPU" is processor time of one process, hence a ratio per core; "two cores" is the peer's wall time in its one process
 over ours by two processes that are running already, on the same machine at the same time. All files are in the page cache.
 """
@@ -37,11 +37,12 @@ from scipy import ndimage
 from scipy.stats import gaussian_kde
 
 from client.imaging import lung_segmentation
-from client.imaging.preprocess import PreprocessJob, run_job
+from client.imaging.job_execution import run_job
+from client.imaging.jobs import PreprocessJob
 from client.imaging.readers import Volume
 from client.imaging.slice_pipeline import MAX_SEARCHED_SLICES, select_and_crop
 from client.phantom.chest_ct import draw_chest
-from client.phantom.federation import CENTRE_PROFILES
+from client.phantom.profiles import CENTRE_PROFILES
 from common.config.schema import PreprocessConfig
 from tests.benchmarks.scan_files import CODECS, decoders, volume_of, write_dicom, write_jpegs
 

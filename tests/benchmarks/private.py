@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from client.federation.noisy_counts import add_noise
+from client.data.batch import Batch
 from client.training.dp_sgd import DPParams
-from client.training.objective import Batch
-from client.training.trainer import train
+from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
 from common.config.schema import BackboneConfig, Stage, Task
 from common.learning.metrics import compute_binary_metrics, compute_score_histogram
@@ -56,9 +56,9 @@ def made(backbone: str, size: int) -> tuple[Model, Batch]:
 def step(model: Model, batch: Batch, private: bool) -> None:
     if private:
         patients = {str(i): one for i, one in enumerate(batch.split_into(4))}
-        train(model, [patients], STAGE, TASKS, {}, dp_params=DPParams(1.0, 1.0, 4.0))
+        train(model, [patients], TrainSpec(STAGE, TASKS, dp_params=DPParams(1.0, 1.0, 4.0)))
     else:
-        train(model, [batch], STAGE, TASKS, {})
+        train(model, [batch], TrainSpec(STAGE, TASKS))
 
 
 def peak(backbone: str, size: int, private: bool) -> int:

@@ -27,11 +27,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from client.data.batch import Batch
 from client.data.cohort import assign_split, save_cohort
 from client.imaging.preprocess import preprocess_cohort
 from client.imaging.slice_store import SliceStore
 from client.site.config import Site
-from client.training.trainer import Batch, train
+from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
 from common.config.schema import PreprocessConfig
 from common.modeling.model import make_model
@@ -277,9 +278,9 @@ def speed() -> None:
             torch.randint(0, 2, (32,)).double(),
         )
         batches = [Batch(slices, {"covid": labels})] * 4
-        train(model, batches[:1], stage, tasks, {})  # the first step chooses kernels
+        train(model, batches[:1], TrainSpec(stage, tasks))  # the first step chooses kernels
         began = time.process_time()
-        train(model, batches, stage, tasks, {}, num_steps=4)
+        train(model, batches, TrainSpec(stage, tasks, num_steps=4))
         found.setdefault(f"{size} px  {precision}  channels_last={channels_last}", []).append(
             4 * 32 / (time.process_time() - began)
         )

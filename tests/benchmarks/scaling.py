@@ -41,6 +41,7 @@ from common.modeling.model import make_model
 from common.modeling.parameters import Layout, build_layout
 from common.protocol.code_fingerprint import fingerprint_code
 from common.protocol.flower_records import from_records, to_records
+from common.protocol.message_packing import pack_message
 from common.protocol.messages import (
     JoinReply,
     JoinRequest,
@@ -51,7 +52,6 @@ from common.protocol.messages import (
     Sums,
     TrainReply,
     TrainRequest,
-    pack_message,
 )
 from common.protocol.update_codec import encode_update, select_codec
 from server import app as flower
@@ -149,7 +149,7 @@ def carry_out(transport: Any, centres: int, backbone: str, folder: Path) -> dict
     """One run of ROUNDS rounds; what it cost."""
     config = config_for(centres, backbone)
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
-    ledger.add_run("r", recipe="multisource", mode="federated", config=config_to_dict(config), code="")
+    ledger.add_run("r", recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="")
     run = Run("r", config, folder, transport, ledger)
     began: list[tuple[float, float]] = []
     ask = transport.ask

@@ -29,7 +29,7 @@ from pydicom.uid import (
 from client.imaging import lung_segmentation
 from client.imaging.readers import read_scan
 from client.phantom.chest_ct import draw_chest
-from client.phantom.federation import CENTRE_PROFILES
+from client.phantom.profiles import CENTRE_PROFILES
 
 
 def volume_of(data: Path | None, Z: int) -> NDArray[np.int16]:

@@ -25,9 +25,12 @@ from common.config.compose import compose_config, config_to_dict
 from common.config.schema import Compression, Config, SecureAggregationConfig
 from common.modeling.parameters import EMPTY_PARAMS, Layout, TensorSlot, Weights
 from common.privacy import secure_aggregation
-from common.protocol.messages import MaskedInputRequest, Request, TrainReply, TrainRequest, pack_message
+from common.protocol.message_packing import pack_message
+from common.protocol.messages import MaskedInputRequest, Request, TrainReply, TrainRequest
 from common.protocol.update_codec import encode_update
-from server.aggregation.contributions import decode_reply, store_update, weighted_sum
+from server.aggregation.screening import decode_reply
+from server.aggregation.stored_updates import store_update
+from server.aggregation.weighted_mean import weighted_sum
 from server.run.secure_aggregation import secure_sum
 from server.run.transport import ReceivedReply
 from tests.secure_sums import Wire, run_over

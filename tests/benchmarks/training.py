@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from client.data.dataset import ScanDataset, iterate_batches
 from client.site.config import Site
 from client.training.autotune import autotune
-from client.training.trainer import train
+from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
 from common.modeling.model import make_model
 from common.utils.errors import ConsiliumError
@@ -96,9 +96,7 @@ def our_step(backbone: str, size: int, threads: int) -> tuple[Callable[[], objec
     stage = replace(stage, precision=choice.precision, channels_last=choice.channels_last)
     model = make_model(config.backbone, tasks, 1, stage.channels_last)
     (batch,) = iterate_batches(scans, tasks, stage, 1, 0)
-    return lambda: train(
-        model, [batch], stage, tasks, {}
-    ), f"{choice.precision}{', channels-last' * choice.channels_last}"
+    return lambda: train(model, [batch], TrainSpec(stage, tasks)), f"{choice.precision}{', channels-last' * choice.channels_last}"
 
 
 def cpu_seconds(step: Callable[[], object]) -> float:

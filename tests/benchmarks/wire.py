@@ -4,7 +4,7 @@
 
 What changes look like: `changes`. Errors are L2 over parameters, relative to the true change: of one round, and of the sum of all rounds with
 error feedback. Then the way that a run goes, Flower's records in memory but no network: up from a centre's change (client/federation/error_feedback.py) to the
-server's (server/aggregation/contributions.py), residual on disk; down from the server's step (server/run/broadcast.py) to the weights that a centre trains from
+server's (server/aggregation/screening.py), residual on disk; down from the server's step (server/run/broadcast.py) to the weights that a centre trains from
 (client/federation/parameter_cache.py), which it keeps on disk. The last line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
 """
 
@@ -25,9 +25,10 @@ from common.config.schema import Compression, Config
 from common.modeling.model import make_model
 from common.modeling.parameters import Layout, Weights, build_layout
 from common.protocol.flower_records import from_records, to_records
-from common.protocol.messages import Reply, Request, TrainReply, TrainRequest, pack_message
+from common.protocol.message_packing import pack_message
+from common.protocol.messages import Reply, Request, TrainReply, TrainRequest
 from common.protocol.update_codec import decode_update, encode_update
-from server.aggregation.contributions import decode_reply
+from server.aggregation.screening import decode_reply
 from server.ledger.ledger import Ledger
 from server.run.broadcast import as_delta_request, quantize_server_step
 from server.run.run_state import Run

@@ -1,4 +1,7 @@
-"""Films of made-up chests: the right way up, dark where there is air, and what is known of them on the same grid."""
+"""Films of made-up chests.
+
+The right way up, dark where there is air, and what is known of them on the same grid.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from client.phantom.chest_xray import (
     compute_zone_fractions,
     project_mask,
     project_radiograph,
-    write_radiograph,
 )
-from client.phantom.federation import CENTRE_PROFILES
+from client.phantom.dicom_files import write_radiograph
+from client.phantom.profiles import CENTRE_PROFILES
 
 
 def test_a_step_wedge_grows_brighter_with_every_step() -> None:

@@ -1,5 +1,8 @@
-"""The made-up hospitals: the same every time, imbalanced as said, proper DICOM, labels that follow from what was drawn, and safe to write
-twice or to be killed over."""
+"""The made-up hospitals.
+
+The same every time, imbalanced as said, proper DICOM, labels that follow from what was drawn, and safe to
+write twice or to be killed over.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,13 @@ from client.data.cohort import load_cohort
 from client.imaging.readers import read_scan
 from client.imaging.readers.nifti import read_nifti
 from client.phantom.chest_ct import GroundTruth, draw_chest
-from client.phantom.federation import (
-    CENTRE_PROFILES,
-    CHEST_HEIGHT,
-    _make_rng,
-    derive_labels,
-    make_scan_table,
-    plan_scan_counts,
-    write_centre,
-    write_ct_series,
-    write_federation,
-    write_mask,
-)
+from client.phantom.dicom_files import write_ct_series, write_mask
+from client.phantom.federation import CHEST_HEIGHT, _make_rng, make_scan_table, write_centre, write_federation
+from client.phantom.labels import derive_labels
+from client.phantom.profiles import CENTRE_PROFILES, plan_scan_counts
 from common.config.schema import PhantomConfig
 
-# Which rows of which centres have a label, and no others (issue 3: different centres hold different labels).
+# Which rows of which centres have a label, and no others.
 HELD = {
     "severity": ("CT", {"north", "east", "west"}),
     "lesion": ("CT", {"north", "south"}),
@@ -54,8 +49,9 @@ TINY = PhantomConfig(
 WRITE = """
 import sys
 from pathlib import Path
-from client.phantom import Phantom, write_centre
-write_centre(Path(sys.argv[1]), "south", Phantom(scale=0.001, slices=10, pixels=64))
+from client.phantom.federation import write_centre
+from common.config.schema import PhantomConfig
+write_centre(Path(sys.argv[1]), "south", PhantomConfig(scale=0.001, num_slices=10, image_size=64))
 """
 
 
@@ -95,7 +91,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_counts_are_the_papers_at_full_scale() -> None:
+def test_scan_counts_match_the_paper_at_full_scale() -> None:
     train = [plan_scan_counts(h, PhantomConfig(scale=1.0))["train"] for h in CENTRE_PROFILES.values()]
     assert [a + b for a, b in train] == [338, 340, 204, 340]
     assert [b for _, b in train] == [175, 175, 39, 175]
@@ -108,7 +104,7 @@ def test_counts_are_the_papers_at_full_scale() -> None:
     }
 
 
-def test_patients_stay_in_one_split_and_some_come_twice() -> None:
+def test_patients_stay_in_one_split_and_some_have_two_scans() -> None:
     for centre, hospital in CENTRE_PROFILES.items():
         df = make_scan_table(centre, PhantomConfig(scale=0.5), hospital)
         assert df["scan"].is_unique
@@ -144,7 +140,7 @@ def test_every_centre_holds_its_own_labels(federation: Path) -> None:
         )
 
 
-def test_severity_and_masks_are_what_was_drawn(federation: Path) -> None:
+def test_severity_and_masks_match_what_was_drawn(federation: Path) -> None:
     north, films = rows_of(federation, "north", "CT"), rows_of(federation, "north", "XR")
     for k, row in north.iterrows():
         _, truth = drawn("north", row)
@@ -160,8 +156,10 @@ def test_severity_and_masks_are_what_was_drawn(federation: Path) -> None:
 
 
 @pytest.mark.parametrize("centre", ["north", "east"])
-def test_a_lesion_mask_lies_on_its_series(tmp_path: Path, centre: str) -> None:
-    """By the readers, and by the patient's coordinates as the two formats define them, `east` being written feet first and mirrored."""
+def test_lesion_mask_lies_on_its_series(tmp_path: Path, centre: str) -> None:
+    """By the readers, and by the patient's coordinates as the two formats define them, `east` being written
+    feet first and mirrored.
+    """
     scanner = CENTRE_PROFILES[centre].scanner
     voxels, truth = draw_chest(np.random.default_rng(3), np.random.default_rng(3), scanner, True, 12, 64)
     (tmp_path / "series").mkdir()
@@ -201,7 +199,7 @@ def test_a_lesion_mask_lies_on_its_series(tmp_path: Path, centre: str) -> None:
     assert np.mean(inside) > np.mean(outside) + 150
 
 
-def test_films_have_every_class(federation: Path) -> None:
+def test_radiographs_have_every_class(federation: Path) -> None:
     films = pd.concat([rows_of(federation, centre, "XR") for centre in CENTRE_PROFILES])
     assert ((films["finding"] == "negative") == (films["covid"] == 0)).all()
     assert set(films["finding"]) == {"negative", "typical", "indeterminate", "atypical"}
@@ -214,25 +212,23 @@ def test_films_have_every_class(federation: Path) -> None:
         assert (severe == 2).all(), centre
 
 
-def test_outcomes_follow_the_burden_where_the_ill_are_few() -> None:
+def test_outcomes_follow_severity_where_few_are_ill() -> None:
     """At the default scale; seven scans of `south` validate."""
     settings, scanner = PhantomConfig(), CENTRE_PROFILES["south"].scanner
     table = make_scan_table("south", settings, CENTRE_PROFILES["south"])
     outcomes = []
     for _, row in table.iterrows():
         rng = _make_rng(settings.seed, "south", row["scan"], "labels")
-        outcomes.append(
-            derive_labels(
-                drawn("south", row, settings)[1], rng, scanner.field_of_view / 128, CHEST_HEIGHT / 24
-            )[1]["outcome"]
-        )
+        truth = drawn("south", row, settings)[1]
+        labels = derive_labels(truth, rng, scanner.field_of_view / 128, CHEST_HEIGHT / 24)
+        outcomes.append(labels.radiograph["outcome"])
     table["outcome"] = outcomes
     assert (table.groupby("split")["outcome"].nunique() == 2).all()
     by_class = table.groupby("covid")["outcome"].mean()
     assert by_class[0.0] < 0.2 < 0.6 < by_class[1.0]
 
 
-def test_series_are_proper_dicom_out_of_order(federation: Path) -> None:
+def test_series_are_valid_dicom_with_shuffled_file_names(federation: Path) -> None:
     syntaxes, orders = set(), set()
     for centre, hospital in CENTRE_PROFILES.items():
         df = rows_of(federation, centre, "CT")
@@ -260,15 +256,17 @@ def test_series_are_proper_dicom_out_of_order(federation: Path) -> None:
     assert orders == {True, False}
 
 
-def test_flipped_and_compressed_series_read_as_they_were_drawn(federation: Path) -> None:
-    """Whatever way round a scanner writes, the reader gives the drawn voxels back, feet to head and the heart on the patient's left."""
+def test_flipped_and_compressed_series_are_read_as_drawn(federation: Path) -> None:
+    """Whatever way round a scanner writes, the reader gives the drawn voxels back, feet to head and the heart
+    on the patient's left.
+    """
     for centre in CENTRE_PROFILES:
         row = rows_of(federation, centre, "CT").iloc[0]
         voxels, _ = drawn(centre, row)
         np.testing.assert_array_equal(read_scan(federation / centre / row["path"]).voxels, voxels)
 
 
-def test_lesions_are_in_covid_lungs_only() -> None:
+def test_only_covid_lungs_have_lesions() -> None:
     scanner = CENTRE_PROFILES["north"].scanner
     for seed in range(4):
         ill, truth = draw_chest(
@@ -290,7 +288,7 @@ def test_lesions_are_in_covid_lungs_only() -> None:
         assert ill[mask].mean() > well[mask].mean() + 100  # denser where the lesion is
 
 
-def test_acquisition_tells_the_centres_apart() -> None:
+def test_scanners_differ_outside_the_body() -> None:
     """Outside the body there is nothing but the scanner: noise and offset differ from centre to centre."""
     corners = {}
     for centre, hospital in CENTRE_PROFILES.items():
@@ -302,7 +300,7 @@ def test_acquisition_tells_the_centres_apart() -> None:
     assert max(offsets) - min(offsets) > 20
 
 
-def test_the_same_settings_give_the_same_bytes(federation: Path, tmp_path: Path) -> None:
+def test_same_settings_give_the_same_bytes(federation: Path, tmp_path: Path) -> None:
     again = write_centre(tmp_path, "south", TINY)
     assert contents(again) == contents(federation / "south")
     other = write_centre(
@@ -311,7 +309,7 @@ def test_the_same_settings_give_the_same_bytes(federation: Path, tmp_path: Path)
     assert contents(other) != contents(again)
 
 
-def test_finished_is_left_alone_and_changed_is_rewritten(tmp_path: Path) -> None:
+def test_finished_centre_stays_and_changed_settings_replace_it(tmp_path: Path) -> None:
     folder = write_centre(tmp_path, "clinic", TINY, centre_index=2)
     (folder / "mine.txt").write_text("a centre's own file")
     write_federation(tmp_path, TINY, ["x", "y", "clinic"])
