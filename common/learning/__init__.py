@@ -1,3 +1,4 @@
 """What is optimised and measured: losses, class imbalance, metrics, seeds.
 
-Pure functions of arrays and tensors; no files, no messages, no Flower."""
+Pure functions of arrays and tensors; no files, no messages, no Flower.
+"""

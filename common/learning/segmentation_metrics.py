@@ -1,18 +1,18 @@
-"""Masks measured from sums (as in common/learning/metrics.py): how well they fit, and how the severity read from them agrees with the known one.
+"""Compute metrics of masks, and of severities read from masks, from sums that are additive over centres.
 
-For a segmentation a centre sends the seven sums of `overlap_sums`, and for the rank agreement of two severities their *joint* histogram,
-float64 [P, T], in bins that are the same everywhere.
+For a segmentation a centre sends seven sums (`OverlapSums`). For the rank agreement of predicted and known
+severity it sends their joint histogram, float64 [P, T], in bins that are the same at every centre.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.learning.metrics import (
+from common.learning.metrics.shared import (
     NO_LABELLED_SCANS,
     Array,
     Metrics,
@@ -20,114 +20,150 @@ from common.learning.metrics import (
     compute_f1,
     divide_or_none,
     flatten_rows,
+    undefined_names,
 )
 
-# Bins of a predicted share in [0, 1], narrow where most scans are: near 0.
+UNKNOWN_PIXEL = 255  # in a mask; such pixels count nowhere
+
+# Bins of a predicted fraction in [0, 1], narrow near 0 where most scans are.
 AFFECTED_FRACTION_EDGES = np.linspace(0, 1, 65) ** 2
-# Bins of a severity known on whatever scale the hospital has: log(1 + 10 v) in equal steps up to v = 100. Keeps the integers 0 to 18 apart
-# (grades of 0 to 4, Brixia's score), tells per cents to a twentieth of their value, and leaves a share in [0, 1] 44 bins.
+# Bins of a known severity on any scale: log(1 + 10 v) in equal steps up to v = 100. They keep the integers 0
+# to 18 apart (grades of 0 to 4, the Brixia score), resolve percentages to a twentieth of their value, and
+# leave 44 bins for a fraction in [0, 1].
 SEVERITY_EDGES = np.expm1(np.linspace(0, np.log1p(1000), 129)) / 10
 
 
-def compute_overlap_sums(predicted: NDArray[Any], mask: NDArray[np.uint8], threshold: float = 0.5) -> Array:
-    """[7]: scans with a mask, sum of their Dice, pixels true positive, false positive, false negative, scans whose mask is not empty, sum of
-    their Dice.
+class OverlapSums(NamedTuple):
+    """Sums over the scans that have a mask, in the order of the array [7]."""
 
-    `predicted` [N, ...]: bool, or a probability that is called from `cut` on. `mask` [N, ...]: 0, 1, or 255 for a pixel of which nothing is
-    known, which counts nowhere; a scan of only such has no mask. Dice = 2 tp / (2 tp + fp + fn), 1 where nothing was there and nothing found.
-    Raises ConsiliumError where a scan with a mask has a prediction that is not a number.
+    scans: float
+    dice: float
+    tp: float  # pixels
+    fp: float  # pixels
+    fn: float  # pixels
+    affected_scans: float  # scans whose mask is not empty
+    dice_affected: float  # sum of the Dice of those scans
+
+
+def compute_overlap_sums(predicted: NDArray[Any], mask: NDArray[np.uint8], threshold: float = 0.5) -> Array:
+    """Compute the sums [7], in the order of `OverlapSums`, of predictions and masks [N, ...].
+
+    Dice = 2 tp / (2 tp + fp + fn), and 1 where the mask is empty and nothing is predicted.
+
+    Args:
+        predicted: bool, or probabilities.
+        mask: 0, 1, or 255 for an unknown pixel. A scan with unknown pixels only has no mask.
+        threshold: the probability from which a pixel is predicted as affected.
+
+    Raises:
+        ConsiliumError: The prediction for a scan with a mask is NaN.
     """
-    known = flatten_rows(mask != 255)
-    kept = known.any(1)
-    known, true, called = (
-        known[kept],
-        flatten_rows(mask == 1)[kept],
-        flatten_rows(np.asarray(predicted))[kept],
-    )
+    known = flatten_rows(mask != UNKNOWN_PIXEL)
+    has_mask = known.any(1)
+    known = known[has_mask]
+    true = flatten_rows(mask == 1)[has_mask]
+    called = flatten_rows(np.asarray(predicted))[has_mask]
     if called.dtype != bool:
         check_not_nan(called)
         called = called >= threshold
-    tp, fp, fn = (
-        (a & b & known).sum(1, dtype=np.float64)
-        for a, b in ((called, true), (called, ~true), (~called, true))
-    )
+
+    tp = _count_pixels(called & true & known)
+    fp = _count_pixels(called & ~true & known)
+    fn = _count_pixels(~called & true & known)
     size = 2 * tp + fp + fn
     dice = np.where(size > 0, 2 * tp / np.maximum(size, 1), 1.0)
     affected = tp + fn > 0
-    return np.array(
-        [len(dice), dice.sum(), tp.sum(), fp.sum(), fn.sum(), affected.sum(), dice[affected].sum()],
-        np.float64,
+    sums = OverlapSums(
+        scans=len(dice),
+        dice=dice.sum(),
+        tp=tp.sum(),
+        fp=fp.sum(),
+        fn=fn.sum(),
+        affected_scans=affected.sum(),
+        dice_affected=dice[affected].sum(),
     )
+    return np.array(sums, np.float64)
+
+
+def _count_pixels(pixels: NDArray[np.bool_]) -> Array:
+    """Return the number of True pixels in each row."""
+    return np.asarray(pixels.sum(1, dtype=np.float64))
 
 
 def compute_overlap_metrics(sums: Array) -> Metrics:
-    """`dice`: mean over scans with a mask; `dice_affected`: over those whose mask is not empty; the others of all their pixels together.
+    """Compute metrics from overlap sums [7].
 
-    `n` and `positives` (mask not empty) are scans.
+    `n` and `positives` (mask not empty) count scans. `dice` is the mean over scans with a mask,
+    `dice_affected` the mean over those whose mask is not empty. The other metrics are of all pixels together.
     """
-    n, dice, tp, fp, fn, affected, dice_affected = map(float, sums)
+    totals = OverlapSums(*map(float, sums))
+    precision = None
+    if totals.affected_scans:  # with empty masks only, it would be 0 for any model
+        precision = divide_or_none(totals.tp, totals.tp + totals.fp)
     return {
-        "n": n,
-        "positives": affected,
-        "dice": divide_or_none(dice, n),
-        "dice_affected": divide_or_none(dice_affected, affected),
-        "dice_pixels": compute_f1(tp, fp, fn),
-        "sensitivity": divide_or_none(tp, tp + fn),
-        "precision": divide_or_none(tp, tp + fp)
-        if affected
-        else None,  # else it would be 0 whatever the model
+        "n": totals.scans,
+        "positives": totals.affected_scans,
+        "dice": divide_or_none(totals.dice, totals.scans),
+        "dice_affected": divide_or_none(totals.dice_affected, totals.affected_scans),
+        "dice_pixels": compute_f1(totals.tp, totals.fp, totals.fn),
+        "sensitivity": divide_or_none(totals.tp, totals.tp + totals.fn),
+        "precision": precision,
     }
 
 
 def explain_undefined_overlap(sums: Array) -> dict[str, str]:
-    """Why a metric of `overlap_metrics` is None: {metric: reason}."""
-    n, affected = float(sums[0]), float(sums[5])
-    why = (
-        NO_LABELLED_SCANS
-        if not n
-        else f"all masks are empty ({n:.0f} scans)"
-        if not affected
-        else "no pixel was called affected"
-    )
-    return {name: why for name, value in compute_overlap_metrics(sums).items() if value is None}
+    """Return {metric: reason} for the metrics of `compute_overlap_metrics` that are None."""
+    totals = OverlapSums(*map(float, sums))
+    if not totals.scans:
+        reason = NO_LABELLED_SCANS
+    elif not totals.affected_scans:
+        reason = f"all masks are empty ({totals.scans:.0f} scans)"
+    else:
+        reason = "no pixel was predicted as affected"
+    return dict.fromkeys(undefined_names(compute_overlap_metrics(sums)), reason)
 
 
-# --- severity -------------------------------------------------------------------------------------------------------------------------
+# --- severity ---------------------------------------------------------------------------------------------
 
 
 def compute_joint_histogram(a: NDArray[Any], b: NDArray[Any], edges_a: Array, edges_b: Array) -> Array:
-    """Counts of scans by (bin of `a`, bin of `b`), [P, T], from two numbers each [N] and their bins' edges [P + 1], [T + 1].
+    """Count scans by (bin of `a`, bin of `b`), [P, T], from two values per scan, [N] each.
 
-    What lies beyond the edges falls into the outer bins; a scan with a NaN in either is dropped.
+    Values beyond the edges [P + 1] and [T + 1] fall into the outer bins; a scan with a NaN is dropped.
     """
-    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    a = np.asarray(a, np.float64).ravel()
+    b = np.asarray(b, np.float64).ravel()
     known = ~(np.isnan(a) | np.isnan(b))
+    bins_a = np.searchsorted(edges_a[1:-1], a[known], side="right")
+    bins_b = np.searchsorted(edges_b[1:-1], b[known], side="right")
     joint = np.zeros((len(edges_a) - 1, len(edges_b) - 1))
-    np.add.at(
-        joint,
-        tuple(np.searchsorted(e[1:-1], x[known], side="right") for e, x in ((edges_a, a), (edges_b, b))),
-        1,
-    )
+    np.add.at(joint, (bins_a, bins_b), 1)
     return joint
 
 
 def compute_spearman(joint: Array) -> float | None:
-    """Spearman's rho of the binned numbers: the correlation of their mid-ranks. None unless each takes two different values."""
-    counts_a, counts_b = joint.sum(1), joint.sum(0)
-    n = counts_a.sum()
-    # The mean rank is (n + 1) / 2 with ties and without; measured from there, a bin's ranks are the scans below less those above.
-    ranks_a, ranks_b = (np.cumsum(c) - (c + n) / 2 for c in (counts_a, counts_b))
-    whole = math.sqrt(float(counts_a @ ranks_a**2) * float(counts_b @ ranks_b**2))
-    return float(ranks_a @ joint @ ranks_b) / whole if whole > 0 else None
+    """Return Spearman's rho of the binned values: the correlation of their mid-ranks.
+
+    It is None when one of the two has the same value for all scans.
+    """
+    counts_a = joint.sum(1)
+    counts_b = joint.sum(0)
+    ranks_a = _centre_ranks(counts_a)
+    ranks_b = _centre_ranks(counts_b)
+    norm = math.sqrt(float(counts_a @ ranks_a**2) * float(counts_b @ ranks_b**2))
+    return float(ranks_a @ joint @ ranks_b) / norm if norm > 0 else None
+
+
+def _centre_ranks(counts: Array) -> Array:
+    """Return each bin's mid-rank minus the mean rank, which is (n + 1) / 2 with ties and without."""
+    return np.asarray(np.cumsum(counts) - (counts + counts.sum()) / 2)
 
 
 def explain_undefined_spearman(joint: Array) -> str:
-    """Why `spearman` is None; empty where it is not."""
+    """Return why `compute_spearman` is None, or "" when it is not."""
     if compute_spearman(joint) is not None:
         return ""
-    n = joint.sum()
-    return (
-        f"the known or the predicted severity is the same for all {n:.0f} scans"
-        if n > 1
-        else f"severity is known of {n:.0f} scans"
-    )
+    scans = joint.sum()
+    if scans > 1:
+        return f"the known or the predicted severity is the same for all {scans:.0f} scans"
+    return f"severity is known for {scans:.0f} scans"

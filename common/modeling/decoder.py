@@ -1,8 +1,10 @@
-"""A U-Net's way up (Ronneberger et al., MICCAI 2015, arXiv 1505.04597) from the levels of any timm encoder to a map as large as the picture.
+"""Decode the levels of an encoder to a feature map as large as the image, like a U-Net.
 
-Every step: 1 x 1 convolution to the level's width, bilinear up to the size of what it is merged with, merge, two 3 x 3 convolutions.
-`merge: concat` puts the encoder's level beside it, as the original; `merge: add` adds it and makes the convolutions a residual block, as the
-triage paper does (arXiv 2006.01441). Sizes are taken from the levels themselves, so that a picture's side need not divide by anything.
+Ronneberger et al., MICCAI 2015, arXiv 1505.04597. Each step is a 1 x 1 convolution to the step's width,
+bilinear interpolation to the size of the encoder's next level, a merge with that level, and two 3 x 3
+convolutions. With `skip_connection: concat` the level is concatenated, as in the original. With `add` it is
+added and the convolutions are a residual block, as in the triage paper (arXiv 2006.01441). Sizes are taken
+from the levels, so image sides need not be divisible by anything.
 """
 
 from __future__ import annotations
@@ -18,58 +20,73 @@ from common.utils.errors import ConsiliumError
 
 
 class Decoder(nn.Module):
-    """Levels of an encoder from the shallowest down -> map [N, out_channels, H, W]."""
+    """A stack of upsampling steps. Maps an encoder's levels to a feature map [N, out_channels, H, W]."""
 
     def __init__(self, channels: list[int], reductions: list[int], settings: schema.DecoderConfig) -> None:
-        """`channels` and `reductions` of the encoder's levels from the shallowest down. A level that is not as large as the picture is followed
-        by one more step without a merge. Fewer steps than widths: the last widths are used; more: the deepest steps all take the first.
+        """Create one step for each level but the deepest, and one more if no level is as large as the image.
+
+        Args:
+            channels: channels of the encoder's levels, the shallowest first.
+            reductions: by how much each level is smaller than the image, the shallowest first.
+            settings: the widths of the steps, the deepest first. With fewer steps than widths, the last
+                widths are used; with more, the deepest steps all have the first width.
         """
         super().__init__()
-        skips = channels[-2::-1] + ([0] if reductions[0] > 1 else [])
-        widths = (
-            ([settings.channels[0]] * len(skips) + settings.channels)[len(settings.channels) :]
-            if skips
-            else []
-        )
-        add = settings.skip_connection == "add"
-        ups, c = [], channels[-1]
-        for skip, width in zip(skips, widths, strict=True):
-            ups.append(UpBlock(c, skip, (skip or width) if add else width, add))
-            c = ups[-1].out_channels
-        self.ups = nn.ModuleList(ups)
-        self.out_channels = c
+        skip_widths = channels[-2::-1]
+        if reductions[0] > 1:
+            skip_widths.append(0)  # the last step has no level to merge with
+        adds_levels = settings.skip_connection == "add"
+        widths = _match_widths(settings.channels, len(skip_widths))
+        steps = []
+        in_channels = channels[-1]
+        for skip_channels, width in zip(skip_widths, widths, strict=True):
+            out_channels = width
+            if adds_levels and skip_channels:
+                out_channels = skip_channels
+            steps.append(UpBlock(in_channels, skip_channels, out_channels, residual=adds_levels))
+            in_channels = out_channels
+        self.ups = nn.ModuleList(steps)
+        self.out_channels = in_channels
         self.grad_checkpointing = False
 
     def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """`size` is the picture's (H, W)."""
+        """Return the feature map of an image of `size` (H, W) from its levels, the shallowest first."""
         *skips, x = levels
-        for up in self.ups:
+        for step in self.ups:
             skip = skips.pop() if skips else None
-            to = skip.shape[-2:] if skip is not None else size
-            x = (
-                checkpoint(up, x, skip, to, use_reentrant=False)
-                if self.grad_checkpointing and self.training
-                else up(x, skip, to)
-            )
+            target_size = size if skip is None else skip.shape[-2:]
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(step, x, skip, target_size, use_reentrant=False)
+            else:
+                x = step(x, skip, target_size)
         return x
 
 
+def _match_widths(widths: list[int], num_steps: int) -> list[int]:
+    """Return the last widths, preceded by copies of the first where they are fewer than the steps."""
+    if num_steps <= len(widths):
+        return widths[len(widths) - num_steps :]
+    return [widths[0]] * (num_steps - len(widths)) + widths
+
+
 class UpBlock(nn.Module):
-    """One step: `c` channels, merged with `skip` channels (0: with none), give `width`."""
+    """One step of the decoder: upsample, merge with a level of the encoder, convolve."""
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int, residual: bool) -> None:
+        """Create the layers; `skip_channels` is 0 for a step without a level to merge with."""
         super().__init__()
-        self.out_channels, self.residual = out_channels, residual
-        self.project = nn.Conv2d(
-            in_channels, out_channels, 1
-        )  # before the interpolation, with which it commutes: a quarter of the work
-        self.block = (
-            ResidualBlock(out_channels, out_channels)
-            if residual
-            else make_double_conv(out_channels + skip_channels, out_channels)
-        )
+        self.out_channels = out_channels
+        self.residual = residual
+        # Applied before the interpolation, with which it commutes: a quarter of the work.
+        self.project = nn.Conv2d(in_channels, out_channels, 1)
+        self.block: nn.Module
+        if residual:
+            self.block = ResidualBlock(out_channels, out_channels)
+        else:
+            self.block = make_double_conv(out_channels + skip_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """Apply the step to [N, in_channels, h, w]; the result has the given size."""
         x = F.interpolate(self.project(x), size=size, mode="bilinear", align_corners=False)
         if skip is not None:
             x = x + skip if self.residual else torch.cat([x, skip], 1)
@@ -78,22 +95,27 @@ class UpBlock(nn.Module):
 
 
 def make_double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions with norm and ReLU."""
-    parts: list[nn.Module] = []
-    for ins in (in_channels, out_channels):
-        parts += [
-            nn.Conv2d(ins, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*parts)
+    """Return two 3 x 3 convolutions, each with batch norm and ReLU."""
+    layers: list[nn.Module] = []
+    for channels in (in_channels, out_channels):
+        layers.append(nn.Conv2d(channels, out_channels, 3, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(out_channels))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
 
 
 def make_decoder(encoder: nn.Module, name: str, settings: schema.DecoderConfig) -> Decoder:
-    """A decoder for a timm encoder. Raises ConsiliumError when the encoder does not show its levels."""
+    """Return a decoder for a timm encoder.
+
+    Raises:
+        ConsiliumError: The encoder does not give access to its levels.
+    """
     if not hasattr(encoder, "forward_intermediates") or not hasattr(encoder, "feature_info"):
         raise ConsiliumError(
-            f"backbone.name '{name}' has no forward_intermediates, which a task with a map needs; take another, e.g. densenet121"
+            f"backbone.name '{name}' has no forward_intermediates, which tasks with a feature map need; "
+            "use another backbone, such as densenet121"
         )
-    info = list(encoder.feature_info)  # type: ignore[arg-type]
-    return Decoder([int(i["num_chs"]) for i in info], [int(i["reduction"]) for i in info], settings)
+    level_info = list(encoder.feature_info)  # type: ignore[arg-type]
+    channels = [int(info["num_chs"]) for info in level_info]
+    reductions = [int(info["reduction"]) for info in level_info]
+    return Decoder(channels, reductions, settings)

@@ -1,38 +1,39 @@
-"""The model: a timm encoder on every slice alone, the slices pooled, one head a task; a decoder where a task reads a map.
+"""The model: a timm encoder applied to every slice, pooling over slices, and one head per task.
 
-slices [B, S, H, W] in [0, 1]  ->  normalised, three equal channels [B*S, 3, H, W]  ->  features [B*S, D]
-                               ->  pooled over S [B, D]  ->  heads: {task: [B, 1 or K or R]}
-the encoder's levels           ->  decoder's map [B, S, C, H, W]  ->  dense heads: {task: [B, S, H, W]}
-                               ->  585 cells of it [B, 585 C]     ->  heads that read the map: {task: [B, 1 or K or R]}
+Tasks that need a feature map add a decoder:
+
+    slices [B, S, H, W] in [0, 1]    -> normalised, three equal channels [B*S, 3, H, W] -> features [B*S, D]
+                                     -> pooled over S [B, D]  -> heads: {task: [B, 1 or K or R]}
+    levels of the encoder            -> decoder's feature map [B, S, C, H, W] -> dense heads: {task: [B, S, H,
+    W]}
+                                     -> 585 cells of it [B, 585 C] -> heads that read it: {task: [B, 1 or K or
+                                     R]}
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, GroupNormAct, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from common.config.schema import BackboneConfig, Config, Task
-from common.learning.losses import DENSE_TYPES, needs_decoder, output_dim, uses_feature_map
-from common.modeling.backbones import PAPER_BACKBONES
+from common.learning.losses import needs_decoder
 from common.modeling.decoder import Decoder, make_decoder
+from common.modeling.encoder import feature_dim, make_encoder, replace_batch_norms
+from common.modeling.heads import HeadInput, make_head, resolve_head_input
 from common.modeling.parameters import Layout, build_layout
 from common.modeling.pyramid_pooling import NUM_CELLS, pyramid_pool
-from common.utils.errors import ConsiliumError, suggest
-
-RARE_CLASS_BIAS = -3.0  # a mask's pixels are few: a head that says so from the start need not learn it first (Lin et al., ICCV 2017, section 4.1)
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied: a head with a negative scale makes features that do *not* tell its target."""
+    """Identity that multiplies its gradient.
+
+    With a negative factor the features learn not to reveal the head's target (gradient reversal).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -45,188 +46,98 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class Model(nn.Module):
-    """`encoder`, `decoder` (or None), `heads.<task>`; see the module docstring for shapes."""
+    """`encoder`, `decoder` (or None) and `heads.<task>`, with the shapes of the module's docstring.
+
+    The names of submodules, parameters and buffers are the names of tensors in saved models.
+    """
 
     mean: Tensor
     std: Tensor
+    encoder_memory_format: torch.memory_format = torch.contiguous_format
 
     def __init__(self, backbone: BackboneConfig, tasks: Mapping[str, Task]) -> None:
+        """Create a model with weights from torch's current random state."""
         super().__init__()
         self.encoder = make_encoder(backbone)
         self.decoder: Decoder | None = None
+        map_channels = 0
         if needs_decoder(tasks):
             self.decoder = make_decoder(self.encoder, backbone.name, backbone.decoder)
-            if backbone.norm != "batch":  # nobody has its statistics to keep
+            map_channels = self.decoder.out_channels
+            if backbone.norm != "batch":  # a new decoder has no batch-norm statistics worth keeping
                 replace_batch_norms(self.decoder, backbone.num_groups)
         self.slice_pooling = backbone.slice_pooling
         self.task_types = {name: task.type for name, task in tasks.items()}
         self.head_inputs = {name: resolve_head_input(task) for name, task in tasks.items()}
         self.grad_scales = {name: task.grad_scale for name, task in tasks.items()}
-        channels = self.decoder.out_channels if self.decoder is not None else 0
-        widths = {"features": feature_dim(self.encoder), "map": channels, "cells": channels * NUM_CELLS}
-        self.heads = nn.ModuleDict(
-            {name: make_head(task, widths[self.head_inputs[name]]) for name, task in tasks.items()}
-        )
-        # Constants of the configuration, not weights: they do not travel.
+        input_widths = {
+            HeadInput.FEATURES: feature_dim(self.encoder),
+            HeadInput.MAP: map_channels,
+            HeadInput.CELLS: map_channels * NUM_CELLS,
+        }
+        self.heads = nn.ModuleDict()
+        for name, task in tasks.items():
+            self.heads[name] = make_head(task, input_widths[self.head_inputs[name]])
+        # Not persistent: they are constants of the configuration, not weights that are exchanged.
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
     def extract_features(self, slices: Tensor) -> Tensor:
-        """Pooled features [B, D] of slices [B, S, H, W] in [0, 1]."""
+        """Return pooled features [B, D] of slices [B, S, H, W] in [0, 1]."""
         return self._pool_slices(self.encoder(self._normalise_slices(slices)), slices)
 
-    def compute_head_inputs(self, slices: Tensor, wanted: set[str]) -> dict[str, Tensor]:
-        """What heads read, of one pass through the encoder: `features` [B, D], `map` [B, S, C, H, W], `cells` [B, 585 C]."""
-        if wanted == {"features"}:
-            return {"features": self.extract_features(slices)}
-        assert self.decoder is not None, "no task of this model reads a map"
-        x = self._normalise_slices(slices)
-        deepest, levels = self.encoder.forward_intermediates(x)  # type: ignore[operator]
-        read = {"map": self.decoder(levels, x.shape[-2:]).unflatten(0, slices.shape[:2])}
-        if "features" in wanted:
-            read["features"] = self._pool_slices(self.encoder.forward_head(deepest), slices)  # type: ignore[operator]
-        if "cells" in wanted:
-            read["cells"] = pyramid_pool(read["map"]).float()
-        return read
+    def compute_head_inputs(self, slices: Tensor, needed: Set[str]) -> dict[str, Tensor]:
+        """Return the needed inputs of heads (keys of HeadInput) from one pass through the encoder."""
+        if needed == {HeadInput.FEATURES}:
+            return {HeadInput.FEATURES: self.extract_features(slices)}
+        assert self.decoder is not None, "no task of this model uses a feature map"
+        images = self._normalise_slices(slices)
+        deepest, levels = self.encoder.forward_intermediates(images)  # type: ignore[operator]
+        feature_map = self.decoder(levels, images.shape[-2:]).unflatten(0, slices.shape[:2])
+        inputs: dict[str, Tensor] = {HeadInput.MAP: feature_map}
+        if HeadInput.FEATURES in needed:
+            features = self.encoder.forward_head(deepest)  # type: ignore[operator]
+            inputs[HeadInput.FEATURES] = self._pool_slices(features, slices)
+        if HeadInput.CELLS in needed:
+            inputs[HeadInput.CELLS] = pyramid_pool(feature_map).float()
+        return inputs
 
     def forward(self, slices: Tensor, tasks: list[str] | None = None) -> dict[str, Tensor]:
-        """{task: output} of the named tasks (all by default), with the shapes of the table in common/learning/losses.py."""
-        named = tasks or list(self.heads)
-        read = self.compute_head_inputs(slices, {self.head_inputs[t] for t in named})
-        return {
-            t: self._apply_head(t, _ScaleGradient.apply(read[self.head_inputs[t]], self.grad_scales[t]))
-            for t in named
-        }
+        """Return {task: output}, shaped as in common/learning/losses.py.
+
+        Args:
+            slices: [B, S, H, W] in [0, 1].
+            tasks: the tasks to compute; all if None or empty.
+        """
+        names = tasks or list(self.heads)
+        inputs = self.compute_head_inputs(slices, {self.head_inputs[name] for name in names})
+        outputs: dict[str, Tensor] = {}
+        for name in names:
+            head_input = _ScaleGradient.apply(inputs[self.head_inputs[name]], self.grad_scales[name])
+            outputs[name] = self._apply_head(name, head_input)
+        return outputs
 
     def _normalise_slices(self, slices: Tensor) -> Tensor:
-        """What the encoder sees: [B*S, 3, H, W], normalised."""
-        x = (slices.flatten(0, 1).unsqueeze(1) - self.mean) / self.std  # broadcasts to three channels
-        return (
-            x.contiguous(memory_format=torch.channels_last)
-            if self.encoder_memory_format is torch.channels_last
-            else x
-        )
+        """Return the encoder's input [B*S, 3, H, W], normalised."""
+        images = (slices.flatten(0, 1).unsqueeze(1) - self.mean) / self.std  # broadcast to three channels
+        if self.encoder_memory_format is torch.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
-    def _pool_slices(self, f: Tensor, slices: Tensor) -> Tensor:
-        """[B, D] of the encoder's features [B*S, D]."""
-        f = f.float().view(*slices.shape[:2], -1)
-        return f.mean(1) if self.slice_pooling == "mean" else f.amax(1)
+    def _pool_slices(self, features: Tensor, slices: Tensor) -> Tensor:
+        """Return [B, D] from the features [B*S, D] of single slices."""
+        by_scan = features.float().view(*slices.shape[:2], -1)
+        return by_scan.mean(1) if self.slice_pooling == "mean" else by_scan.amax(1)
 
-    def _apply_head(self, task: str, x: Tensor) -> Tensor:
-        """A head's output on what it reads."""
-        if self.head_inputs[task] == "map":
-            return self.heads[task](x.flatten(0, 1)).view(x.shape[0], x.shape[1], *x.shape[3:])  # type: ignore[no-any-return]
-        out: Tensor = self.heads[task](x)
-        return F.normalize(out.float(), dim=1) if self.task_types[task] == "contrastive" else out
-
-    encoder_memory_format: torch.memory_format = torch.contiguous_format
-
-
-def resolve_head_input(task: Task) -> str:
-    """`features`; `map` for a dense task; `cells` of the map for any other task that reads it."""
-    return "features" if not uses_feature_map(task) else "map" if task.type in DENSE_TYPES else "cells"
-
-
-def make_head(task: Task, width: int) -> nn.Sequential:
-    """(ReLU) -> dropout -> [layer -> ReLU -> dropout] for each hidden width -> layer; a layer is linear, of a dense task a 1 x 1 convolution."""
-    parts: list[nn.Module] = [nn.ReLU()] if task.input_relu else []
-    parts.append(nn.Dropout(task.dropout))
-    widths = [width, *task.hidden_dims, output_dim(task)]
-    for i, (ins, outs) in enumerate(itertools.pairwise(widths)):
-        layer: nn.Linear | nn.Conv2d = (
-            nn.Conv2d(ins, outs, 1) if task.type in DENSE_TYPES else nn.Linear(ins, outs)
-        )
-        if task.xavier_init:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        parts.append(layer)
-        if i < len(task.hidden_dims):
-            parts += [nn.ReLU(), nn.Dropout(task.dropout)]
-    if task.type == "segmentation" and not task.xavier_init:
-        nn.init.constant_(parts[-1].bias, RARE_CLASS_BIAS)  # type: ignore[arg-type]
-    return nn.Sequential(*parts)
-
-
-def shallow_parameter_names(model: Model, fraction: float) -> set[str]:
-    """Names (as in the model's state dict) of the parameters and buffers of the encoder's shallower `share` of convolutions and linear layers.
-
-    In the order of definition, with all that stands before the first layer that is left out: norms, attention weights. 1 is the whole encoder.
-    """
-    modules = [(name, m) for name, m in model.encoder.named_modules(prefix="encoder")]
-    keep = round(fraction * sum(isinstance(m, nn.Conv2d | nn.Linear) for _, m in modules))
-    names: set[str] = set()
-    if not keep:
-        return names
-    for name, m in modules:
-        keep -= isinstance(m, nn.Conv2d | nn.Linear)
-        if keep < 0:
-            break
-        names.update(
-            f"{name}.{own}"
-            for own, _ in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))
-        )
-    return names
-
-
-def check_backbone(backbone: BackboneConfig) -> None:
-    """Raises ConsiliumError for a name timm does not know, with the nearest that it does; a paper's name with the one that stands for it."""
-    name = backbone.name
-    if not timm.is_model(name):
-        hint = (
-            f"; it is '{PAPER_BACKBONES[name]}' here (common/modeling/backbones.py)"
-            if name in PAPER_BACKBONES
-            else suggest(name, timm.list_models())
-        )
-        raise ConsiliumError(f"backbone.name '{name}' is not a timm model{hint}")
-
-
-def make_encoder(backbone: BackboneConfig) -> nn.Module:
-    """The timm encoder without its classifier, weights random. Raises ConsiliumError for a name timm does not know."""
-    check_backbone(backbone)
-    options: dict[str, Any] = {"drop_path_rate": backbone.drop_path_rate} if backbone.drop_path_rate else {}
-    encoder: nn.Module = timm.create_model(
-        backbone.name, pretrained=False, num_classes=0, in_chans=3, **options
-    )
-    return apply_norm_policy(encoder, backbone)
-
-
-def apply_norm_policy(encoder: nn.Module, backbone: BackboneConfig) -> nn.Module:
-    """The encoder with its batch norms as `backbone.norm` wants them; frozen ones are a fixed scale and shift of every channel."""
-    if backbone.norm == "group":
-        return replace_batch_norms(encoder, backbone.num_groups)
-    return freeze_batch_norm_2d(encoder) if backbone.norm == "frozen" else encoder  # type: ignore[no-untyped-call]
-
-
-def feature_dim(encoder: nn.Module) -> int:
-    """D of the encoder's features. MobileNetV3, LCNet and GhostNet widen them behind the pooling."""
-    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
-
-
-def replace_batch_norms(module: nn.Module, max_groups: int = 32) -> nn.Module:
-    """Every batch norm replaced by a group norm of at most `most` groups with the same affine weights (timm's fused ones too)."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            groups = math.gcd(child.num_features, max_groups)
-            new: nn.Module
-            if isinstance(child, BatchNormAct2d):
-                new = GroupNormAct(child.num_features, num_groups=groups, eps=child.eps)
-                new.drop, new.act = child.drop, child.act
-            else:
-                new = nn.GroupNorm(groups, child.num_features, eps=child.eps)
-            new.load_state_dict({"weight": child.weight.data, "bias": child.bias.data}, strict=False)
-            setattr(module, name, new)
-        else:
-            replace_batch_norms(child, max_groups)
-    return module
-
-
-def check_no_batch_norm(model: nn.Module) -> None:
-    """Raises ConsiliumError when a layer is left in which one patient's output depends on the others of the batch: no gradient is theirs alone."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConsiliumError(
-                f"privacy=patient: the backbone has a {type(module).__name__} that backbone.norm can neither replace nor freeze; choose another"
-            )
+    def _apply_head(self, task: str, head_input: Tensor) -> Tensor:
+        """Return the output of a task's head."""
+        head = self.heads[task]
+        if self.head_inputs[task] == HeadInput.MAP:
+            batch_size, num_slices, _, height, width = head_input.shape
+            dense: Tensor = head(head_input.flatten(0, 1))
+            return dense.view(batch_size, num_slices, height, width)
+        output: Tensor = head(head_input)
+        return F.normalize(output.float(), dim=1) if self.task_types[task] == "contrastive" else output
 
 
 def make_model(
@@ -236,7 +147,7 @@ def make_model(
     channels_last: bool = False,
     grad_checkpointing: bool = False,
 ) -> Model:
-    """A model with weights drawn from `seed`, whatever was drawn before."""
+    """Return a model with weights drawn from `seed`, whatever was drawn before."""
     with fork_seeded_rng(seed):
         model = Model(backbone, tasks)
     if channels_last:
@@ -251,15 +162,41 @@ def make_model(
     return model
 
 
+def shallow_parameter_names(model: Model, fraction: float) -> set[str]:
+    """Return the state-dict names of the parameters and buffers in the shallower part of the encoder.
+
+    Layers count in the order of their definition. The part includes everything defined before the first layer
+    that is left out, such as norms and attention weights.
+
+    Args:
+        model: the model.
+        fraction: the part's share of the encoder's convolutions and linear layers; 1 is the whole encoder.
+    """
+    modules = list(model.encoder.named_modules(prefix="encoder"))
+    num_layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for _, module in modules)
+    layers_left = round(fraction * num_layers)
+    names: set[str] = set()
+    if layers_left == 0:
+        return names
+    for module_name, module in modules:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers_left -= 1
+        if layers_left < 0:
+            break
+        for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            names.add(f"{module_name}.{name}")
+    return names
+
+
 @contextlib.contextmanager
 def fork_seeded_rng(seed: int) -> Iterator[None]:
-    """torch's generators set to `seed` inside, as they were outside."""
+    """Set torch's random generators to `seed` within the block, and restore them afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
 def parameter_layout(config: Config) -> Layout:
-    """The layout of the run's model, without a weight of it."""
+    """Return the layout of a run's model without allocating its weights."""
     with torch.device("meta"):
         return build_layout(make_model(config.backbone, config.tasks, 0))

@@ -1,4 +1,4 @@
-"""A run's `model.safetensors`: weights with the run's configuration beside them."""
+"""Read a run's `model.safetensors`, which contains the weights and the run's configuration."""
 
 from __future__ import annotations
 
@@ -16,27 +16,35 @@ from common.utils.errors import ConsiliumError
 
 
 def load_model_file(path: Path) -> tuple[dict[str, Array], Config]:
-    """({tensor name: array}, the run's configuration). Raises ConsiliumError."""
+    """Return ({tensor name: array}, the run's configuration).
+
+    Raises:
+        ConsiliumError: The file cannot be read, or is not a model of a run.
+    """
     try:
         with safe_open(path, framework="np") as file:
-            config = parse_config(json.loads((file.metadata() or {})["config"]))
+            metadata = file.metadata() or {}
+        config = parse_config(json.loads(metadata["config"]))
         return load_file(path), config
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ConsiliumError(
-            f"{path} is not a model of ours ({type(error).__name__}); give the model.safetensors of a run"
+            f"{path} is not a Consilium model ({type(error).__name__}); use the model.safetensors of a run"
         ) from error
 
 
 def inference_tasks(path: Path, config: Config) -> dict[str, Task]:
-    """The tasks that the model predicts, without those that serve training only. Raises ConsiliumError where there is none."""
-    tasks = {
-        name: task
-        for name, task in config.tasks.items()
-        if task.inference and task.type not in UNSUPERVISED_TYPES
-    }
+    """Return the tasks that a model predicts, without those that serve training only.
+
+    Raises:
+        ConsiliumError: There is none.
+    """
+    tasks: dict[str, Task] = {}
+    for name, task in config.tasks.items():
+        if task.inference and task.type not in UNSUPERVISED_TYPES:
+            tasks[name] = task
     if not tasks:
         raise ConsiliumError(
-            f"{path} predicts nothing: it was taught by the scans alone ({', '.join(config.tasks)}); "
-            "give the model of a run with a stage for a task"
+            f"{path} predicts nothing because it was trained without labels ({', '.join(config.tasks)}); "
+            "use the model of a run that has a stage with a supervised task"
         )
     return tasks

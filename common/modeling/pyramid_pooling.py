@@ -1,7 +1,8 @@
-"""3-D max pyramid pooling: a scan's map, of any size, as a vector of fixed length.
+"""Pool a scan's feature map, of any size, into a vector of fixed length (3-D max pyramid pooling).
 
-Spatial pyramid pooling (He et al., ECCV 2014, arXiv 1406.4729, section 2.2) over slices, rows and columns at once, as the triage paper stands
-its classification head on the full-resolution map (arXiv 2006.01441): 1 + 8 + 64 + 512 = 585 cells.
+Spatial pyramid pooling (He et al., ECCV 2014, arXiv 1406.4729, section 2.2) over slices, rows and columns at
+once, with 1 + 8 + 64 + 512 = 585 cells. The triage paper (arXiv 2006.01441) puts its classification head on
+such a vector.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PYRAMID_LEVELS = (1, 2, 4, 8)  # cells along each axis; each twice the one before
-NUM_CELLS = sum(n**3 for n in PYRAMID_LEVELS)
+PYRAMID_LEVELS = (1, 2, 4, 8)  # cells along each axis; each level has twice as many as the one before
+NUM_CELLS = sum(cells**3 for cells in PYRAMID_LEVELS)
 
 
 def pyramid_pool(maps: Tensor) -> Tensor:
-    """[B, C * 585] of maps [B, S, C, H, W]: each channel's cells follow one another, the coarsest first.
+    """Pool maps [B, S, C, H, W] to [B, C * 585]: channel after channel, from the coarsest cell to the finest.
 
-    Cell i of n along an axis of length L covers floor(i L / n) to ceil((i + 1) L / n), so that an axis shorter than n has cells that repeat.
+    Cell i of n along an axis of length L covers floor(i L / n) to ceil((i + 1) L / n), so cells repeat along
+    an axis that is shorter than n.
     """
-    b, s, c, _, _ = maps.shape
+    batch_size, num_slices, num_channels, _, _ = maps.shape
     finest = PYRAMID_LEVELS[-1]
-    # A box's maximum is taken axis by axis: first within each slice, where the map stays as it lies in memory.
-    x = F.adaptive_max_pool2d(maps.flatten(0, 1), finest).view(b, s, c, finest, finest).transpose(1, 2)
-    cells = [F.adaptive_max_pool3d(x, finest)]
-    while cells[0].shape[-1] > PYRAMID_LEVELS[0]:
-        cells.insert(
-            0, F.max_pool3d(cells[0], 2)
-        )  # a cell of a coarser level is exactly eight of the finer one's
-    return torch.cat([x.flatten(2) for x in cells], 2).flatten(1)
+    # The maximum of a box can be taken axis by axis. Pooling within each slice first leaves the maps where
+    # they are in memory.
+    pooled_slices = F.adaptive_max_pool2d(maps.flatten(0, 1), finest)
+    volume = pooled_slices.view(batch_size, num_slices, num_channels, finest, finest).transpose(1, 2)
+    levels = [F.adaptive_max_pool3d(volume, finest)]
+    while levels[0].shape[-1] > PYRAMID_LEVELS[0]:
+        levels.insert(0, F.max_pool3d(levels[0], 2))  # a cell covers exactly eight cells of the finer level
+    return torch.cat([level.flatten(2) for level in levels], 2).flatten(1)

@@ -1,3 +1,4 @@
 """Differential privacy accounting, noise, and the arithmetic of secure aggregation that both sides share.
 
-Nothing here decides what may be sent: that is the hospital's policy (``client/site``)."""
+What may be sent is not decided here but by the hospital's policy (``client/site``).
+"""

@@ -1,46 +1,73 @@
-"""What Gaussian noise on sums costs in privacy: Opacus's accountants, for the centres' budgets (client/site/privacy_budget.py) and the coordinator's."""
+"""Compute the privacy loss (epsilon) of Gaussian noise on sums, with Opacus's accountants.
+
+The centres use it for their privacy budgets (client/site/privacy_budget.py), the coordinator for central
+privacy.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from common.utils.errors import ConsiliumError
 
-logging.getLogger("opacus.accountants.analysis.rdp").setLevel(
-    logging.ERROR
-)  # it warns of every order that it can do without
+# Opacus warns about every order that it cannot use; it does not need them all.
+logging.getLogger("opacus.accountants.analysis.rdp").setLevel(logging.ERROR)
 
-Charge = tuple[float, float, int]  # (noise multiplier, each one's odds in a step, steps)
-EPSILON_TOLERANCE, SEARCH_TOLERANCE = (
-    0.003,
-    0.01,
-)  # how far an epsilon may lie above the true one, as a share of it
-EPSILON_CEILING = 200.0  # from here on nothing is protected, and a rougher bound will do
+
+class Charge(NamedTuple):
+    """A number of steps with noise, which cost privacy."""
+
+    noise_multiplier: float
+    sampling_rate: float  # the probability that a given patient or centre is part of a step
+    steps: int
+
+
+EPSILON_TOLERANCE = 0.003  # relative error with which an epsilon may lie above the true one
+SEARCH_TOLERANCE = 0.01  # the same while searching for a noise multiplier
+EPSILON_CEILING = 200.0  # above it there is no protection, and a rougher bound suffices
+RDP_ORDERS = [*range(2, 64), 128, 256]
+SMALLEST_NOISE_MULTIPLIER = 0.3
+LARGEST_NOISE_MULTIPLIER = 1e5
 
 
 @lru_cache(maxsize=256)
 def compute_epsilon(charges: tuple[Charge, ...], delta: float, tolerance: float = EPSILON_TOLERANCE) -> float:
-    """The privacy loss of all charges together, from above (Gopi et al., "Numerical composition of differential privacy", NeurIPS 2021)."""
-    steps: dict[tuple[float, float], int] = {}
-    for noise, odds, count in charges:  # the order does not matter
-        steps[noise, odds] = steps.get((noise, odds), 0) + count
-    history = [(noise, odds, count) for (noise, odds), count in sorted(steps.items())]
+    """Return an upper bound on the privacy loss of all charges together; their order does not matter.
+
+    Gopi et al., "Numerical composition of differential privacy", NeurIPS 2021.
+    """
+    history = _merge_charges(charges)
     if not history:
         return 0.0
-    rough, fine = RDPAccountant(), PRVAccountant()
-    rough.history = fine.history = history
-    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # of orders it can do without; of odds of 1
+    rdp_accountant = RDPAccountant()
+    prv_accountant = PRVAccountant()
+    rdp_accountant.history = history
+    prv_accountant.history = history
+    # Suppressed: warnings about unneeded orders, and the division by zero at a sampling rate of 1.
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
-        bound = float(rough.get_epsilon(delta, alphas=[*range(2, 64), 128, 256]))
-        if bound > EPSILON_CEILING:
-            return bound
-        return min(bound, float(fine.get_epsilon(delta, eps_error=tolerance * max(bound, 0.01))))
+        rough_bound = float(rdp_accountant.get_epsilon(delta, alphas=RDP_ORDERS))
+        if rough_bound > EPSILON_CEILING:
+            return rough_bound
+        max_error = tolerance * max(rough_bound, 0.01)
+        return min(rough_bound, float(prv_accountant.get_epsilon(delta, eps_error=max_error)))
+
+
+def _merge_charges(charges: Sequence[Charge]) -> list[tuple[float, float, int]]:
+    """Return an accountant's history: (noise multiplier, sampling rate, total steps), sorted."""
+    total_steps: dict[tuple[float, float], int] = {}
+    for noise_multiplier, sampling_rate, steps in charges:
+        key = (noise_multiplier, sampling_rate)
+        total_steps[key] = total_steps.get(key, 0) + steps
+    return [(*key, steps) for key, steps in sorted(total_steps.items())]
 
 
 @lru_cache(maxsize=64)
@@ -50,27 +77,37 @@ def solve_noise_multiplier(
     plan: tuple[tuple[float, int], ...],
     other_charges: tuple[Charge, ...] = (),
 ) -> float:
-    """The smallest noise multiplier, to 1 %, with which the (odds, steps) of `plan` and what is charged `besides` cost no more than `target`.
+    """Return the smallest noise multiplier, to 1 %, with which a run stays within the target epsilon.
 
-    Raises ConsiliumError when `besides` leaves nothing."""
+    Args:
+        target_epsilon: the privacy loss of `plan` and `other_charges` together.
+        delta: the probability that the loss is larger.
+        plan: (sampling rate, steps) of the steps that get this noise.
+        other_charges: what else the run costs.
 
-    def cost(noise: float) -> float:
-        return compute_epsilon(
-            (*((noise, odds, steps) for odds, steps in plan), *other_charges), delta, SEARCH_TOLERANCE
-        )
-
-    if (
-        other_charges
-        and (alone := compute_epsilon(other_charges, delta, SEARCH_TOLERANCE)) > 0.95 * target_epsilon
-    ):
+    Raises:
+        ConsiliumError: `other_charges` leave nothing for the plan.
+    """
+    cost_of_others = compute_epsilon(other_charges, delta, SEARCH_TOLERANCE)
+    if cost_of_others > 0.95 * target_epsilon:
         raise ConsiliumError(
-            f"the answers of a run alone cost an epsilon of {alone:.2f} of {target_epsilon:g}; raise privacy.query_noise_multiplier or privacy.epsilon, or take fewer rounds"
+            f"the run's queries alone cost an epsilon of {cost_of_others:.2f} of {target_epsilon:g}; "
+            "raise privacy.query_noise_multiplier or privacy.epsilon, or use fewer rounds"
         )
 
-    low, high = 0.3, 0.6
-    while cost(high) > target_epsilon and high < 1e5:
-        low, high = high, 2 * high
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= target_epsilon else (middle, high)
-    return high
+    def compute_cost(noise_multiplier: float) -> float:
+        planned_charges = [Charge(noise_multiplier, sampling_rate, steps) for sampling_rate, steps in plan]
+        return compute_epsilon((*planned_charges, *other_charges), delta, SEARCH_TOLERANCE)
+
+    too_small = SMALLEST_NOISE_MULTIPLIER
+    sufficient = 2 * SMALLEST_NOISE_MULTIPLIER
+    while compute_cost(sufficient) > target_epsilon and sufficient < LARGEST_NOISE_MULTIPLIER:
+        too_small = sufficient
+        sufficient = 2 * sufficient
+    while sufficient / too_small > 1.01:
+        middle = math.sqrt(too_small * sufficient)
+        if compute_cost(middle) <= target_epsilon:
+            sufficient = middle
+        else:
+            too_small = middle
+    return sufficient

@@ -1,4 +1,4 @@
-"""Noise that nobody can draw again: its bits are the operating system's and AES's, never those of a seed."""
+"""Draw cryptographic Gaussian noise, which no seed can reproduce."""
 
 from __future__ import annotations
 
@@ -8,32 +8,29 @@ import os
 import torch
 from torch import Tensor
 
+BYTES_PER_PAIR = 12  # random bytes for two normal values: 8 for the radius, 4 for the angle
+
 
 def secure_gaussian(count: int, chunk_size: int = 1 << 16) -> Tensor:
-    """[count] standard normal float32, by Box & Muller (1958): the radius from 63 bits, so that the tail is there, the angle from 32.
+    """Return [count] standard normal values, float32, by the method of Box and Muller (1958).
 
-    The bits are AES-CTR's under a key of the operating system's, four times as fast as the operating system itself. In chunks that stay in the cache.
+    The radius is drawn from 63 bits, so that the tail is complete, and the angle from 32. The bits come from
+    AES-256-CTR under a key from the operating system, which is four times as fast as the operating system's
+    own generator. Chunks are small enough for the processor's cache.
     """
-    from cryptography.hazmat.primitives.ciphers import (  # a machine that trains plainly need not have it
-        Cipher,
-        algorithms,
-        modes,
-    )
+    # Imported here because a machine that trains without differential privacy need not have it.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-    out = torch.empty(-(-count // 2) * 2)
-    for part in torch.split(out, chunk_size):
-        half = len(part) // 2
-        bits = bytearray(stream.update(bytes(12 * half)))
-        uniform = (
-            torch.frombuffer(bits, dtype=torch.int64, count=half)
-            .bitwise_and_(2**63 - 1)
-            .double()
-            .add_(0.5)
-            .mul_(2.0**-63)
-        )
-        angle = torch.frombuffer(bits, dtype=torch.int32, offset=8 * half).float().mul_(math.pi * 2.0**-31)
+    values = torch.empty(-(-count // 2) * 2)  # they are drawn in pairs
+    for chunk in torch.split(values, chunk_size):
+        num_pairs = len(chunk) // 2
+        random_bytes = bytearray(stream.update(bytes(BYTES_PER_PAIR * num_pairs)))
+        radius_bits = torch.frombuffer(random_bytes, dtype=torch.int64, count=num_pairs)
+        angle_bits = torch.frombuffer(random_bytes, dtype=torch.int32, offset=8 * num_pairs)
+        uniform = radius_bits.bitwise_and_(2**63 - 1).double().add_(0.5).mul_(2.0**-63)
         radius = uniform.log_().mul_(-2).sqrt_().float()
-        torch.cos(angle, out=part[:half]).mul_(radius)
-        torch.sin(angle, out=part[half:]).mul_(radius)
-    return out[:count]
+        angle = angle_bits.float().mul_(math.pi * 2.0**-31)
+        torch.cos(angle, out=chunk[:num_pairs]).mul_(radius)
+        torch.sin(angle, out=chunk[num_pairs:]).mul_(radius)
+    return values[:count]

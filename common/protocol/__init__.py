@@ -1,3 +1,4 @@
-"""What crosses a hospital's wall: the messages, how updates are encoded, and the code fingerprint that both sides compare.
+"""What crosses a hospital's wall: the messages, the encoding of updates, and the code fingerprint.
 
-A field that is not in ``messages`` cannot be sent. Only ``flower_records`` knows Flower."""
+Only the fields in ``messages`` can be sent. ``flower_records`` is the only module here that imports Flower.
+"""

@@ -1,7 +1,7 @@
-"""Which code is running: the coordinator and every centre compare this at the start of a run.
+"""Identify the code that runs: the coordinator compares its own with every centre's at the start of a run.
 
-Flower's simulation imports packages from the SuperLink's working directory, so an older copy can run silently; a hospital approves code by
-this hash.
+Flower's simulation imports packages from the SuperLink's working directory, so an outdated copy could run
+unnoticed. A hospital's policy approves code by this hash.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-SOURCE_ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def fingerprint_code() -> str:
-    """SHA-256 (16 hex digits) of the sources that a centre runs: `common/` and `client/` beside this package, by name and content."""
+    """Return 16 hex digits of the SHA-256 of the names and contents of all sources that a centre runs."""
+    paths: list[Path] = []
+    for package in ("client", "common"):
+        paths.extend((SOURCE_ROOT / package).rglob("*.py"))
     digest = hashlib.sha256()
-    for path in sorted(p for room in ("client", "common") for p in (SOURCE_ROOT / room).rglob("*.py")):
-        digest.update(path.relative_to(SOURCE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(paths):
+        name = path.relative_to(SOURCE_ROOT).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Our messages in Flower's records: arrays in an ArrayRecord, facts as one JSON text in a ConfigRecord.
+"""Convert messages to and from Flower's records: an ArrayRecord, and a ConfigRecord with JSON metadata.
 
-An array's bytes are the array's own memory on both ways: a model of 256 MB is not copied to be sent, and not copied when it has come. So nothing
-may write to an array that has been sent or received.
+Arrays are not copied in either direction: a record refers to the array's own memory, so that a model of 256
+MB is held once. Do not write to an array that has been sent or received.
 """
 
 from __future__ import annotations
@@ -12,38 +12,49 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from common.protocol.messages import Reply, Request, metadata_to_json, pack_message, unpack_message
+from common.protocol.message_packing import metadata_to_json, pack_message, unpack_message
+from common.protocol.messages import Reply, Request
 
-RAW_STYPE = "consilium.raw"  # in place of Flower's "numpy.ndarray", a whole .npy file
+RAW_STYPE = "consilium.raw"  # plain bytes, where Flower's own "numpy.ndarray" is a complete .npy file
 
 
 def to_records(message: Request | Reply) -> RecordDict:
-    """A fresh RecordDict (Flower shares and mutates records between messages when they are reused)."""
-    arrays, facts = pack_message(message)
-    record = ArrayRecord()  # not made of them all at once: that insists on bytes
-    for name, array in arrays.items():
-        record[name] = _to_flower_array(np.ascontiguousarray(array))
-    return RecordDict({"arrays": record, "metadata": ConfigRecord({"json": metadata_to_json(facts)})})
+    """Return a new RecordDict with the message. Flower modifies records, so one must not be sent twice."""
+    packed = pack_message(message)
+    array_record = ArrayRecord()  # filled one by one: its constructor accepts only arrays that hold bytes
+    for name, array in packed.arrays.items():
+        array_record[name] = _to_flower_array(np.ascontiguousarray(array))
+    metadata_record = ConfigRecord({"json": metadata_to_json(packed.metadata)})
+    return RecordDict({"arrays": array_record, "metadata": metadata_record})
 
 
 def from_records(content: RecordDict) -> Request | Reply:
-    """The message inside. Raises KeyError, TypeError or ValueError for a record that is none of ours."""
-    # Not by `content.array_records`: that leaves a cycle behind, which holds a model a message until Python next looks for cycles.
-    arrays, facts = content["arrays"], content["metadata"]
-    if not isinstance(arrays, ArrayRecord) or not isinstance(facts, ConfigRecord):
-        raise TypeError("its records are of other kinds")
-    return unpack_message(
-        {name: _from_flower_array(array) for name, array in arrays.items()}, json.loads(str(facts["json"]))
-    )
+    """Return the message in a RecordDict.
+
+    Raises:
+        KeyError: A record, the message's type or an array is missing.
+        TypeError: A record or a field has the wrong type.
+        ValueError: An array has another format, or the metadata are not JSON.
+    """
+    # `content.array_records` would create a reference cycle, which keeps the model in memory until the next
+    # garbage collection.
+    array_record = content["arrays"]
+    metadata_record = content["metadata"]
+    if not isinstance(array_record, ArrayRecord) or not isinstance(metadata_record, ConfigRecord):
+        raise TypeError("the message's records must be an ArrayRecord and a ConfigRecord")
+    arrays = {name: _from_flower_array(array) for name, array in array_record.items()}
+    return unpack_message(arrays, json.loads(str(metadata_record["json"])))
 
 
 def _to_flower_array(array: NDArray[np.generic]) -> Array:
+    """Wrap a contiguous array without copying it."""
     wrapped = Array(str(array.dtype), array.shape, RAW_STYPE, b"")
-    wrapped.data = array.reshape(-1).view(np.uint8)  # type: ignore[assignment]  # any buffer will do
+    wrapped.data = array.reshape(-1).view(np.uint8)  # type: ignore[assignment]  # Flower accepts any buffer
     return wrapped
 
 
 def _from_flower_array(wrapped: Array) -> NDArray[np.generic]:
+    """Return a read-only view of a received array."""
     if wrapped.stype != RAW_STYPE:
-        raise ValueError(f"an array as {wrapped.stype} instead of {RAW_STYPE}")
+        raise ValueError(f"expected an array of type {RAW_STYPE}, got {wrapped.stype}")
     return np.frombuffer(wrapped.data, np.dtype(wrapped.dtype)).reshape(wrapped.shape)

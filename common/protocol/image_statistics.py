@@ -1,4 +1,4 @@
-"""What data quality is counted by, on both sides of the wall: the bins of each measure of a scan's kept slices."""
+"""Define the histograms, with equal bins on both sides, by which images are compared between centres."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 
 class ImageStatistic(NamedTuple):
-    """A measure's bins: `edges` [bins + 1]; what lies beyond the last counts as the last bin's."""
+    """A property of a scan's selected slices, and the bins in which it is counted."""
 
     name: str
     unit: str
-    bin_edges: NDArray[np.float64]
+    bin_edges: NDArray[np.float64]  # [bins + 1]; values beyond the last edge count in the last bin
 
 
 IMAGE_STATISTICS = {

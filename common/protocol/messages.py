@@ -1,16 +1,18 @@
-"""Everything that crosses a hospital's wall, and nothing else. To send more, a field must be added here.
+"""Define every message that crosses a hospital's wall. Nothing else is sent; to send more, add a field here.
 
-No pixel, no identifier, no per-scan score or prediction has a field. Arrays and facts are kept apart (`pack`, `unpack`); `common/protocol/flower_records.py`
-puts them into Flower's records.
+No message has a field for a pixel, an identifier, or the score or prediction of a single scan.
+``message_packing`` splits a message into arrays and JSON metadata, and ``flower_records`` puts those into
+Flower's records.
+
+Sizes in the comments: P float values and Q integer counters of a model (common/modeling/parameters.py), V of
+the P values are trainable parameters, R values in the sums of a secure sum
+(common/privacy/secure_aggregation).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,275 +20,215 @@ from numpy.typing import NDArray
 from common.modeling.parameters import Weights
 from common.utils.errors import RefusalCode
 
-Sums = dict[str, NDArray[np.float64]]
+Sums = dict[str, NDArray[np.float64]]  # keys: common/protocol/sum_key.py
+ArraysByName = dict[str, NDArray[np.generic]]
 
 
-# --- from the coordinator -------------------------------------------------------------------------------------------------------------
+# --- requests from the coordinator ------------------------------------------------------------------------
 
 
 @dataclass
 class JoinRequest:
-    """Who are you, and what have you got? The first message of a run."""
+    """Ask a centre what it is and which data it has. This is the first message of a run."""
 
     run_id: str
-    config: dict[str, Any]  # common.schema.Config, resolved
+    config: dict[str, Any]  # the run's complete configuration (common.config.schema.Config)
 
 
 @dataclass
 class StatisticsRequest:
-    """An additive query: `name` says which sums over its scans the centre shall answer with (client/federation/query_handlers.py)."""
+    """Ask for sums over the centre's scans (an additive query, client/federation/query_handlers.py)."""
 
     run_id: str
     config: dict[str, Any]
-    name: str  # counts | scores | moments | clusters | quality
+    name: str  # the query: counts, scores, moments, clusters or quality
     stage: str
-    split: str = "train"
-    task: str = ""  # moments: of this task's classes
-    weights: Weights | None = None
-    personal_rounds: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # (stage, round) of the centre's own weights to lay over, in this order
-    centroids: NDArray[np.float64] | None = None  # [K, D], clusters: the nearest is a scan's cluster
-    clustering_id: str = ""  # clusters: keep each scan's cluster at the centre under this name
-    base_digest: str = (
-        ""  # when `weights.floats` are NONE: the digest of the weights that the centre holds, ...
-    )
-    encoded_delta: dict[str, NDArray[np.generic]] = field(
-        default_factory=dict
-    )  # ... what to add to them, in the run's codec (none: nothing), ...
-    target_digest: str = ""  # ... and the digest of the sum
+    split: str = "train"  # the scans to sum over: train, val or test
+    task: str = ""  # moments: the task whose classes the features are grouped by
+    weights: Weights | None = None  # the model to compute with; None for queries that need no model
+    # The centre's own local layers to use, as (stage, round) in this order; later ones replace earlier ones.
+    personal_rounds: list[tuple[str, int]] = field(default_factory=list)
+    centroids: NDArray[np.float64] | None = None  # [K, D], clusters: each scan is assigned to the nearest
+    clustering_id: str = ""  # clusters: store each scan's cluster at the centre under this name
+    # When `weights.floats` is EMPTY_PARAMS, the centre rebuilds the weights from those it has cached:
+    base_digest: str = ""  # digest of the cached weights
+    encoded_delta: ArraysByName = field(default_factory=dict)  # change to add, in the run's codec; {}: none
+    target_digest: str = ""  # digest of the result
 
 
 @dataclass
 class TrainRequest:
-    """Train a round from these weights."""
+    """Ask a centre to train for one round from the given weights."""
 
     run_id: str
     config: dict[str, Any]
     stage: str
     round: int
     weights: Weights
-    global_counts: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # {task: training scans per class, all centres}
-    personal_rounds: list[tuple[str, int]] = field(default_factory=list)
-    rounds_to_keep: list[int] = field(
-        default_factory=list
-    )  # rounds of this stage whose personal weights may still be asked for
-    mean_centre_scans: float = 0.0  # training scans of the average centre: `stage.local_steps_mode: equal` takes as many steps everywhere
-    lr_scale: float = 1.0  # what the learning rate is multiplied by (`schedule: plateau`)
-    total_label_weight: dict[str, float] = field(
-        default_factory=dict
-    )  # secure aggregation: {task: all centres' weights before division, summed}
-    base_digest: str = ""  # as in a Query
-    encoded_delta: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    target_digest: str = ""
+    # {task: training scans in each class, over all centres}
+    global_counts: dict[str, list[float]] = field(default_factory=dict)
+    personal_rounds: list[tuple[str, int]] = field(default_factory=list)  # as in a StatisticsRequest
+    # Rounds of this stage whose local layers may still be requested; the centre deletes the others.
+    rounds_to_keep: list[int] = field(default_factory=list)
+    # Mean number of training scans per centre; `stage.local_steps_mode: equal` derives the steps from it.
+    mean_centre_scans: float = 0.0
+    lr_scale: float = 1.0  # factor on the learning rate (`optimiser.schedule: plateau`)
+    # Secure aggregation: {task: sum of all centres' weights before normalisation}
+    total_label_weight: dict[str, float] = field(default_factory=dict)
+    base_digest: str = ""  # as in a StatisticsRequest
+    encoded_delta: ArraysByName = field(default_factory=dict)  # as in a StatisticsRequest
+    target_digest: str = ""  # as in a StatisticsRequest
 
 
 @dataclass
 class ShareKeysRequest:
-    """Second step of a secure sum (common/privacy/secure_aggregation.py): the public keys of those who take part. Share your secrets among them."""
+    """Step 2 of a secure sum: send all participants' public keys and ask for encrypted secret shares."""
 
     run_id: str
     config: dict[str, Any]
-    sum_id: str  # which one: as the centres named it when they gave their keys
-    roster: dict[str, NDArray[np.generic]]  # {centre: uint8 [96]}
+    sum_id: str  # the sum's identifier, computed by the centres when they sent their keys
+    roster: ArraysByName  # {centre: public keys, uint8 [96]}
 
 
 @dataclass
 class MaskedInputRequest:
-    """Third step: the others' shares for you. Send your numbers, masked towards all who sent shares."""
+    """Step 3 of a secure sum: deliver the other centres' shares and ask for the masked values."""
 
     run_id: str
     config: dict[str, Any]
     sum_id: str
-    shares: dict[str, NDArray[np.generic]]  # {centre that sent it: uint8, encrypted for this centre}
+    shares: ArraysByName  # {sending centre: its share, uint8, encrypted for the receiving centre}
 
 
 @dataclass
 class UnmaskRequest:
-    """Last step: whose masked numbers are in the sum. Open what takes their masks away."""
+    """Step 4 of a secure sum: name the centres in the sum and ask for the shares that remove the masks."""
 
     run_id: str
     config: dict[str, Any]
     sum_id: str
-    survivors: list[str]
+    survivors: list[str]  # the centres whose masked values have been added
 
 
-# --- from a centre --------------------------------------------------------------------------------------------------------------------
+# --- replies from a centre --------------------------------------------------------------------------------
 
 
 @dataclass
 class JoinReply:
-    """The answer to Hello."""
+    """Describe a centre and its data; the reply to a JoinRequest."""
 
     centre: str
-    cohorts: list[
-        str
-    ]  # the centres whose cohorts it holds: its own name, or all of them when data are pooled
-    fingerprint: str  # of the code it runs
-    sources: list[str]
-    columns: list[str]  # those of the recipe that its cohort has
-    scans: dict[str, int]  # {split: scans ready}
+    cohorts: list[str]  # cohorts it holds: its own name, or those of all centres when data are pooled
+    fingerprint: str  # hash of the code it runs (common/protocol/code_fingerprint.py)
+    sources: list[str]  # where its scans were acquired
+    columns: list[str]  # the recipe's label columns that its cohort has
+    scans: dict[str, int]  # {split: scans that are ready for training or evaluation}
     skipped: dict[str, int]  # {reason: scans that could not be read}
-    versions: dict[str, str]
-    device: str
-    notes: list[str] = field(default_factory=list)
-    policy: dict[str, Any] = field(
-        default_factory=dict
-    )  # the rules in force there, as the hospital wrote them; none: it allows everything
+    versions: dict[str, str]  # {package: version}
+    device: str  # the device it computes on, such as "cpu" or "cuda:0"
+    notes: list[str] = field(default_factory=list)  # remarks for the coordinator's operator
+    # The hospital's policy as written in its policy.yaml; {}: no policy, everything is allowed
+    policy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class StatisticsReply:
-    """The answer to a Query: sums over scans, keyed `cohort/task/what`. Sums of all centres are added key by key."""
+    """Return sums over scans; the reply to a StatisticsRequest. The coordinator adds them key by key."""
 
     centre: str
-    sums: Sums  # none when they come masked, in a secure sum, ...
-    seconds: float = 0.0
-    sum_id: str = ""  # ... which this names, ...
-    public_keys: NDArray[np.generic] | None = None  # ... with this centre's public keys for it, uint8 [96]
+    sums: Sums  # {} when they are part of a secure sum
+    seconds: float = 0.0  # computing time
+    sum_id: str = ""  # secure sum: the identifier of the sum
+    public_keys: NDArray[np.generic] | None = None  # secure sum: this centre's public keys, uint8 [96]
 
 
 @dataclass
 class TrainReply:
-    """What a centre sends back in a round."""
+    """Return the result of a training round; the reply to a TrainRequest."""
 
     centre: str
-    delta: NDArray[
-        np.float32
-    ]  # [P] weights after minus weights received; empty when the stage keeps all weights personal, or when ...
-    int_buffers: NDArray[np.int64]  # [Q] counters after
-    scans: int
-    steps: int
-    losses: dict[str, list[float]]  # {task: [summed loss, labelled scans seen]}
-    seconds: float
-    encoded_delta: dict[str, NDArray[np.generic]] = field(
-        default_factory=dict
-    )  # ... it travels as arrays of the run's codec (common/protocol/update_codec.py)
-    epsilon: float | None = (
-        None  # `privacy=patient`: what its cohort has lost so far, at the run's delta, in this and all earlier runs
-    )
-    sum_id: str = ""  # as in an Answer: the change comes masked. With `hide: all` scans, steps, losses, counters and epsilon stay here as well
-    public_keys: NDArray[np.generic] | None = None
+    # [P] trained minus received weights. Empty when the stage exchanges no layers, when `encoded_delta` holds
+    # the change, or when the change is part of a secure sum.
+    delta: NDArray[np.float32]
+    int_buffers: NDArray[np.int64]  # [Q] the model's integer counters after training
+    scans: int  # training scans
+    steps: int  # optimiser steps
+    losses: dict[str, list[float]]  # {task: [summed loss, number of labelled scans]}
+    seconds: float  # computing time
+    encoded_delta: ArraysByName = field(default_factory=dict)  # the change, in the run's codec (update_codec)
+    # `privacy.dp_level: patient`: privacy loss of the cohort so far at the run's delta, earlier runs included
+    epsilon: float | None = None
+    # Secure sum: the identifier of the sum. With `privacy.secagg.scope: all`, `scans`, `steps`, `losses`,
+    # `int_buffers` and `epsilon` are not disclosed either.
+    sum_id: str = ""
+    public_keys: NDArray[np.generic] | None = None  # secure sum: this centre's public keys, uint8 [96]
 
 
 @dataclass
 class ShareKeysReply:
-    """The answer to Share: this centre's secrets of this sum, in shares, each encrypted for the one who shall hold it."""
+    """Return shares of this centre's two secrets; the reply to a ShareKeysRequest."""
 
     centre: str
-    shares: dict[str, NDArray[np.generic]]  # {centre: uint8}
+    shares: ArraysByName  # {receiving centre: share, uint8, encrypted for that centre}
 
 
 @dataclass
 class MaskedInputReply:
-    """The answer to Mask: numbers of a ring, each as likely as any other to who does not hold the masks."""
+    """Return masked values, uniformly random to all who lack the masks; the reply to a MaskedInputRequest."""
 
     centre: str
-    values: NDArray[np.uint8]  # [V * bytes] the change of the V parameters times the centre's weight
-    fixed_point_sums: NDArray[
-        np.uint64
-    ]  # [R] sums, or the change of the buffers and the centre's weights (common/privacy/secure_aggregation.py)
+    values: NDArray[np.uint8]  # [V * bytes] change of the V parameters times the centre's weight, on a grid
+    # [R] sums over scans; or the change of the non-trainable values times the centre's weight, and the weight
+    fixed_point_sums: NDArray[np.uint64]
 
 
 @dataclass
 class UnmaskReply:
-    """The answer to Unmask: of each centre that began the sum a share of one secret, never of both."""
+    """Return one secret share per centre that began the sum, never both; the reply to an UnmaskRequest."""
 
     centre: str
-    shares: dict[
-        str, NDArray[np.generic]
-    ]  # {centre: uint8}: of a survivor's own mask; of a drop-out's key to the masks it shares with others
+    # {centre: share, uint8}: of the seed of its own mask if it survived, else of its key for pairwise masks
+    shares: ArraysByName
 
 
 @dataclass
 class BaseWeightsMissing:
-    """The centre does not hold the weights that the request builds on: send them whole."""
+    """Report that the weights named by `base_digest` are not cached and must be sent in full."""
 
     centre: str
 
 
 @dataclass
 class Refusal:
-    """The centre will not or cannot answer. `reason` holds no path, name or identifier."""
+    """Decline a request."""
 
     centre: str
-    reason: str
-    permanent: bool = False  # by choice: asking again is no use
-    code: RefusalCode = RefusalCode.ERROR
+    reason: str  # a sentence for the coordinator's operator, without paths, names or identifiers of patients
+    permanent: bool = False  # whether the same request would be refused again
+    code: RefusalCode = RefusalCode.ERROR  # the kind of reason, for programs
 
     def __post_init__(self) -> None:
-        """Turn the code's text, as it came over the wire, into a `RefusalCode`."""
+        """Convert the code from its text form on the wire into a RefusalCode."""
         self.code = RefusalCode(self.code)
 
 
 SecureSumRequest = ShareKeysRequest | MaskedInputRequest | UnmaskRequest
 Request = JoinRequest | StatisticsRequest | TrainRequest | SecureSumRequest
-Reply = (
-    JoinReply
-    | StatisticsReply
-    | TrainReply
-    | BaseWeightsMissing
-    | Refusal
-    | ShareKeysReply
-    | MaskedInputReply
-    | UnmaskReply
-)
-MESSAGE_TYPES: dict[str, type[Any]] = {c.__name__: c for c in (*get_args(Request), *get_args(Reply))}
-
-ARRAY_DICT_FIELDS = ("sums", "encoded_delta", "roster", "shares")  # fields that are arrays by name
-
-
-def pack_message(message: Request | Reply) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]]:
-    """(arrays, facts): every array by its field (`field/key` inside a dict), the rest as JSON-able facts with the message's kind."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    facts: dict[str, Any] = {"kind": type(message).__name__}
-    for f in dataclasses.fields(message):
-        value = getattr(message, f.name)
-        if isinstance(value, np.ndarray):
-            arrays[f.name] = value
-        elif isinstance(value, Weights):
-            arrays[f"{f.name}.floats"], arrays[f"{f.name}.int_buffers"] = value.floats, value.int_buffers
-        elif f.name in ARRAY_DICT_FIELDS:
-            arrays.update({f"{f.name}/{key}": array for key, array in value.items()})
-        else:
-            facts[f.name] = value
-    return arrays, facts
-
-
-def unpack_message(arrays: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, Any]) -> Request | Reply:
-    """The inverse of `pack`. Raises KeyError or TypeError for a record that is none of ours."""
-    metadata = dict(metadata)
-    cls = MESSAGE_TYPES[metadata.pop("kind")]
-    for f in dataclasses.fields(cls):
-        if f"{f.name}.floats" in arrays:
-            floats, integers = arrays[f"{f.name}.floats"], arrays[f"{f.name}.int_buffers"]
-            metadata[f.name] = Weights(np.asarray(floats, np.float32), np.asarray(integers, np.int64))
-        elif f.name in ARRAY_DICT_FIELDS:
-            metadata[f.name] = {
-                key.removeprefix(f"{f.name}/"): array
-                for key, array in arrays.items()
-                if key.startswith(f"{f.name}/")
-            }
-        elif f.name in arrays:
-            metadata[f.name] = arrays[f.name]
-    message: Request | Reply = cls(**metadata)
-    return message
-
-
-def metadata_to_json(metadata: Mapping[str, Any]) -> str:
-    """Facts as they travel: one JSON text, keys sorted."""
-    return json.dumps(metadata, sort_keys=True)
+SecureSumReply = ShareKeysReply | MaskedInputReply | UnmaskReply
+Reply = JoinReply | StatisticsReply | TrainReply | BaseWeightsMissing | Refusal | SecureSumReply
 
 
 def add_sums(total: Sums, sums: Sums) -> Sums:
-    """`total += sums`, key by key: the server's half of an additive query. Raises ValueError when shapes differ."""
+    """Add `sums` to `total` key by key, in place: the coordinator's half of an additive query.
+
+    Raises:
+        ValueError: An array's shape differs from that in the total.
+    """
     for key, array in sums.items():
         if key not in total:
             total[key] = np.array(array, dtype=np.float64)
         elif total[key].shape != array.shape:
-            raise ValueError(f"'{key}' has shape {array.shape}, others sent {total[key].shape}")
+            raise ValueError(f"'{key}' has shape {array.shape}; the other centres sent {total[key].shape}")
         else:
             total[key] += array
     return total

@@ -1,7 +1,7 @@
-"""The names of the sums that additive queries ask for.
+"""Name the sums of additive queries.
 
-Sums travel as a dict of arrays, so each needs a text for a key. `SumKey` and `LabelCountKey` are the only places that write
-or read these texts; everywhere else a sum is named by its fields.
+Sums travel as a dict of arrays, so each needs a text for a key. The classes here are the only places that
+write or read these texts; everywhere else a sum is named by its fields.
 """
 
 from __future__ import annotations
@@ -43,3 +43,22 @@ class LabelCountKey(NamedTuple):
         """Read a key from its text. Raises ValueError when it does not have three parts."""
         cohort, split, task = text.split("/")
         return cls(cohort, split, task)
+
+
+class LabelWeightKey(NamedTuple):
+    """A cohort's weight for one task before normalisation (common/learning/class_imbalance.py)."""
+
+    cohort: str
+    task: str
+
+    def __str__(self) -> str:
+        """Return the text under which the weight travels: ``cohort/mass/task``."""
+        return f"{self.cohort}/mass/{self.task}"
+
+
+def replace_cohort(key_text: str, cohort: str) -> str:
+    """Return a key's text with another cohort. A key without a cohort (a text without "/") is unchanged."""
+    _, separator, rest = key_text.partition("/")
+    if not separator:
+        return key_text
+    return f"{cohort}/{rest}"

@@ -1,18 +1,25 @@
-"""Changes of weights in fewer bytes: fp32 | fp16 | int8 | int4, with error feedback.
+"""Encode updates (changes of weights) in fewer bytes: fp32, fp16, int8 or int4, with error feedback.
 
-Parameters are rounded symmetrically on a grid of their own per channel (the first dimension of a tensor; a 1-D tensor is one channel): scale =
-max|x| / 127, or / 7. What rounding loses is the residual, which the sender adds to what it sends next, so that errors do not add up over rounds
-(Seide et al., "1-bit SGD", Interspeech 2014; Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019). Scales travel as the upper half of a
-float32, rounded up: a change of 1e-5 has a scale of 8e-8, where float16 has no digits left, and a depthwise filter has a scale for nine values.
-Batch-norm statistics (0.5 % of the values) travel as they are.
+Parameters are rounded symmetrically on a grid of their own per channel (the first dimension of a tensor; a
+1-D tensor is one channel): scale = max|x| / 127 for int8, or / 7 for int4. What rounding loses is the
+residual. The sender adds it to its next update, so errors do not accumulate over rounds (Seide et al., "1-bit
+SGD", Interspeech 2014; Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019).
 
-What a secure sum adds is not coded: it has a grid of its own (common/privacy/secure_aggregation.py). Differential privacy comes before: clip, add the noise, then encode;
-what is done to private values afterwards costs no privacy. The residual belongs to the centre and is made of noised values too.
+Scales travel as the upper half of a float32, rounded up. float16 would not do: a change of 1e-5 has a scale
+of 8e-8, below its precision. float32 would cost too much: a depthwise filter has one scale for every nine
+values. Batch-norm statistics (0.5 % of the values) travel as float32.
+
+Updates in a secure sum are not encoded here; they have a grid of their own
+(common/privacy/secure_aggregation). With differential privacy an update is clipped and noised first and
+encoded afterwards, which costs no privacy; the residual, too, consists of noised values and stays at the
+centre.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -24,110 +31,88 @@ from common.modeling.parameters import Layout, TensorSlot
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
 
-MAX_CODES = {"fp16": 1.0, "int8": 127.0, "int4": 7.0}  # the largest code
-ZERO_THRESHOLD = (
-    1e-30  # a channel whose values are all smaller is sent as zero (and its values stay in the residual)
-)
-BLOCK_SIZE = 1 << 16  # values that are worked on at a time: they stay in the processor's cache
+MAX_CODES = {"fp16": 1.0, "int8": 127.0, "int4": 7.0}  # the largest code of a channel
+CODE_DTYPES: dict[str, type[np.generic]] = {"fp16": np.float16, "int8": np.int8, "int4": np.int8}
+ZERO_THRESHOLD = 1e-30  # a channel with smaller values only is sent as zeros; its values stay in the residual
+BLOCK_SIZE = 1 << 16  # values that are processed at a time, few enough for the processor's cache
+
+
+class EncodedUpdate(NamedTuple):
+    """An update in its form on the wire, and what the encoding lost."""
+
+    arrays: Arrays
+    residual: Floats | None  # [P] to add to the next update; None for fp32
 
 
 def encode_update(
     values: Floats, layout: Layout, codec: Compression, residual: Floats | None = None
-) -> tuple[Arrays, Floats | None]:
-    """Arrays for the wire, and the residual [P] to add the next time (None for fp32), which takes the place of the one given.
+) -> EncodedUpdate:
+    """Encode an update [P] in the layout's order, after adding the residual [P] of the previous one.
 
-    `values` [P] in the layout's order. fp32: `values` [P]. Else `codes` [V] of the V parameters (float16 or int8; int4: uint8, two a byte,
-    deflated), `scales` uint16 [channels], `rest` float32 [P - V], the buffers. A channel with a value that is not finite has a scale that is
-    not, and is decoded as not finite.
+    The given residual array is overwritten with the new residual. The encoded arrays are:
+
+    - fp32: `values`, float32 [P].
+    - otherwise: `codes` of the V parameters (float16 or int8 [V]; int4: compressed bytes), `scales` uint16
+      [channels], and `rest` float32 [P - V] with the values that are not parameters.
+
+    A channel that contains a value that is not finite gets a scale that is not finite, and decodes to such
+    values.
     """
     if codec == "fp32":
-        return {"values": values}, None
-    top, parts = MAX_CODES[codec], [e for e in layout.floats if e.is_parameter]
-    codes = np.empty(sum(e.stop - e.start for e in parts), np.float16 if codec == "fp16" else np.int8)
-    found = np.empty(sum(map(count_channels, parts)), np.float32)
-    lost = np.zeros(layout.size, np.float32) if residual is None else residual
-    total, scratch = np.empty(BLOCK_SIZE, np.float32), np.empty(BLOCK_SIZE, np.float32)
-    at = first = 0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for e in parts:
-            x, mine, left = (
-                a.reshape(count_channels(e), -1)
-                for a in (values[e.span], codes[at : at + e.stop - e.start], lost[e.span])
-            )
-            back = None if residual is None else residual[e.span].reshape(x.shape)
-            for rows in split_row_blocks(x.shape):
-                shape = x[rows].shape
-                size = shape[0] * shape[1]
-                t = total[:size] if size <= BLOCK_SIZE else np.empty(size, np.float32)
-                s = scratch[:size] if size <= BLOCK_SIZE else np.empty(size, np.float32)
-                t, s = t.reshape(shape), s.reshape(shape)
-                np.copyto(t, x[rows]) if back is None else np.add(x[rows], back[rows], out=t)
-                where = slice(first + rows.start, first + rows.start + shape[0])
-                largest = np.maximum(t.max(1), -t.min(1))
-                found[where] = np.where(
-                    largest < ZERO_THRESHOLD, 0, from_bf16_ceil(to_bf16_ceil(largest / np.float32(top)))
-                )
-                found[where][~np.isfinite(largest)] = np.nan
-                grid = found[where, None]
-                good = grid > 0
-                np.divide(t, np.where(good, grid, np.inf), out=s)
-                if codec != "fp16":
-                    np.rint(s, out=s)
-                if not good.all():
-                    s[~good[:, 0]] = 0
-                np.copyto(mine[rows], s, casting="unsafe")
-                if codec == "fp16":
-                    np.copyto(s, mine[rows])
-                np.multiply(s, grid, out=s)
-                np.subtract(t, s, out=left[rows])
-                if not np.isfinite(largest).all():  # said once; the next round starts clean
-                    left[rows][~np.isfinite(largest)] = 0
-            at, first = at + e.stop - e.start, first + count_channels(e)
-    rest = []
-    for e in layout.floats:
-        if not e.is_parameter:
-            lost[e.span] = 0
-            rest.append(values[e.span])
+        return EncodedUpdate({"values": values}, None)
+    quantizer = _BlockQuantizer(codec, adds_residual=residual is not None)
+    if residual is None:
+        residual = np.zeros(layout.size, np.float32)
+    codes, scales = _quantize_parameters(values, residual, layout, quantizer)
+    rest = [np.empty(0, np.float32)]
+    for slot in layout.floats:
+        if not slot.is_parameter:
+            rest.append(values[slot.span])
+            residual[slot.span] = 0
     arrays: Arrays = {
         "codes": pack_int4(codes.view(np.int8)) if codec == "int4" else codes,
-        "scales": to_bf16_ceil(found),
+        "scales": to_bf16_ceil(scales),
+        "rest": np.concatenate(rest),
     }
-    return arrays | {"rest": np.concatenate(rest) if rest else np.empty(0, np.float32)}, lost
+    return EncodedUpdate(arrays, residual)
 
 
 def decode_update(
     arrays: Mapping[str, NDArray[np.generic]], layout: Layout, codec: Compression, out: Floats | None = None
 ) -> Floats:
-    """The values float32 [P] that `encode` put into the arrays, rounded; in `out` where it is given.
+    """Return the values float32 [P] of an encoded update; written into `out` if it is given.
 
-    Raises ValueError or KeyError for arrays that are none of this layout's.
+    Raises:
+        KeyError: An array is missing.
+        ValueError: An array has another size or type than this layout and codec need.
     """
     if codec == "fp32":
         return _require_array(arrays["values"], np.float32, layout.size)
-    parts = [e for e in layout.floats if e.is_parameter]
-    count = sum(e.stop - e.start for e in parts)
-    codes = unpack_int4(arrays["codes"], count) if codec == "int4" else arrays["codes"]
-    codes = _require_array(codes, np.float16 if codec == "fp16" else np.int8, count)
-    scales = from_bf16_ceil(_require_array(arrays["scales"], np.uint16, sum(map(count_channels, parts))))
-    rest = _require_array(arrays["rest"], np.float32, layout.size - count)
+    slots = layout.parameter_slots
+    num_codes = layout.num_parameters
+    codes = unpack_int4(arrays["codes"], num_codes) if codec == "int4" else arrays["codes"]
+    codes = _require_array(codes, CODE_DTYPES[codec], num_codes)
+    num_scales = sum(map(count_channels, slots))
+    scales = from_bf16_ceil(_require_array(arrays["scales"], np.uint16, num_scales))
+    rest = _require_array(arrays["rest"], np.float32, layout.size - num_codes)
+
     values = np.empty(layout.size, np.float32) if out is None else out
-    at = first = kept = 0
+    code_offset = 0
+    channel_offset = 0
+    rest_offset = 0
     with np.errstate(invalid="ignore", over="ignore"):
-        for e in layout.floats:
-            n = e.stop - e.start
-            if e.is_parameter:
-                k = count_channels(e)
-                grid = scales[first : first + k, None]
-                np.multiply(
-                    codes[at : at + n].reshape(k, -1),
-                    grid,
-                    out=values[e.span].reshape(k, -1),
-                    dtype=np.float32,
-                )
-                at, first = at + n, first + k
-            else:
-                values[e.span] = rest[kept : kept + n]
-                kept += n
+        for slot in layout.floats:
+            if not slot.is_parameter:
+                values[slot.span] = rest[rest_offset : rest_offset + slot.size]
+                rest_offset += slot.size
+                continue
+            num_channels = count_channels(slot)
+            slot_codes = codes[code_offset : code_offset + slot.size].reshape(num_channels, -1)
+            slot_scales = scales[channel_offset : channel_offset + num_channels, None]
+            slot_values = values[slot.span].reshape(num_channels, -1)
+            np.multiply(slot_codes, slot_scales, out=slot_values, dtype=np.float32)
+            code_offset += slot.size
+            channel_offset += num_channels
     return values
 
 
@@ -138,69 +123,176 @@ def apply_update(
     codec: Compression,
     out: Floats | None = None,
 ) -> Floats:
-    """The values [P] with an encoded change added: the same bits wherever it is done. No change: the same values.
+    """Return the values [P] plus an encoded update, with the same bits on every machine.
 
-    Raises ValueError or KeyError for a change that is none of this layout's or codec's.
+    An empty update returns the values themselves.
+
+    Raises:
+        KeyError: An array is missing.
+        ValueError: An array has another size or type than this layout and codec need.
     """
     if not encoded_delta:
         return floats
-    after = decode_update(encoded_delta, layout, codec, out)
-    np.add(_require_array(floats, np.float32, layout.size), after, out=after)
-    return after
+    delta = decode_update(encoded_delta, layout, codec, out)
+    np.add(_require_array(floats, np.float32, layout.size), delta, out=delta)
+    return delta
 
 
 def select_codec(config: Config) -> Compression:
-    """What changes travel in: pooled and local training send none to anybody, and stay exact."""
+    """Return the codec of a run's updates. Central and local training send none, so theirs stay exact."""
     return config.aggregation.compression if config.federation.mode == "federated" else "fp32"
 
 
+# --- quantization -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Views of some channels of one tensor: [R, N], and one scale [R] per channel."""
+
+    values: Floats
+    residual: Floats  # read and overwritten
+    codes: NDArray[Any]  # output
+    scales: Floats  # output
+
+    def take_rows(self, rows: slice) -> _Channels:
+        """Return the views of some of the channels."""
+        return _Channels(self.values[rows], self.residual[rows], self.codes[rows], self.scales[rows])
+
+
+class _BlockQuantizer:
+    """Quantizes blocks of channels, with scratch memory that is small enough for the processor's cache."""
+
+    def __init__(self, codec: Compression, adds_residual: bool) -> None:
+        """Allocate the scratch memory; `adds_residual`: whether there is a residual to add to the values."""
+        self.codec = codec
+        self.code_dtype = CODE_DTYPES[codec]
+        self.max_code = np.float32(MAX_CODES[codec])
+        self.adds_residual = adds_residual
+        self._totals = np.empty(BLOCK_SIZE, np.float32)
+        self._scaled = np.empty(BLOCK_SIZE, np.float32)
+
+    def quantize_block(self, block: _Channels) -> None:
+        """Compute a block's scales, codes and new residual."""
+        totals = _view_scratch(self._totals, block.values.shape)
+        scaled = _view_scratch(self._scaled, block.values.shape)
+        if self.adds_residual:
+            np.add(block.values, block.residual, out=totals)
+        else:
+            np.copyto(totals, block.values)
+
+        largest = np.maximum(totals.max(1), -totals.min(1))
+        is_finite = np.isfinite(largest)
+        scales = from_bf16_ceil(to_bf16_ceil(largest / self.max_code))
+        scales[largest < ZERO_THRESHOLD] = 0
+        scales[~is_finite] = np.nan
+        block.scales[:] = scales
+
+        is_usable = scales > 0
+        np.divide(totals, np.where(is_usable, scales, np.inf)[:, None], out=scaled)
+        if self.codec != "fp16":
+            np.rint(scaled, out=scaled)
+        if not is_usable.all():
+            scaled[~is_usable] = 0
+        np.copyto(block.codes, scaled, casting="unsafe")
+
+        if self.codec == "fp16":
+            np.copyto(scaled, block.codes)  # the conversion to float16 has rounded them
+        np.multiply(scaled, scales[:, None], out=scaled)
+        np.subtract(totals, scaled, out=block.residual)
+        if not is_finite.all():
+            block.residual[~is_finite] = 0  # reported once, by the scale; the next round starts clean
+
+
+def _quantize_parameters(
+    values: Floats, residual: Floats, layout: Layout, quantizer: _BlockQuantizer
+) -> tuple[NDArray[Any], Floats]:
+    """Return the codes [V] and scales [channels] of all parameters, and overwrite the residual."""
+    codes = np.empty(layout.num_parameters, quantizer.code_dtype)
+    scales = np.empty(sum(map(count_channels, layout.parameter_slots)), np.float32)
+    code_offset = 0
+    channel_offset = 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for slot in layout.parameter_slots:
+            num_channels = count_channels(slot)
+            channels = _Channels(
+                values=values[slot.span].reshape(num_channels, -1),
+                residual=residual[slot.span].reshape(num_channels, -1),
+                codes=codes[code_offset : code_offset + slot.size].reshape(num_channels, -1),
+                scales=scales[channel_offset : channel_offset + num_channels],
+            )
+            for rows in split_row_blocks(channels.values.shape):
+                quantizer.quantize_block(channels.take_rows(rows))
+            code_offset += slot.size
+            channel_offset += num_channels
+    return codes, scales
+
+
+def _view_scratch(scratch: Floats, shape: tuple[int, ...]) -> Floats:
+    """Return scratch memory in the given shape; newly allocated where a single row exceeds a block."""
+    size = shape[0] * shape[1]
+    if size > len(scratch):
+        return np.empty(shape, np.float32)
+    return scratch[:size].reshape(shape)
+
+
 def count_channels(slot: TensorSlot) -> int:
-    """How many scales a tensor has."""
+    """Return the number of a tensor's channels, each of which has one scale."""
     return slot.shape[0] if len(slot.shape) > 1 else 1
 
 
 def to_bf16_ceil(scales: Floats) -> NDArray[np.uint16]:
-    """The upper 16 bits of positive float32, rounded up; infinite and NaN stay so."""
+    """Return the upper 16 bits of positive float32 values, rounded up; infinity and NaN are preserved."""
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
 
 
 def from_bf16_ceil(scales: NDArray[np.uint16]) -> Floats:
-    """The float32 that `shortened` scales stand for."""
+    """Return the float32 values of scales from `to_bf16_ceil`."""
     return (scales.astype(np.uint32) << 16).view(np.float32)
 
 
-def split_row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Rows [K, N] in slices of about BLOCK values."""
-    rows = max(1, BLOCK_SIZE // max(1, shape[1]))
-    return [slice(k, min(k + rows, shape[0])) for k in range(0, shape[0], rows)]
+def split_row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices over the rows of an array [K, N], each of about BLOCK_SIZE values and at least one row."""
+    rows_per_block = max(1, BLOCK_SIZE // max(1, shape[1]))
+    for start in range(0, shape[0], rows_per_block):
+        yield slice(start, min(start + rows_per_block, shape[0]))
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Codes -7..7, two a byte, Huffman-coded by zstd: most lie near zero, which takes another quarter off."""
+    """Pack codes of -7 to 7, two in a byte, and compress them with zstd.
+
+    Most codes are near zero, so Huffman coding saves another quarter.
+    """
     nibbles = np.zeros(codes.size + codes.size % 2, np.uint8)
     np.add(codes, 8, out=nibbles[: codes.size], casting="unsafe")
-    return np.frombuffer(
-        zstandard.ZstdCompressor(level=1).compress((nibbles[::2] | (nibbles[1::2] << 4)).data), np.uint8
-    )
+    pairs = nibbles[::2] | (nibbles[1::2] << 4)
+    return np.frombuffer(zstandard.ZstdCompressor(level=1).compress(pairs.data), np.uint8)
 
 
 def unpack_int4(data: NDArray[np.generic], num_codes: int) -> NDArray[np.int8]:
-    """The inverse of `packed` for `count` codes. Raises ValueError; never unpacks more than that, whatever came."""
-    size = (num_codes + 1) // 2
+    """Unpack codes from `pack_int4`; never allocates more than `num_codes` need, whatever was received.
+
+    Raises:
+        ValueError: The data are not that many codes.
+    """
+    num_bytes = (num_codes + 1) // 2
+    frame = np.ascontiguousarray(data).tobytes()
     try:
-        frame = np.ascontiguousarray(data).tobytes()
-        if zstandard.frame_content_size(frame) != size:
-            raise ValueError(f"{zstandard.frame_content_size(frame)} bytes of codes instead of {size}")
+        content_size = zstandard.frame_content_size(frame)
+        if content_size != num_bytes:
+            raise ValueError(f"expected {num_bytes} bytes of int4 codes, got {content_size}")
         pairs = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
-    codes = np.empty((size, 2), np.int8)
+    codes = np.empty((num_bytes, 2), np.int8)
     np.subtract(pairs & 15, 8, out=codes[:, 0], casting="unsafe")
     np.subtract(pairs >> 4, 8, out=codes[:, 1], casting="unsafe")
     return codes.reshape(-1)[:num_codes]
 
 
-def _require_array(array: NDArray[np.generic], dtype: type[np.generic], size: int) -> NDArray:  # type: ignore[type-arg]
+def _require_array(array: NDArray[Any], dtype: type[np.generic], size: int) -> NDArray[Any]:
+    """Return the array, or raise ValueError when it has another type or is not a vector of that size."""
     if array.dtype != dtype or array.shape != (size,):
-        raise ValueError(f"{array.dtype} {array.shape} instead of {np.dtype(dtype).name} ({size},)")
+        expected = f"{np.dtype(dtype).name} ({size},)"
+        raise ValueError(f"expected an array {expected}, got {array.dtype} {array.shape}")
     return array

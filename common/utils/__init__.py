@@ -1,3 +1,4 @@
-"""Small helpers that every room may use: errors, files, logs, check results, hash chains, node keys.
+"""Small helpers for every room: errors, files, logs, check results, hash chains, node keys.
 
-Nothing here knows about models, messages or configuration."""
+Nothing here knows about models, messages or configuration.
+"""

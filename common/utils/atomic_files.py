@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files that are either complete or absent, even after a power failure."""
 
 from __future__ import annotations
 
@@ -11,37 +11,49 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which gets the name `path` when the block ends, even when the power fails; never when the block does. Raises
-    OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Yield a temporary path that is renamed to `path` if the block ends without an error, and else deleted.
+
+    Raises:
+        OSError: The file cannot be written or renamed.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        _fsync_path(part)
-        part.replace(path)
+        yield temporary
+        _flush_to_disk(temporary)
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
-    _fsync_path(path.parent)  # the new name itself
+        temporary.unlink(missing_ok=True)
+    _flush_to_disk(path.parent)  # makes the new name durable
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """All of it under this name, or nothing. Raises OSError."""
-    with (
-        atomic_path(path) as part,
-        open(part, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
-    ):
+    """Write a file completely or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def open_with_mode(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
+    with atomic_path(path) as temporary, open(temporary, "wb", opener=open_with_mode) as file:
         file.write(data)
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync_path(path: Path) -> None:
-    """To the disk: a file or a folder."""
-    opened = os.open(path, os.O_RDONLY)
+def _flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a check found, a line each: ok, a warning, or a fault, and what to do about it."""
+"""Represent and print the results of checks: ok, warning or fault, with a remedy."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Literal, NamedTuple
 import typer
 
 CheckLevel = Literal["ok", "warning", "fault"]
+LEVEL_COLOURS = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "fault": typer.colors.RED}
 
 
 class CheckResult(NamedTuple):
-    """One line of a check."""
+    """The result of one check."""
 
     level: CheckLevel
     message: str
     remedy: str = ""
 
 
-LEVEL_COLOURS = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "fault": typer.colors.RED}
-
-
 def print_results(results: Iterable[CheckResult]) -> None:
-    """Print them as they come; ends the command with exit status 1 when one is a fault."""
-    faults = 0
-    for finding in results:
-        typer.secho(f"{finding.level:8}", fg=LEVEL_COLOURS[finding.level], nl=False)
-        typer.echo(f"{finding.message}{f': {finding.remedy}' if finding.remedy else ''}")
-        faults += finding.level == "fault"
-    if faults:
+    """Print results as they arrive.
+
+    Raises:
+        typer.Exit: At least one is a fault; the command exits with status 1.
+    """
+    has_fault = False
+    for result in results:
+        text = f"{result.message}: {result.remedy}" if result.remedy else result.message
+        typer.secho(f"{result.level:8}", fg=LEVEL_COLOURS[result.level], nl=False)
+        typer.echo(text)
+        has_fault = has_fault or result.level == "fault"
+    if has_fault:
         raise typer.Exit(1)

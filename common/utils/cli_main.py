@@ -1,4 +1,4 @@
-"""What both commands do alike: an expected error is one sentence on standard error and exit status 2, never a stack trace."""
+"""Run a command so that an expected error is one sentence on standard error, with exit status 2."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def run_app(app: typer.Typer) -> None:
     except ConsiliumError as error:
         _exit_with_error(str(error))
     except OSError as error:
-        if error.filename is None:  # not of a file that the person named: a fault of ours
+        if error.filename is None:  # not about a file that the user named, so it is a defect
             raise
         _exit_with_error(
-            f"{error.filename} cannot be used ({error.strerror}); give another place, or make this one readable and writable"
+            f"{error.filename} cannot be used ({error.strerror}); "
+            "use another path, or make this one readable and writable"
         )
 
 
 def print_plain(console: Console, text: str) -> None:
-    """A line as it is: names and paths are no markup, and are not cut."""
+    """Print a line without markup and wrapping, which would alter names and paths."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _exit_with_error(sentence: str) -> None:
+    """Print an error and exit with status 2."""
     typer.secho(f"error: {sentence}", fg=typer.colors.RED, err=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Errors a person reads: one sentence naming the file, the value and the remedy."""
+"""Define the errors that a person reads: one sentence with the file or setting, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 
+MAX_SUGGESTIONS = 12
+
 
 class RefusalCode(StrEnum):
-    """Why a request was not answered as asked. Travels with every refusal, so that nobody has to read its sentence."""
+    """Why a request was not answered as asked. Programs read this code, never a refusal's text."""
 
     OFFLINE = "offline"  # not connected, or no reply before the round timeout
     POLICY = "policy"  # the hospital's policy or privacy budget forbids it
@@ -20,15 +22,16 @@ class RefusalCode(StrEnum):
 
 
 class ConsiliumError(Exception):
-    """Bad input. Its text is shown to a person as it is, without a stack trace.
+    """An error in the input. Its text is shown as it is, without a stack trace.
 
-    The text may travel to the coordinator: it never holds a path, a patient or a scan's name unless it is raised by a
-    command that a person at the centre typed (`consilium-centre`), where the path is theirs to see.
+    The text may travel to the coordinator, so it must not contain a path or the name of a patient or scan.
+    The only exception is a command that a person at the centre runs (`consilium-centre`), who may see the
+    path.
     """
 
 
 class Refused(ConsiliumError):
-    """The centre will not answer this request; the text says why and is meant for the coordinator's operator."""
+    """The centre declines a request; the text says why and is for the coordinator's operator."""
 
     def __init__(self, reason: str, code: RefusalCode = RefusalCode.BAD_REQUEST) -> None:
         """Refuse with a sentence for the coordinator's operator and a code for its programs."""
@@ -37,14 +40,18 @@ class Refused(ConsiliumError):
 
 
 class PermanentlyRefused(Refused):
-    """The centre will not, and asking again is no use: the round does not wait for it."""
+    """The centre will decline every repetition of the request, so the round does not wait for it."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """The sentence's tail that helps: ``"; did you mean 'covid'?"`` or ``"; valid: a, b, c"``."""
-    names = sorted(str(v) for v in valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"; valid: {shown}" if names else ""
+    """Return the end of an error message: ``"; did you mean 'covid'?"`` or ``"; valid: a, b, c"``."""
+    names = sorted(map(str, valid))
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean '{matches[0]}'?"
+    if not names:
+        return ""
+    listed = ", ".join(names[:MAX_SUGGESTIONS])
+    if len(names) > MAX_SUGGESTIONS:
+        listed += ", ..."
+    return f"; valid: {listed}"

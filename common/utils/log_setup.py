@@ -1,6 +1,7 @@
-"""Our log lines: for people, or with CONSILIUM_LOG=json one JSON object a line that says what it belongs to (run, stage, round, centre).
+"""Format log lines for people or, with CONSILIUM_LOG=json, as one JSON object per line.
 
-By these a line of the coordinator's and one of a centre's find each other. No line names a patient, a scan or a path.
+A JSON line has the fields of its context (run, stage, round, centre), by which lines of the coordinator and
+of a centre can be matched. No line names a patient, a scan or a path.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from contextvars import ContextVar
 
 from pythonjsonlogger.json import JsonFormatter
 
-LOG_PREFIX = "consilium  "
-_context_fields: ContextVar[dict[str, str | int]] = ContextVar("about", default={})  # noqa: B039 (never changed in place)
+LOGGER_NAME = "consilium"
+LOG_PREFIX = f"{LOGGER_NAME}  "
+JSON_FIELD_NAMES = {"asctime": "time", "levelname": "level", "name": "logger"}
+# The default is never modified.
+_context_fields: ContextVar[dict[str, str | int]] = ContextVar("log_context", default={})  # noqa: B039
 
 
 @contextlib.contextmanager
 def log_context(**fields: str | int) -> Iterator[None]:
-    """What every line written inside belongs to."""
+    """Add fields to every line that is logged within the block."""
     token = _context_fields.set(_context_fields.get() | fields)
     try:
         yield
@@ -30,37 +34,44 @@ def log_context(**fields: str | int) -> Iterator[None]:
 
 
 def add_context_fields(record: logging.LogRecord) -> bool:
-    """A logging filter."""
+    """Add the fields of the context to a log record; a logging filter that keeps every record."""
     record.__dict__.update(_context_fields.get())
     return True
 
 
 def configure_logging() -> None:
-    """Let the lines of our loggers go to stdout, once a process."""
-    logger = logging.getLogger("consilium")
+    """Send the lines of Consilium's loggers to standard output; further calls have no effect."""
+    logger = logging.getLogger(LOGGER_NAME)
     logger.setLevel(logging.INFO)
     if logger.handlers:
         return
     handler = logging.StreamHandler(sys.stdout)
     handler.addFilter(add_context_fields)
-    if os.environ.get("CONSILIUM_LOG") == "json":
-        fields = {"asctime": "time", "levelname": "level", "name": "logger"}
-        formatter = JsonFormatter(
-            "%(asctime)s %(levelname)s %(name)s %(message)s",
-            rename_fields=fields,
-            datefmt="%Y-%m-%dT%H:%M:%S%z",
-        )
-        handler.setFormatter(formatter)
-    else:
-        handler.setFormatter(logging.Formatter(f"{LOG_PREFIX}%(message)s"))
+    handler.setFormatter(_make_formatter())
     logger.addHandler(handler)
 
 
+def _make_formatter() -> logging.Formatter:
+    """Return the formatter that the environment selects."""
+    if os.environ.get("CONSILIUM_LOG") != "json":
+        return logging.Formatter(f"{LOG_PREFIX}%(message)s")
+    return JsonFormatter(
+        "%(asctime)s %(levelname)s %(name)s %(message)s",
+        rename_fields=JSON_FIELD_NAMES,
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+    )
+
+
 def parse_log_message(line: str) -> str | None:
-    """The message of one of our lines, whichever its form; None of anybody else's."""
+    """Return the message of a Consilium log line in either format, or None for any other line."""
     if line.startswith(LOG_PREFIX):
         return line.removeprefix(LOG_PREFIX).rstrip()
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    try:
         entry = json.loads(line)
-        return str(entry["message"]) if str(entry["logger"]).startswith("consilium") else None
-    return None
+        message = str(entry["message"])
+        logger_name = str(entry["logger"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not logger_name.startswith(LOGGER_NAME):
+        return None
+    return message

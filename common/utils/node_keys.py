@@ -1,4 +1,7 @@
-"""A centre's key pair: by its EC signature a SuperNode is known to the SuperLink (Flower's SuperNode authentication). OpenSSH's own file format."""
+"""Generate and read a centre's key pair, by which the SuperLink recognises its SuperNode.
+
+Flower's SuperNode authentication uses elliptic-curve signatures. Keys are stored in OpenSSH's format.
+"""
 
 from __future__ import annotations
 
@@ -7,74 +10,97 @@ import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.utils.errors import ConsiliumError
 
+CREATE_KEY_HINT = "create one with `consilium-centre key`"
+
 
 def write_secret_file(path: Path, content: bytes) -> None:
-    """A new file that only its owner can read, from the first moment on. Raises ConsiliumError where there is one: no secret is ever replaced."""
+    """Create a file that only its owner can ever read.
+
+    Raises:
+        ConsiliumError: The file exists; a secret is never overwritten.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise ConsiliumError(
-            f"{path} is there already and a secret is never replaced; move it away first, or give another place"
+            f"{path} exists, and a secret is never overwritten; move it away first, or use another path"
         ) from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
 
 
 def generate_key(path: Path) -> None:
-    """A new private key on P-384."""
+    """Generate a private key on the curve P-384 and write it to a file.
+
+    Raises:
+        ConsiliumError: The file exists.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
-    write_secret_file(
-        path, key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
+    content = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
+    write_secret_file(path, content)
 
 
 def extract_public_key(path: Path) -> str:
-    """The public line of a private key's file. Raises ConsiliumError."""
+    """Return the public key, in one line, of a file with a private key.
+
+    Raises:
+        ConsiliumError: The file does not contain such a key.
+    """
     try:
-        key = form.load_ssh_private_key(path.read_bytes(), None)
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConsiliumError(
-            f"{path} is no private key in OpenSSH's format without a passphrase; make one by `consilium-centre key`"
+            f"{path} is not a private key in OpenSSH's format without a passphrase; {CREATE_KEY_HINT}"
         ) from error
-    return key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()
+    public_bytes = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return public_bytes.decode()
 
 
 def read_public_key(path: Path) -> str:
-    """The public line of a file, without its comment. Raises ConsiliumError for all else, a private key above all."""
+    """Return the public key, in one line without its comment, of a file with a public key.
+
+    Raises:
+        ConsiliumError: The file does not contain such a key; above all, if it contains a private one.
+    """
     try:
         content = path.read_bytes()
-        if b"PRIVATE" in content:
-            raise ConsiliumError(
-                f"{path} is a private key, which must not leave its centre; send the file that ends in .pub"
-            )
-        key = form.load_ssh_public_key(content)
     except OSError as error:
         raise ConsiliumError(
-            f"{path} cannot be read ({error.strerror}); it is to be a centre's public key"
+            f"{path} cannot be read ({error.strerror}); use the file with a centre's public key"
         ) from error
+    if b"PRIVATE" in content:
+        raise ConsiliumError(
+            f"{path} is a private key, which must not leave its centre; send the file that ends in .pub"
+        )
+    try:
+        key = serialization.load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConsiliumError(
-            f"{path} holds no public key in OpenSSH's format; make one by `consilium-centre key`"
+            f"{path} does not contain a public key in OpenSSH's format; {CREATE_KEY_HINT}"
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConsiliumError(
-            f"{path} is no elliptic-curve key, which Flower needs; make one by `consilium-centre key`"
-        )
-    return key.public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()
+        raise ConsiliumError(f"{path} is not an elliptic-curve key, which Flower requires; {CREATE_KEY_HINT}")
+    public_bytes = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public_bytes.decode()
 
 
 def to_pem(public_key: str) -> bytes:
-    """The public line as it travels in Flower's messages."""
-    return form.load_ssh_public_key(public_key.encode()).public_bytes(
-        form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo
-    )
+    """Return a public key in the format of Flower's messages."""
+    key = serialization.load_ssh_public_key(public_key.encode())
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def key_fingerprint(public_key: str) -> str:
-    """Eight hex digits to tell keys apart by."""
-    return hashlib.sha256(public_key.split()[1].encode()).hexdigest()[:8]
+    """Return eight hex digits by which people can tell public keys apart."""
+    encoded_key = public_key.split()[1]
+    return hashlib.sha256(encoded_key.encode()).hexdigest()[:8]

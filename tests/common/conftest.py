@@ -1,4 +1,4 @@
-"""What the tests of the model share."""
+"""Fixtures for the tests of `common`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pictures this small are done sooner by one thread than by two that wait for each other."""
-    threads = torch.get_num_threads()
+def single_thread() -> Iterator[None]:
+    """Use one thread: for images this small, several threads spend their time on synchronisation."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(num_threads)

@@ -1,4 +1,4 @@
-"""A line says what it belongs to, on both sides by the same words."""
+"""Log lines carry their context, and both formats can be parsed."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from pathlib import Path
 
 import pytest
 
-from common.utils.log_setup import add_context_fields, log_context
-from common.utils.log_setup import parse_log_message as message_of
+from common.utils.log_setup import add_context_fields, log_context, parse_log_message
 
 ROOT = Path(__file__).resolve().parents[3]
-SAY = """
+LOGGING_SCRIPT = """
 import logging
-from common.logs import about, set_up
-set_up()
-set_up()
-with about(run="r1", stage="main"), about(round=3):
+from common.utils.log_setup import configure_logging, log_context
+configure_logging()
+configure_logging()
+with log_context(run="r1", stage="main"), log_context(round=3):
     logging.getLogger("consilium.server").info("%s is late", "north")
 logging.getLogger("consilium.server").info("done")
 logging.getLogger("consilium.server").debug("never")
 """
 
 
-@pytest.mark.parametrize("how", ["json", "text"])
-def test_lines_for_machines_and_for_people(how: str) -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", SAY],
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_lines_in_json_and_text_format(log_format: str) -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", LOGGING_SCRIPT],
         cwd=ROOT,
-        env={"CONSILIUM_LOG": how},
+        env={"CONSILIUM_LOG": log_format},
         capture_output=True,
         text=True,
         check=True,
-    )
-    assert [message_of(line) for line in said.stdout.splitlines()] == ["north is late", "done"]
-    if how == "text":
-        assert said.stdout == "consilium  north is late\nconsilium  done\n"
+    ).stdout
+    assert [parse_log_message(line) for line in output.splitlines()] == ["north is late", "done"]
+    if log_format == "text":
+        assert output == "consilium  north is late\nconsilium  done\n"
         return
-    first, second = map(json.loads, said.stdout.splitlines())
+    first, second = map(json.loads, output.splitlines())
     assert first.pop("time")
     assert first == {
         "level": "INFO",
@@ -53,7 +52,7 @@ def test_lines_for_machines_and_for_people(how: str) -> None:
     assert second.keys() == {"time", "level", "logger", "message"}
 
 
-def test_what_a_line_belongs_to_ends_with_its_block() -> None:
+def test_context_ends_with_its_block() -> None:
     with pytest.raises(ValueError, match="x"), log_context(run="r"):
         raise ValueError("x")
     record = logging.makeLogRecord({})
@@ -61,8 +60,9 @@ def test_what_a_line_belongs_to_ends_with_its_block() -> None:
     assert not hasattr(record, "run")
 
 
-def test_lines_that_are_not_ours() -> None:
-    for line in (
+@pytest.mark.parametrize(
+    "line",
+    [
         "INFO : Starting",
         "{",
         '{"logger": "flwr", "message": "x"}',
@@ -70,5 +70,7 @@ def test_lines_that_are_not_ours() -> None:
         "[1]",
         "consilium",
         "",
-    ):
-        assert message_of(line) is None
+    ],
+)
+def test_lines_of_other_programs_have_no_message(line: str) -> None:
+    assert parse_log_message(line) is None
