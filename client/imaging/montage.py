@@ -1,4 +1,4 @@
-"""A picture of what preprocessing keeps of one scan: the chosen slices with the lungs' outline, and the area curve they were chosen from.
+"""A picture of what preprocessing keeps of one scan: slices with the lungs' outline, and the area curve.
 
 It shows a patient's pixels: it is written where a person at the centre asks for it, and nowhere else.
 """
@@ -6,44 +6,67 @@ It shows a patient's pixels: it is written where a person at the centre asks for
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from client.imaging import lung_segmentation
+from client.imaging.area_curve import draw_area_curve
+from client.imaging.drawing_style import (
+    CHOSEN_COLOUR,
+    FAINT_COLOUR,
+    LUNG_COLOUR,
+    PAGE_COLOUR,
+    TEXT_COLOUR,
+    load_font,
+)
+from client.imaging.lung_segmentation import Box
 from client.imaging.masks import find_lung_mask
 from client.imaging.readers import Volume, read_scan
-from client.imaging.slice_pipeline import PreprocessedScan, extract_slices, letterbox
+from client.imaging.slice_pipeline import PreprocessedScan, Window, choose_window, extract_slices, letterbox
 from common.config.schema import PreprocessConfig
 from common.utils.errors import ConsiliumError
 
-PAGE_WIDTH, MARGIN, GAP, HEADER_HEIGHT, CURVE_HEIGHT = 1200, 24, 8, 76, 190  # pixels
-PAGE_COLOUR, PANEL_COLOUR, TEXT_COLOUR, FAINT_COLOUR, LUNG_COLOUR, CHOSEN_COLOUR = (
-    "#10151b",
-    "#171e26",
-    "#e8edf2",
-    "#8593a1",
-    (64, 196, 208),
-    "#ffb454",
-)
-SUPERSAMPLING = (
-    3  # the curve is drawn so many times larger, then reduced: Pillow's lines have no smooth edges
-)
+# Pixels.
+PAGE_WIDTH = 1200
+MARGIN = 24
+GAP = 8
+HEADER_HEIGHT = 76
+CURVE_HEIGHT = 190
+NOTE_HEIGHT = 22
+MAX_TILE_SIDE = 640
+NOTE_WIDTH = 150  # characters
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the parts of a page lie, in pixels."""
+
+    columns: int
+    side: int  # of a tile
+    curve_top: int
+    page_height: int
+
+    def locate_tile(self, index: int) -> tuple[int, int]:
+        """Return x, y of a tile's upper left corner."""
+        row, column = divmod(index, self.columns)
+        return MARGIN + column * (self.side + GAP), HEADER_HEIGHT + row * (self.side + GAP)
 
 
 def write_montage(
-    path: Path, settings: PreprocessConfig, out_path: Path, window: tuple[float, float] | None = None
+    path: Path, settings: PreprocessConfig, out_path: Path, window: Window | None = None
 ) -> Path:
-    """Draw the scan at `path` as `settings` keep it, as a PNG at `out`; `window` is the cohort's own, in the image's units.
+    """Draw the scan at `path` as `settings` keep it, as a PNG; `window` is the cohort's own.
 
-    Raises ConsiliumError when the scan cannot be read or the picture cannot be written.
+    Raises:
+        ConsiliumError: The scan cannot be read, or the picture cannot be written.
     """
-    kept, scan = extract_slices(Path(path), None, settings, window)
+    preprocessed, scan = extract_slices(Path(path), None, settings, window)
     volume = scan if isinstance(scan, Volume) else read_scan(Path(path))
-    page = draw_montage(volume, kept, settings, window)
+    page = draw_montage(volume, preprocessed, settings, window)
     try:
         Path(out_path).parent.mkdir(parents=True, exist_ok=True)
         page.save(out_path, format="PNG")
@@ -56,172 +79,93 @@ def write_montage(
 
 def draw_montage(
     volume: Volume,
-    kept: PreprocessedScan,
+    preprocessed: PreprocessedScan,
     settings: PreprocessConfig,
-    window: tuple[float, float] | None = None,
+    window: Window | None = None,
 ) -> Image.Image:
-    """The montage as a picture of WIDTH pixels."""
-    S, radiograph = len(kept.slices), volume.modality == "XR"
-    columns = min(S, 4 if S <= 8 else 8)
-    side = min((PAGE_WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns, 640)
-    rows = -(-S // columns)
-    notes = [line for note in kept.notes for line in textwrap.wrap(note, 150)]
-    curve = 0 if radiograph else CURVE_HEIGHT + 20
-    height = HEADER_HEIGHT + rows * (side + GAP) + curve + 22 * len(notes) + MARGIN
-    page = Image.new("RGB", (PAGE_WIDTH, height), PAGE_COLOUR)
+    """Draw the montage as a picture of PAGE_WIDTH pixels."""
+    is_radiograph = volume.modality == "XR"
+    notes = [line for note in preprocessed.notes for line in textwrap.wrap(note, NOTE_WIDTH)]
+    layout = _plan_layout(len(preprocessed.slices), is_radiograph, len(notes))
+    page = Image.new("RGB", (PAGE_WIDTH, layout.page_height), PAGE_COLOUR)
     pen = ImageDraw.Draw(page)
+    title = "Radiograph"
+    if not is_radiograph:
+        title = f"{len(preprocessed.slices)} of {len(volume.voxels)} slices, {settings.selection}"
+    pen.text((MARGIN, 18), title, TEXT_COLOUR, load_font(24))
     pen.text(
-        (MARGIN, 18),
-        "Radiograph" if radiograph else f"{S} of {len(volume.voxels)} slices, {settings.selection}",
-        TEXT_COLOUR,
-        _load_font(24),
+        (MARGIN, 48), _describe_scan(volume, preprocessed, settings, window), FAINT_COLOUR, load_font(15)
     )
-    pen.text((MARGIN, 48), _describe_scan(volume, kept, settings, window), FAINT_COLOUR, _load_font(15))
 
-    masks = find_lung_mask(volume, not radiograph)[kept.indices] > 0
-    for k, picture in enumerate(kept.slices):
-        x, y = MARGIN + k % columns * (side + GAP), HEADER_HEIGHT + k // columns * (side + GAP)
-        page.paste(_draw_tile(picture, masks[k], kept.crop_box, side), (x, y))
-        if not radiograph:
-            _draw_label(
-                pen,
-                (x + 8, y + side - 26),
-                f"{kept.indices[k] + 1}",
-                f"of {len(volume.voxels)}" if side > 200 else "",
-            )
-    if not radiograph:
-        top = HEADER_HEIGHT + rows * (side + GAP) + 8
-        page.paste(
-            _draw_area_curve(
-                kept,
-                PAGE_WIDTH - 2 * MARGIN,
-                CURVE_HEIGHT,
-                _choose_area_unit(volume),
-                _name_curve_ends(volume),
-                settings.selection,
-            ),
-            (MARGIN, top),
-        )
-    for k, line in enumerate(notes):
-        pen.text((MARGIN, height - MARGIN + 2 - 22 * (len(notes) - k)), line, CHOSEN_COLOUR, _load_font(14))
+    masks = find_lung_mask(volume, is_ct=not is_radiograph)[preprocessed.indices] > 0
+    for index, (picture, mask) in enumerate(zip(preprocessed.slices, masks, strict=True)):
+        x, y = layout.locate_tile(index)
+        page.paste(_draw_tile(picture, mask, preprocessed.crop_box, layout.side), (x, y))
+        if not is_radiograph:
+            total = f"of {len(volume.voxels)}" if layout.side > 200 else ""
+            _draw_label(pen, (x + 8, y + layout.side - 26), f"{preprocessed.indices[index] + 1}", total)
+    if not is_radiograph:
+        size = (PAGE_WIDTH - 2 * MARGIN, CURVE_HEIGHT)
+        page.paste(draw_area_curve(volume, preprocessed, settings, size), (MARGIN, layout.curve_top))
+    first_note = layout.page_height - MARGIN + 2 - NOTE_HEIGHT * len(notes)
+    for index, line in enumerate(notes):
+        pen.text((MARGIN, first_note + NOTE_HEIGHT * index), line, CHOSEN_COLOUR, load_font(14))
     return page
 
 
-def _load_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+def _plan_layout(tile_count: int, is_radiograph: bool, note_count: int) -> _Layout:
+    """Return the layout of a page with so many tiles and lines of notes."""
+    columns = min(tile_count, 4 if tile_count <= 8 else 8)
+    width = PAGE_WIDTH - 2 * MARGIN - (columns - 1) * GAP
+    side = min(width // columns, MAX_TILE_SIDE)
+    rows = -(-tile_count // columns)
+    tiles_bottom = HEADER_HEIGHT + rows * (side + GAP)
+    curve_height = 0 if is_radiograph else CURVE_HEIGHT + 20
+    page_height = tiles_bottom + curve_height + NOTE_HEIGHT * note_count + MARGIN
+    return _Layout(columns, side, tiles_bottom + 8, page_height)
 
 
 def _describe_scan(
-    volume: Volume, kept: PreprocessedScan, settings: PreprocessConfig, window: tuple[float, float] | None
+    volume: Volume, preprocessed: PreprocessedScan, settings: PreprocessConfig, window: Window | None
 ) -> str:
-    H, W = volume.voxels.shape[1:]
+    """Return one line with the scan's size, its crop and its window."""
+    _, H, W = volume.shape
     z, y, x = volume.spacing
-    shades = window or (settings.window if volume.is_hounsfield else (0.0, 255.0))
-    size = f"{W} x {H} pixels" + (f" of {x:.2f} x {y:.2f} mm" if (y, x) != (1.0, 1.0) else "")
-    apart = f", slices {z:.2f} mm apart" if volume.modality == "CT" and z != 1.0 else ""
-    crop = (
-        f"crop {settings.crop} {kept.crop_box[3] - kept.crop_box[2]} x {kept.crop_box[1] - kept.crop_box[0]}"
+    size = f"{W} x {H} pixels"
+    if (y, x) != (1.0, 1.0):
+        size += f" of {x:.2f} x {y:.2f} mm"
+    if volume.modality == "CT" and z != 1.0:
+        size += f", slices {z:.2f} mm apart"
+    y0, y1, x0, x1 = preprocessed.crop_box
+    low, high = choose_window(volume, settings, window)
+    parts = (
+        size,
+        f"crop {settings.crop} {x1 - x0} x {y1 - y0}",
+        f"window {low:g} to {high:g}",
+        f"kept at {settings.image_size} x {settings.image_size}",
     )
-    return f"{size}{apart}   |   {crop}   |   window {shades[0]:g} to {shades[1]:g}   |   kept at {settings.image_size} x {settings.image_size}"
+    return "   |   ".join(parts)
 
 
-def _draw_tile(
-    picture: NDArray[np.uint8], mask: NDArray[np.bool_], box: lung_segmentation.Box, side: int
-) -> Image.Image:
-    """One slice as the model sees it, `side` pixels wide, with the lungs' outline."""
-    tile = cv2.resize(
-        picture, (side, side), interpolation=cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC
-    )
-    tile = np.repeat(tile[:, :, None], 3, axis=2)
+def _draw_tile(picture: NDArray[np.uint8], mask: NDArray[np.bool_], box: Box, side: int) -> Image.Image:
+    """Draw one slice as the model sees it, `side` pixels wide, with the lungs' outline."""
+    interpolation = cv2.INTER_AREA if picture.shape[0] > side else cv2.INTER_CUBIC
+    grey = cv2.resize(picture, (side, side), interpolation=interpolation)
+    tile = np.repeat(grey[:, :, None], 3, axis=2)
     if mask.any():
         y0, y1, x0, x1 = box
-        lung = letterbox(mask[y0:y1, x0:x1].astype(np.uint8) * 255, side) > 127
-        contours, _ = cv2.findContours(lung.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        lungs = letterbox(mask[y0:y1, x0:x1].astype(np.uint8) * 255, side) > 127
+        contours, _ = cv2.findContours(lungs.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.polylines(tile, contours, True, LUNG_COLOUR, 1, cv2.LINE_AA)
     return Image.fromarray(tile)
 
 
-def _draw_label(pen: ImageDraw.ImageDraw, at: tuple[float, float], strong: str, faint: str) -> None:
-    """`12 of 24` on a dark plate, so that it reads on any slice."""
-    wide = (
-        pen.textlength(strong, _load_font(16)) + pen.textlength(faint, _load_font(12)) + (17 if faint else 10)
-    )
-    pen.rounded_rectangle((at[0] - 5, at[1] - 2, at[0] - 5 + wide, at[1] + 20), 5, PAGE_COLOUR)
-    pen.text(at, strong, CHOSEN_COLOUR, _load_font(16))
-    pen.text(
-        (at[0] + pen.textlength(strong, _load_font(16)) + 5, at[1] + 4), faint, FAINT_COLOUR, _load_font(12)
-    )
-
-
-def _choose_area_unit(volume: Volume) -> tuple[float, str]:
-    return (100.0, "sq cm") if volume.spacing[1:] != (1.0, 1.0) else (1000.0, "thousand pixels")
-
-
-def _name_curve_ends(volume: Volume) -> tuple[str, str]:
-    return ("feet", "head") if volume.is_hounsfield else ("first", "last")
-
-
-def _draw_area_curve(
-    kept: PreprocessedScan,
-    width: int,
-    height: int,
-    unit: tuple[float, str],
-    ends: tuple[str, str],
-    selection: str,
-) -> Image.Image:
-    """Area against slice number; the chosen slices as upright lines with a dot on the curve."""
-    left, right, top, bottom = 16, 16, 40, 30
-    areas = kept.areas / unit[0]
-    Z, peak = len(areas), max(float(areas.max()), 1e-9)
-    x = left + (np.arange(Z) + 0.5) / Z * (width - left - right)
-    y = height - bottom - areas / peak * (height - top - bottom)
-    panel = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), PANEL_COLOUR)
-    pen = ImageDraw.Draw(panel)
-    floor = height - bottom
-    points = [(SUPERSAMPLING * a, SUPERSAMPLING * b) for a, b in zip(x, y, strict=True)]
-    if Z > 1:
-        pen.polygon(
-            [(points[0][0], SUPERSAMPLING * floor), *points, (points[-1][0], SUPERSAMPLING * floor)],
-            fill="#1f3a42",
-        )
-        pen.line(points, fill=LUNG_COLOUR, width=2 * SUPERSAMPLING, joint="curve")
-    pen.line(
-        [
-            (SUPERSAMPLING * left, SUPERSAMPLING * floor),
-            (SUPERSAMPLING * (width - right), SUPERSAMPLING * floor),
-        ],
-        fill="#3a4652",
-        width=SUPERSAMPLING,
-    )
-    for k in sorted(set(kept.indices.tolist())):
-        px, py = points[k]
-        pen.line([(px, SUPERSAMPLING * floor), (px, py)], fill=CHOSEN_COLOUR, width=SUPERSAMPLING)
-        pen.ellipse(
-            (
-                px - 4.5 * SUPERSAMPLING,
-                py - 4.5 * SUPERSAMPLING,
-                px + 4.5 * SUPERSAMPLING,
-                py + 4.5 * SUPERSAMPLING,
-            ),
-            fill=CHOSEN_COLOUR,
-            outline=PANEL_COLOUR,
-            width=SUPERSAMPLING,
-        )
-    panel = panel.resize((width, height), Image.Resampling.LANCZOS)
-    pen = ImageDraw.Draw(panel)
-    what = "body area" if selection == "kds_paper" else "lung air area"
-    pen.text((left, 10), f"{what} by slice, largest {peak:.3g} {unit[1]}", TEXT_COLOUR, _load_font(14))
-    pen.text((left, floor + 8), f"1 ({ends[0]})", FAINT_COLOUR, _load_font(12))
-    last = f"({ends[1]}) {Z}"
-    pen.text(
-        (width - right - pen.textlength(last, _load_font(12)), floor + 8), last, FAINT_COLOUR, _load_font(12)
-    )
-    end = -100.0
-    for k in sorted(set(kept.indices.tolist())):  # numbers under the chosen, where there is room
-        text = str(k + 1)
-        wide = pen.textlength(text, _load_font(12))
-        at = x[k] - wide / 2
-        if at > max(end + 6, left + 60) and at + wide < width - right - 60:
-            pen.text((at, floor + 8), text, CHOSEN_COLOUR, _load_font(12))
-            end = at + wide
-    return panel
+def _draw_label(pen: ImageDraw.ImageDraw, corner: tuple[float, float], number: str, total: str) -> None:
+    """Write a label such as `12 of 24` on a dark plate, which is legible on any slice."""
+    x, y = corner
+    number_width = pen.textlength(number, load_font(16))
+    padding = 17 if total else 10
+    plate_width = number_width + pen.textlength(total, load_font(12)) + padding
+    pen.rounded_rectangle((x - 5, y - 2, x - 5 + plate_width, y + 20), 5, PAGE_COLOUR)
+    pen.text(corner, number, CHOSEN_COLOUR, load_font(16))
+    pen.text((x + number_width + 5, y + 4), total, FAINT_COLOUR, load_font(12))

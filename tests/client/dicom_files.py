@@ -1,4 +1,4 @@
-"""DICOM files that the tests write, and what is read of them."""
+"""DICOM files that the tests write, and what the readers make of them."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ SIZE = 24
 STUDY = generate_uid(entropy_srcs=["study"])
 
 
-def level(z: float) -> int:
-    """The HU of a test slice's left half tells where it lies."""
+def expected_level(z: float) -> int:
+    """Return the HU of the left half of a test slice at z mm."""
     return int(10 * z) - 300
 
 
-def dataset(
-    z: float = 0.0, series: str = "1.2.3", size: int = SIZE, storage: UID = CTImageStorage, **changed: Any
+def make_slice(
+    z: float = 0.0, series: str = "1.2.3", size: int = SIZE, storage: UID = CTImageStorage, **tags: Any
 ) -> FileDataset:
-    """One CT slice at z mm; `changed` sets tags, or removes those given as None."""
+    """Return one CT slice at z mm; `tags` sets further ones, or removes those given as None."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = storage, ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = storage
     meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    ds.SOPClassUID, ds.SOPInstanceUID = storage, meta.MediaStorageSOPInstanceUID
-    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SeriesNumber = STUDY, series, 3
-    ds.PatientID, ds.PatientName, ds.Modality, ds.ImageType = (
-        "SECRET",
-        "Secret^Name",
-        "CT",
-        ["ORIGINAL", "PRIMARY", "AXIAL"],
-    )
+    ds.SOPClassUID = storage
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    ds.StudyInstanceUID = STUDY
+    ds.SeriesInstanceUID = series
+    ds.SeriesNumber = 3
+    ds.PatientID = "SECRET"
+    ds.PatientName = "Secret^Name"
+    ds.Modality = "CT"
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.Rows = ds.Columns = size
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
     ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit, ds.PixelRepresentation = 15, 1
-    ds.RescaleSlope, ds.RescaleIntercept, ds.SliceThickness, ds.PixelSpacing = 1, -1024, 2.5, [0.7, 0.8]
-    ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.InstanceNumber = (
-        [-100, -120, z],
-        [1, 0, 0, 0, 1, 0],
-        1000 - int(z),
-    )
-    pixels = np.full((size, size), level(z) + 1024, np.int16)
+    ds.HighBit = 15
+    ds.PixelRepresentation = 1
+    ds.RescaleSlope = 1
+    ds.RescaleIntercept = -1024
+    ds.SliceThickness = 2.5
+    ds.PixelSpacing = [0.7, 0.8]
+    ds.ImagePositionPatient = [-100, -120, z]
+    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    ds.InstanceNumber = 1000 - int(z)
+    pixels = np.full((size, size), expected_level(z) + 1024, np.int16)
     pixels[:, size // 2 :] = 1024 + 40
     ds.PixelData = pixels.tobytes()
-    for tag, value in changed.items():
+    for tag, value in tags.items():
         if value is None:
             delattr(ds, tag)
         else:
@@ -57,8 +62,8 @@ def dataset(
     return ds
 
 
-def write(folder: Path, slices: list[FileDataset], seed: int = 0) -> Path:
-    """Files whose names tell nothing of the order."""
+def write_files(folder: Path, slices: list[FileDataset], seed: int = 0) -> Path:
+    """Write slices to files whose names say nothing of their order."""
     folder.mkdir(parents=True, exist_ok=True)
     start = len(list(folder.iterdir()))
     for name, ds in zip(np.random.default_rng(seed).permutation(len(slices)), slices, strict=True):
@@ -66,18 +71,22 @@ def write(folder: Path, slices: list[FileDataset], seed: int = 0) -> Path:
     return folder
 
 
-def stack(count: int = 6, step: float = 2.5, **changed: Any) -> list[FileDataset]:
-    return [dataset(z * step, **changed) for z in range(count)]
+def make_stack(count: int = 6, step: float = 2.5, **tags: Any) -> list[FileDataset]:
+    """Return slices `step` mm apart, with the same further tags."""
+    return [make_slice(z * step, **tags) for z in range(count)]
 
 
-def levels(volume: Volume) -> list[int]:
+def read_levels(volume: Volume) -> list[int]:
+    """Return the HU by which `expected_level` marks each slice."""
     return [int(v) for v in volume.voxels[:, 3, 3]]
 
 
-def said(volume: Volume, *words: str) -> bool:
+def has_note(volume: Volume, *words: str) -> bool:
+    """Check that one of the volume's notes holds all the words, and that none identifies the patient."""
     assert not any("SECRET" in note or STUDY in note or "1.2.3" in note for note in volume.notes)
     return any(all(word in note for word in words) for note in volume.notes)
 
 
-def cut(path: Path, share: float) -> None:
+def truncate_file(path: Path, share: float) -> None:
+    """Keep only the first `share` of a file."""
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])

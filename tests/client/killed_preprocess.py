@@ -1,4 +1,4 @@
-"""Work for a pool whose worker dies on one scan; a module of its own, so that the workers start quickly."""
+"""Work that kills its worker on one scan; a module of its own, so that the workers start quickly."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import signal
 import time
 
-from client.imaging.preprocess import JobOutcome, PreprocessJob, run_job
+from client.imaging.job_execution import run_job
+from client.imaging.jobs import JobOutcome, PreprocessJob
 
 
-def deadly(job: PreprocessJob) -> JobOutcome:
-    """Reads as it should, but one scan kills its process, as the kernel does when memory runs out."""
+def kill_on_marked_scan(job: PreprocessJob) -> JobOutcome:
+    """Run the job; one scan kills its process, as the kernel does when memory runs out."""
     if job.series_uid == "deadly":
-        time.sleep(0.05)  # so that others are under way
+        time.sleep(0.05)  # so that other scans are under way
         os.kill(os.getpid(), signal.SIGKILL)
     return run_job(job)

@@ -1,8 +1,12 @@
-"""Reading a scan from whatever a hospital keeps it as: DICOM, NIfTI, a folder of slices, one picture."""
+"""Reading a scan from whatever a hospital keeps it as: DICOM, NIfTI, a folder of slices, one picture.
+
+Knows files and their formats, and nothing of lungs, slices to keep, or labels.
+"""
 
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 
 from client.imaging.readers.dicom import open_dicom, read_dicom
@@ -17,80 +21,116 @@ from client.imaging.readers.nifti import NIFTI_SUFFIXES, read_nifti
 from client.imaging.readers.volume import LazyVolume, Volume
 from common.utils.errors import ConsiliumError
 
-__all__ = ["LazyVolume", "Volume", "detect_format", "open_scan", "read_scan"]
+__all__ = ["LazyVolume", "ScanFormat", "Volume", "detect_format", "open_scan", "read_scan"]
 
-MAX_FILES_PROBED = 200  # files of a folder that are looked at before deciding that it holds no DICOM
+MAX_FILES_PROBED = 200  # files of a folder that are opened before deciding that it holds no DICOM
 
 
-def detect_format(path: Path) -> str | None:
-    """What `path` is kept as: "dicom" | "nifti" | "slices" | "image", or None. Opens few files and reads a few bytes of each.
+class ScanFormat(StrEnum):
+    """What a scan is kept as."""
 
-    A folder is "dicom" when it, or a folder below it (a study with a folder for each series), holds a DICOM file; pictures beside
-    DICOM files are previews. A folder is "nifti" when it holds exactly one NIfTI file.
+    DICOM = "dicom"
+    NIFTI = "nifti"
+    SLICES = "slices"  # a folder of pictures
+    IMAGE = "image"  # one picture
+
+
+def detect_format(path: Path) -> ScanFormat | None:
+    """Return the format of the scan at `path`, None where there is none; few files are opened.
+
+    A folder is DICOM when it, or a folder below it (a study with a folder for each series), holds a DICOM
+    file; pictures beside DICOM files are previews. A folder is NIfTI when it holds exactly one NIfTI file.
     """
     if path.is_file():
-        name = path.name.lower()
-        if name.endswith(NIFTI_SUFFIXES):
-            return "nifti"
-        if name.endswith(IMAGE_SUFFIXES):
-            return "image"
-        return "dicom" if is_dicom(path) else None
+        return _detect_file_format(path)
     if not path.is_dir():
         return None
-    here = [
-        entry.name.lower() for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")
-    ]
-    pictures = sum(name.endswith(IMAGE_SUFFIXES) for name in here)
-    nifti = sum(name.endswith(NIFTI_SUFFIXES) for name in here)
-    seen = 0
-    for root, folders, files in os.walk(path):
-        folders.sort()
-        for file in sorted(files):
-            if file.lower().endswith((*IMAGE_SUFFIXES, *NIFTI_SUFFIXES)):
-                continue
-            if is_dicom(Path(root, file)):
-                return "dicom"
-            seen += 1
-            if seen >= MAX_FILES_PROBED:
-                folders.clear()
-                break
-    if nifti == 1:
-        return "nifti"
-    return "slices" if pictures else None
+    if _holds_dicom(path):
+        return ScanFormat.DICOM
+    if len(_list_files(path, NIFTI_SUFFIXES)) == 1:
+        return ScanFormat.NIFTI
+    if _list_files(path, IMAGE_SUFFIXES):
+        return ScanFormat.SLICES
+    return None
 
 
 def open_scan(path: Path, series_uid: str | None = None) -> Volume | LazyVolume:
-    """The scan at `path` with its slices unread, where they can be read one by one and nothing looks odd; else as `read_scan`."""
-    kind = detect_format(path)
-    if kind == "dicom":
+    """Open the scan at `path` to be read slice by slice; read it where that is impossible.
+
+    It is possible where the format allows it and nothing looks unusual.
+    """
+    scan_format = detect_format(path)
+    if scan_format is ScanFormat.DICOM:
         return open_dicom(path, series_uid)
-    unread = open_slice_folder(path) if kind == "slices" else None
-    return unread or read_scan(path, series_uid)
+    if scan_format is ScanFormat.SLICES:
+        opened = open_slice_folder(path)
+        if opened is not None:
+            return opened
+    return read_scan(path, series_uid)
 
 
 def read_scan(path: Path, series_uid: str | None = None) -> Volume:
-    """The scan at `path`: a DICOM folder or file, `.nii`/`.nii.gz`, a folder of JPEG/PNG slices, or a single picture.
+    """Read the scan at `path`: DICOM, `.nii`/`.nii.gz`, a folder of JPEG or PNG slices, or a single picture.
 
-    `series` is a SeriesInstanceUID and picks among several DICOM series; without it the thinnest axial one is read.
-    Raises ConsiliumError where nothing can be read; what a person should know of a scan that can be read is in its notes.
+    `series_uid` picks among several DICOM series; without it the thinnest axial one is read. The volume's
+    notes say what a person should know of it.
+
+    Raises:
+        ConsiliumError: Nothing can be read.
     """
     if not path.exists():
         raise ConsiliumError(f"{path} does not exist; correct the path in the cohort's table")
-    kind = detect_format(path)
-    if kind == "dicom":
+    scan_format = detect_format(path)
+    if scan_format is ScanFormat.DICOM:
         return read_dicom(path, series_uid)
-    if kind == "nifti":
-        return read_nifti(
-            path
-            if path.is_file()
-            else next(p for p in sorted(path.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES))
-        )
-    if kind == "slices":
+    if scan_format is ScanFormat.NIFTI:
+        return read_nifti(path if path.is_file() else _list_files(path, NIFTI_SUFFIXES)[0])
+    if scan_format is ScanFormat.SLICES:
         return read_slice_folder(path)
-    if kind == "image":
+    if scan_format is ScanFormat.IMAGE:
         return read_image_file(path)
-    if path.is_dir() and sum(p.name.lower().endswith(NIFTI_SUFFIXES) for p in path.iterdir()) > 1:
+    if path.is_dir() and len(_list_files(path, NIFTI_SUFFIXES)) > 1:
         raise ConsiliumError(f"{path} holds several NIfTI files; name one of them as the scan")
     raise ConsiliumError(
-        f"{path} holds no DICOM, no NIfTI file and no JPEG or PNG pictures; correct the path or export the scan as one of these"
+        f"{path} holds no DICOM, no NIfTI file and no JPEG or PNG pictures; "
+        "correct the path or export the scan as one of these"
     )
+
+
+def _detect_file_format(path: Path) -> ScanFormat | None:
+    name = path.name.lower()
+    if name.endswith(NIFTI_SUFFIXES):
+        return ScanFormat.NIFTI
+    if name.endswith(IMAGE_SUFFIXES):
+        return ScanFormat.IMAGE
+    if is_dicom(path):
+        return ScanFormat.DICOM
+    return None
+
+
+def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the folder's own files with one of the suffixes, sorted, hidden ones left out."""
+    names = [
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_file() and not entry.name.startswith(".") and entry.name.lower().endswith(suffixes)
+    ]
+    return [folder / name for name in sorted(names)]
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Check whether one of the first files of the folder and those below it is DICOM."""
+    probed = 0
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith((*IMAGE_SUFFIXES, *NIFTI_SUFFIXES)):
+                continue
+            if is_dicom(Path(root, name)):
+                return True
+            probed += 1
+            if probed >= MAX_FILES_PROBED:
+                # Go no deeper; of each folder beside this one the first file is still probed.
+                folders.clear()
+                break
+    return False

@@ -24,122 +24,184 @@ REDUCED_READ_FLAGS = {
 }
 UNKNOWN_GEOMETRY_NOTE = "Pictures, not DICOM: spacing unknown, slices in the order of their names."
 
+JPEG_START = b"\xff\xd8"
+JPEG_END = b"\xff\xd9"
+JPEG_HEADER_BYTES = 8192
+# Markers between a frame's first and last that do not start one: Huffman tables, a reserved one, arithmetic
+# coding.
+JPEG_TABLE_MARKERS = (0xC4, 0xC8, 0xCC)
+
 
 def natural_sort_key(name: str) -> list[tuple[int, int | str]]:
-    """A sorting key that puts `2.jpg` before `10.jpg`."""
-    return [
-        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part
+    """Return a sorting key that puts `2.jpg` before `10.jpg`."""
+    key: list[tuple[int, int | str]] = []
+    for part in re.split(r"(\d+)", name.lower()):
+        if part.isdigit():
+            key.append((0, int(part)))
+        elif part:
+            key.append((1, part))
+    return key
+
+
+def read_image_file(path: Path) -> Volume:
+    """Read one picture as a radiograph (Z = 1).
+
+    Raises:
+        ConsiliumError: The picture cannot be decoded.
+    """
+    image = _read_grey(path)
+    if image is None:
+        raise ConsiliumError(f"{path} cannot be read as a picture; export it again")
+    return Volume(
+        voxels=_to_uint8(image[None]), spacing=(1.0, 1.0, 1.0), positions=np.zeros(1), modality="XR"
+    )
+
+
+def read_slice_folder(folder: Path) -> Volume:
+    """Read a folder of pictures, one a slice, in the natural order of their names (2 before 10).
+
+    Of pictures of different sizes the majority is kept; a picture that cannot be read is left out. Both are
+    noted.
+
+    Raises:
+        ConsiliumError: Fewer than half of the pictures can be read.
+    """
+    files = _list_images(folder)
+    images = [image for image in map(_read_grey, files) if image is not None]
+    unreadable = len(files) - len(images)
+    if not files or len(images) * 2 < len(files):
+        raise ConsiliumError(
+            f"{folder}: {unreadable} of {len(files)} pictures cannot be read; export the scan again"
+        )
+    notes = [UNKNOWN_GEOMETRY_NOTE]
+    if unreadable:
+        notes.append(f"{unreadable} of {len(files)} pictures cannot be read and were left out.")
+    usual_shape, count = Counter(image.shape for image in images).most_common(1)[0]
+    if count < len(images):
+        H, W = usual_shape
+        notes.append(
+            f"{len(images) - count} of {len(images)} pictures have another size than {H} x {W} "
+            "and were left out."
+        )
+    slices = np.stack([image for image in images if image.shape == usual_shape])
+    return Volume(
+        voxels=_to_uint8(slices),
+        spacing=(1.0, 1.0, 1.0),
+        positions=np.arange(len(slices), dtype=np.float64),
+        modality="CT",
+        notes=notes,
+    )
+
+
+def open_slice_folder(folder: Path) -> LazyVolume | None:
+    """Open the scan of `read_slice_folder`; return None unless all are complete JPEGs of one size.
+
+    A reduced picture is decoded at its reduced size: of each block of 8 x 8 pixels only the frequencies that
+    it shows.
+    """
+    files = _list_images(folder)
+    shape = _find_common_jpeg_shape(files)
+    if shape is None:
+        return None
+    H, W = shape
+
+    def decode(z: int, read_flags: int, expected_shape: tuple[int, int]) -> NDArray[np.uint8]:
+        image = _read_grey(files[z], read_flags)
+        if image is None or image.shape != expected_shape or image.dtype != np.uint8:
+            raise ValueError("a picture cannot be read, or is not as its header says")
+        return image
+
+    def read_slice(z: int) -> NDArray[np.uint8]:
+        return decode(z, cv2.IMREAD_GRAYSCALE, (H, W))
+
+    def read_reduced(indices: Indices, reduction: int) -> Voxels:
+        if reduction == 1:
+            return np.stack([read_slice(z) for z in indices])
+        read_flags = REDUCED_READ_FLAGS[reduction]
+        rounded_up = (-(-H // reduction), -(-W // reduction))
+        reduced = np.stack([decode(z, read_flags, rounded_up) for z in indices])
+        return reduced[:, : H // reduction, : W // reduction]
+
+    return LazyVolume(
+        shape=(len(files), H, W),
+        spacing=(1.0, 1.0, 1.0),
+        positions=np.arange(len(files), dtype=np.float64),
+        is_hounsfield=False,
+        read_slice=read_slice,
+        read_reduced=read_reduced,
+        notes=[UNKNOWN_GEOMETRY_NOTE],
+    )
+
+
+def _list_images(folder: Path) -> list[str]:
+    """Return the paths of the folder's pictures in natural order, hidden ones left out."""
+    names = [
+        name
+        for name in os.listdir(folder)
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
     ]
+    names.sort(key=natural_sort_key)
+    return [os.path.join(folder, name) for name in names]
 
 
 def _read_grey(
     path: Path | str, flags: int = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
 ) -> NDArray[Any] | None:
-    """The picture in grey, 8 or 16 bits [H, W], or None where it cannot be decoded."""
+    """Return the picture in grey [H, W], 8 or 16 bits, or None where it cannot be decoded."""
     try:
         with open(path, "rb", buffering=0) as file:
-            data = np.frombuffer(file.read(), np.uint8)
-        image = cv2.imdecode(data, flags) if data.size else None
+            encoded = np.frombuffer(file.read(), np.uint8)
+        if not encoded.size:
+            return None
+        image = cv2.imdecode(encoded, flags)
     except (OSError, cv2.error):
         return None
-    return None if image is None else np.asarray(image)
+    if image is None:
+        return None
+    return np.asarray(image)
 
 
 def _to_uint8(voxels: NDArray[Any]) -> NDArray[np.uint8]:
-    """16-bit pictures hold 10, 12 or 16 bits: their brightest value becomes 255, the same for all slices of a scan."""
+    """Return 16-bit pictures as 8-bit ones, their brightest value as 255, the same for all slices of a scan.
+
+    Such pictures hold 10, 12 or 16 bits, and do not say which.
+    """
     if voxels.dtype == np.uint8:
         return voxels
-    return (voxels.astype(np.float32) * (255.0 / max(float(voxels.max()), 1.0))).astype(np.uint8)
+    brightest = max(float(voxels.max()), 1.0)
+    return (voxels.astype(np.float32) * (255.0 / brightest)).astype(np.uint8)
 
 
-def _list_images(folder: Path) -> list[str]:
-    names = (n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))
-    return [os.path.join(folder, name) for name in sorted(names, key=natural_sort_key)]
-
-
-def read_slice_folder(folder: Path) -> Volume:
-    """A folder of pictures, one a slice, in the natural order of their names (2 before 10).
-
-    Of pictures of different sizes the majority is kept; a picture that cannot be read is left out. Both are noted. Raises
-    ConsiliumError when fewer than half can be read.
-    """
-    files = _list_images(folder)
-    images = [image for image in map(_read_grey, files) if image is not None]
-    if not files or len(images) * 2 < len(files):
-        raise ConsiliumError(
-            f"{folder}: {len(files) - len(images)} of {len(files)} pictures cannot be read; export the scan again"
-        )
-    notes = [UNKNOWN_GEOMETRY_NOTE]
-    if len(images) < len(files):
-        notes.append(f"{len(files) - len(images)} of {len(files)} pictures cannot be read and were left out.")
-    shape, _ = Counter(image.shape for image in images).most_common(1)[0]
-    kept = [image for image in images if image.shape == shape]
-    if len(kept) < len(images):
-        notes.append(
-            f"{len(images) - len(kept)} of {len(images)} pictures have another size than {shape[0]} x {shape[1]} and were left out."
-        )
-    return Volume(
-        _to_uint8(np.stack(kept)), (1.0, 1.0, 1.0), np.arange(len(kept), dtype=np.float64), "CT", notes
-    )
-
-
-def open_slice_folder(folder: Path) -> LazyVolume | None:
-    """The scan of `read_slices`, unread, where every picture looks like a whole JPEG and all are of one size; else None.
-
-    A reduced picture is decoded as such: each block of 8 x 8 pixels gives only the frequencies that it is to show.
-    """
-    files = _list_images(folder)
-    shapes = {_read_jpeg_shape(file) if file.lower().endswith(JPEG_SUFFIXES) else None for file in files}
-    H, W = shape = shapes.pop() or (0, 0)
-    if shapes or not H:
+def _find_common_jpeg_shape(files: list[str]) -> tuple[int, int] | None:
+    """Return height and width where all files look like complete JPEGs of one size, else None."""
+    if not all(file.lower().endswith(JPEG_SUFFIXES) for file in files):
         return None
-
-    def decoded(z: int, how: int, expected: tuple[int, int]) -> NDArray[np.uint8]:
-        image = _read_grey(files[z], how)
-        if image is None or image.shape != expected or image.dtype != np.uint8:
-            raise ValueError("a picture cannot be read, or is not as its header says")
-        return image
-
-    def read(z: int) -> NDArray[np.uint8]:
-        return decoded(z, cv2.IMREAD_GRAYSCALE, shape)
-
-    def small(which: Indices, step: int) -> Voxels:
-        if step == 1:
-            return np.stack([read(z) for z in which])
-        reduced = [decoded(z, REDUCED_READ_FLAGS[step], (-(-H // step), -(-W // step))) for z in which]
-        return np.stack(reduced)[:, : H // step, : W // step]
-
-    return LazyVolume(
-        (len(files), H, W),
-        (1.0, 1.0, 1.0),
-        np.arange(len(files), dtype=np.float64),
-        False,
-        read,
-        small,
-        [UNKNOWN_GEOMETRY_NOTE],
-    )
+    shapes = set(map(_read_jpeg_shape, files))
+    if len(shapes) != 1:
+        return None
+    shape = shapes.pop()
+    if shape is None or shape[0] == 0:
+        return None
+    return shape
 
 
 def _read_jpeg_shape(path: str) -> tuple[int, int] | None:
-    """Height and width of a grey or colour JPEG of 8 bits by its frame header (ITU T.81, B.2.2); None where the file does not end as a JPEG does."""
+    """Return a JPEG's height and width by its frame header (ITU T.81, B.2.2); None if it is incomplete."""
     file = os.open(path, os.O_RDONLY)
     try:
-        head, size = os.pread(file, 8192, 0), os.fstat(file).st_size
+        head = os.pread(file, JPEG_HEADER_BYTES, 0)
+        size = os.fstat(file).st_size
         tail = os.pread(file, 2, max(0, size - 2))
     finally:
         os.close(file)
-    at = 2
-    while head[:2] == b"\xff\xd8" and tail == b"\xff\xd9" and at + 9 <= len(head) and head[at] == 0xFF:
-        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame, not tables
-            return int.from_bytes(head[at + 5 : at + 7], "big"), int.from_bytes(head[at + 7 : at + 9], "big")
-        at += 2 + length
+    if not head.startswith(JPEG_START) or tail != JPEG_END:
+        return None
+    offset = 2
+    while offset + 9 <= len(head) and head[offset] == 0xFF:
+        marker = head[offset + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in JPEG_TABLE_MARKERS:
+            height = int.from_bytes(head[offset + 5 : offset + 7], "big")
+            width = int.from_bytes(head[offset + 7 : offset + 9], "big")
+            return height, width
+        offset += 2 + int.from_bytes(head[offset + 2 : offset + 4], "big")
     return None
-
-
-def read_image_file(path: Path) -> Volume:
-    """One picture, taken as a radiograph (Z = 1). Raises ConsiliumError when it cannot be decoded."""
-    image = _read_grey(path)
-    if image is None:
-        raise ConsiliumError(f"{path} cannot be read as a picture; export it again")
-    return Volume(_to_uint8(image[None]), (1.0, 1.0, 1.0), np.zeros(1), "XR", [])

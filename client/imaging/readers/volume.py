@@ -1,4 +1,4 @@
-"""A scan, whatever it was stored as: in memory, or read slice by slice as its slices are wanted."""
+"""A scan, whatever it was stored as: in memory, or opened to be read slice by slice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Indices = NDArray[np.int64]
 
 @dataclass
 class Volume:
-    """One scan's voxels with what is known of their geometry.
+    """One scan's voxels with their geometry, as far as it is known.
 
-    Axial slices in the radiological view where the format says how they lie: columns run to the patient's left, rows to the back,
-    slices to the head. `notes` are sentences for a person; they hold no identifier.
+    Slices are axial, in the radiological view, where the format says how they lie: columns run to the
+    patient's left, rows to the back, slices to the head. `notes` are sentences for a person; they hold no
+    identifier.
     """
 
     voxels: Voxels  # [Z, H, W]: int16 HU, or uint8 for pictures and radiographs
@@ -27,10 +28,8 @@ class Volume:
     positions: NDArray[np.float64]  # [Z] mm along the slices' normal, ascending; the index where unknown
     modality: str  # "CT" | "XR" (radiograph: Z = 1)
     notes: list[str] = field(default_factory=list)
-    origin: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # mm (x, y) to the patient's left and back (LPS), of the first pixel's middle; 0 where unknown
+    # mm (x, y) to the patient's left and back (LPS), of the first pixel's middle; 0 where unknown
+    origin: tuple[float, float] = (0.0, 0.0)
 
     @property
     def is_hounsfield(self) -> bool:
@@ -44,23 +43,24 @@ class Volume:
         return Z, H, W
 
     def read_slice(self, z: int) -> NDArray[Any]:
-        """One slice [H, W]."""
+        """Return one slice [H, W]."""
         return np.asarray(self.voxels[z])
 
     def iter_slices(self) -> Iterator[NDArray[Any]]:
-        """All slices [H, W], one after another."""
+        """Return an iterator over all slices [H, W]."""
         return iter(self.voxels)
 
     def read_reduced(self, indices: Indices, reduction: int) -> Voxels:
-        """Slices [n, H // step, W // step], one pixel for `step` x `step`."""
+        """Return slices [n, H // reduction, W // reduction]."""
         return np.stack([reduce_slice(self.voxels[z], reduction) for z in indices])
 
 
 @dataclass
 class LazyVolume:
-    """A CT of which only the headers were read; all is as for a Volume, but its slices.
+    """A CT of which only the headers were read; it serves its slices as a Volume does.
 
-    `read` and `small` raise what their decoder raises where a slice cannot be decoded; reading the scan as a Volume leaves such slices out.
+    `read_slice` and `read_reduced` raise what their decoder raises where a slice cannot be decoded;
+    `read_scan` leaves such slices out.
     """
 
     shape: tuple[int, int, int]  # Z, H, W
@@ -73,22 +73,33 @@ class LazyVolume:
     modality: str = "CT"
 
     def iter_slices(self) -> Iterator[NDArray[Any]]:
-        """All slices [H, W], one after another: one is in memory at a time."""
+        """Return an iterator over all slices [H, W], one of which is in memory at a time."""
         return map(self.read_slice, range(self.shape[0]))
 
 
 def reduce_slice(image: NDArray[Any], reduction: int) -> NDArray[Any]:
-    """`image` [H, W] at [H // step, W // step]: the mean of each block of a picture; of HU the mean of `middle_rows`."""
-    h, w = image.shape[0] // reduction, image.shape[1] // reduction
-    rows = (
-        image[: h * reduction, : w * reduction]
-        if image.dtype == np.uint8
-        else take_middle_rows(image, reduction)
-    )
-    return np.asarray(cv2.resize(rows, (w, h), interpolation=cv2.INTER_AREA)) if reduction > 1 else image
+    """Return `image` [H, W] at [H // reduction, W // reduction].
+
+    A pixel is the mean of its block in a picture, and of the block's middle row in HU (see
+    `take_middle_rows`).
+    """
+    if reduction == 1:
+        return image
+    height = image.shape[0] // reduction
+    width = image.shape[1] // reduction
+    if image.dtype == np.uint8:
+        source = image[: height * reduction, : width * reduction]
+    else:
+        source = take_middle_rows(image, reduction)
+    return np.asarray(cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA))
 
 
 def take_middle_rows(image: NDArray[Any], reduction: int) -> NDArray[Any]:
-    """Of each `step` rows of `image` [H, W] the middle one [H // step, W // step * step]: an eighth of the work, and enough to see lungs."""
+    """Return the middle one of each `reduction` rows of `image` [H, W].
+
+    Averaging only these takes an eighth of the work at a reduction of 8, and is enough to see lungs.
+    """
     H, W = image.shape
-    return image[: H // reduction * reduction, : W // reduction * reduction][reduction // 2 :: reduction]
+    height = H // reduction * reduction
+    width = W // reduction * reduction
+    return image[:height, :width][reduction // 2 :: reduction]

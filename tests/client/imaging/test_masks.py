@@ -1,4 +1,4 @@
-"""Masks: read as what they are, cut as their slices, stored beside them, written back where they came from."""
+"""Masks: reading, cropping to the kept slices, storing beside them, and writing over the scan."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from client.imaging.lung_segmentation import label_sides
+from client.imaging.mask_files import write_nifti_mask
 from client.imaging.masks import (
     crop_to_slices,
     find_lung_mask,
     read_lung_mask,
     read_mask,
     resize_to_scan,
-    write_nifti_mask,
 )
 from client.imaging.preprocess import load_masks, preprocess_cohort
 from client.imaging.readers import Volume, read_scan
 from client.imaging.slice_pipeline import letterbox, select_and_crop
 from client.imaging.slice_store import SliceStore
 from client.phantom.chest_ct import Scanner
-from client.phantom.federation import write_ct_series
+from client.phantom.dicom_files import write_ct_series
 from common.config.schema import PreprocessConfig
 from common.utils.errors import ConsiliumError
 
 
-def series(folder: Path, Z: int = 14, N: int = 96, flipped: bool = False) -> Path:
-    """A CT of a box-shaped body with two lungs, the right one larger, and a dense spot in the left one, as a DICOM series."""
+def write_series(folder: Path, Z: int = 14, N: int = 96, flipped: bool = False) -> Path:
+    """Write a DICOM series: a box-shaped body, two lungs (the right one larger), a dense spot in the left."""
     voxels = np.full((Z, N, N), -1000, np.int16)
     voxels[:, 20:76, 8:88] = 40
     voxels[2:-2, 30:68, 14:46] = -850  # at the image's left: the right lung
@@ -46,14 +46,14 @@ def series(folder: Path, Z: int = 14, N: int = 96, flipped: bool = False) -> Pat
     return folder
 
 
-def nifti_of(mask: np.ndarray, like: Volume, path: Path) -> Path:
+def write_full_mask(mask: np.ndarray, like: Volume, path: Path) -> Path:
     write_nifti_mask(
         path, mask.astype(np.float32), np.arange(len(mask)), (0, mask.shape[1], 0, mask.shape[2]), like, 0.5
     )
     return path
 
 
-def test_what_is_above_half_or_above_zero_is_one(tmp_path: Path) -> None:
+def test_masks_are_binarised_by_file_type(tmp_path: Path) -> None:
     grey = np.zeros((20, 30), np.uint8)
     grey[5:10, 5:10], grey[10:15] = 130, 120
     grey[0, 0] = 250
@@ -65,34 +65,33 @@ def test_what_is_above_half_or_above_zero_is_one(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(tmp_path / "folder"), np.stack([grey * 0, grey > 125]))
     values = np.zeros((4, 5, 6), np.float32)
     values[0, 0, 1] = 0.01
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")  # type: ignore[no-untyped-call]
-    found = read_mask(tmp_path / "a.nii.gz")
-    assert found.shape == (6, 5, 4)
-    assert np.argwhere(found).tolist() == [
+    image: Any = nibabel.Nifti1Image(values, np.eye(4))  # type: ignore[no-untyped-call]
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    mask_read = read_mask(tmp_path / "a.nii.gz")
+    assert mask_read.shape == (6, 5, 4)
+    assert np.argwhere(mask_read).tolist() == [
         [1, 4, 3]
     ]  # right and front come first in the file, left and back in a slice
 
 
 @given(st.integers(5, 30), st.integers(0, 6), st.integers(5, 30), st.integers(0, 2**32))
-def test_the_lungs_are_parted_as_the_best_two_means_part_them(
-    wide: int, gap: int, other: int, seed: int
-) -> None:
+def test_lung_sides_are_optimal_two_means_clusters(wide: int, gap: int, other: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     lungs = rng.random((2, 6, wide + gap + other)) < 0.6
     lungs[:, :, wide : wide + gap] = False
     x = np.nonzero(lungs)[2].astype(float)
-    spread = [
+    spreads = [
         sum(((part - part.mean()) ** 2).sum() for part in (x[x <= c], x[x > c]))
         for c in range(int(x.min()), int(x.max()))
     ]
-    parted = label_sides(lungs)
-    assert np.array_equal(parted > 0, lungs)
-    ends = [x[parted[lungs] == side] for side in (1, 2)]
+    labelled = label_sides(lungs)
+    assert np.array_equal(labelled > 0, lungs)
+    ends = [x[labelled[lungs] == side] for side in (1, 2)]
     assert ends[0].max() < ends[1].min()
-    assert sum(((part - part.mean()) ** 2).sum() for part in ends) == pytest.approx(min(spread))
+    assert sum(((part - part.mean()) ** 2).sum() for part in ends) == pytest.approx(min(spreads))
 
 
-def test_a_lung_file_tells_its_sides_or_is_parted(tmp_path: Path) -> None:
+def test_lung_mask_keeps_its_own_side_labels_or_is_split(tmp_path: Path) -> None:
     sides = np.zeros((20, 40), np.uint8)
     sides[5:15, 5:15], sides[5:15, 25:38] = 2, 1  # the file's own word, even if it is odd
     cv2.imwrite(str(tmp_path / "a.png"), sides)
@@ -104,7 +103,7 @@ def test_a_lung_file_tells_its_sides_or_is_parted(tmp_path: Path) -> None:
 
 @given(st.data(), st.integers(16, 80))
 @settings(max_examples=60)
-def test_a_mask_is_cut_as_its_picture(data: st.DataObject, size: int) -> None:
+def test_mask_is_cropped_like_its_image(data: st.DataObject, size: int) -> None:
     H, W = data.draw(st.integers(20, 90)), data.draw(st.integers(20, 90))
     y0, x0 = data.draw(st.integers(0, H - 12)), data.draw(st.integers(0, W - 12))
     box = (y0, data.draw(st.integers(y0 + 12, H)), x0, data.draw(st.integers(x0 + 12, W)))
@@ -113,17 +112,17 @@ def test_a_mask_is_cut_as_its_picture(data: st.DataObject, size: int) -> None:
         > 0
     ).astype(np.uint8)
     mask[box[0], box[2]] = 0  # a square is padded with its darkest value, a mask with 0
-    kept = crop_to_slices(mask[None], [0, 0], box, size)
-    shown = letterbox(mask[box[0] : box[1], box[2] : box[3]] * 255, size).astype(int)
-    assert kept.shape == (2, size, size)
-    assert np.array_equal(kept[0], kept[1])
-    clear = np.abs(shown - 127) > 1  # square rounds grey values to whole ones
-    assert np.array_equal(kept[0][clear], (shown > 127)[clear])
+    result = crop_to_slices(mask[None], [0, 0], box, size)
+    letterboxed = letterbox(mask[box[0] : box[1], box[2] : box[3]] * 255, size).astype(int)
+    assert result.shape == (2, size, size)
+    assert np.array_equal(result[0], result[1])
+    clear = np.abs(letterboxed - 127) > 1  # square rounds grey values to whole ones
+    assert np.array_equal(result[0][clear], (letterboxed > 127)[clear])
 
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_written_back_it_lies_where_it_was_up_to_a_pixels_width(
+def test_written_mask_matches_original_within_one_pixel(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     Z, H, W = data.draw(st.integers(3, 8)), data.draw(st.integers(40, 70)), data.draw(st.integers(40, 70))
@@ -144,23 +143,23 @@ def test_written_back_it_lies_where_it_was_up_to_a_pixels_width(
     write_nifti_mask(
         path, crop_to_slices(mask, np.arange(Z), box, size).astype(np.float32), np.arange(Z), box, volume, 0.5
     )
-    back = read_mask(path)
+    read_back = read_mask(path)
     scale = size / max(box[1] - y0, box[3] - x0)
     if scale == 1:
-        assert np.array_equal(back, mask)
+        assert np.array_equal(read_back, mask)
     width = int(np.ceil(max(1, 1 / scale))) + 1
-    square_ = np.ones((1, 2 * width + 1, 2 * width + 1))
-    assert (back >= ndimage.binary_erosion(mask, square_)).all()
-    assert (back <= ndimage.binary_dilation(mask, square_)).all()
-    again = read_scan(path)
-    np.testing.assert_allclose(again.positions, volume.positions, atol=1e-3)
-    np.testing.assert_allclose(again.spacing, volume.spacing, rtol=1e-4)
-    np.testing.assert_allclose(again.origin, volume.origin, atol=1e-3)
+    pixel_width = np.ones((1, 2 * width + 1, 2 * width + 1))
+    assert (read_back >= ndimage.binary_erosion(mask, pixel_width)).all()
+    assert (read_back <= ndimage.binary_dilation(mask, pixel_width)).all()
+    reread = read_scan(path)
+    np.testing.assert_allclose(reread.positions, volume.positions, atol=1e-3)
+    np.testing.assert_allclose(reread.spacing, volume.spacing, rtol=1e-4)
+    np.testing.assert_allclose(reread.origin, volume.origin, atol=1e-3)
 
 
-def test_between_kept_slices_it_is_interpolated_and_beyond_them_nothing_is_said(tmp_path: Path) -> None:
-    places = np.array([0.0, 1, 2, 4, 5, 6])  # one slice is missing
-    volume = Volume(np.zeros((6, 8, 8), np.int16), (1.0, 1.0, 1.0), places, "CT")
+def test_written_mask_is_interpolated_between_kept_slices_and_empty_beyond(tmp_path: Path) -> None:
+    positions = np.array([0.0, 1, 2, 4, 5, 6])  # one slice is missing
+    volume = Volume(np.zeros((6, 8, 8), np.int16), (1.0, 1.0, 1.0), positions, "CT")
     maps = np.stack([np.full((8, 8), p, np.float32) for p in (0.0, 0.0, 1.0)])
     write_nifti_mask(
         tmp_path / "m.nii", maps, [1, 1, 4], (0, 8, 0, 8), volume, 0.5
@@ -177,41 +176,42 @@ def test_between_kept_slices_it_is_interpolated_and_beyond_them_nothing_is_said(
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_over_a_dicom_scan_in_the_patients_own_millimetres(tmp_path: Path, flipped: bool) -> None:
-    volume = read_scan(series(tmp_path / "scan", flipped=flipped))
+def test_written_mask_lies_over_dicom_scan_in_millimetres(tmp_path: Path, flipped: bool) -> None:
+    volume = read_scan(write_series(tmp_path / "scan", flipped=flipped))
     assert volume.origin == pytest.approx((-(96 - 1) / 2 * 3.75,) * 2)
     dense = ((volume.voxels > -200) & (volume.voxels < 0)).astype(np.uint8)
     assert dense.sum() == 3 * 8 * 10
-    nifti_of(dense, volume, tmp_path / "m.nii.gz")
+    write_full_mask(dense, volume, tmp_path / "m.nii.gz")
     assert np.array_equal(read_mask(tmp_path / "m.nii.gz"), dense)
     image: Any = nibabel.load(tmp_path / "m.nii.gz")
-    middle = image.affine @ [*np.argwhere(np.asarray(image.dataobj)).mean(axis=0), 1]
-    # LPS by hand: column 64.5 of 96 lies (64.5 - 47.5) * 3.75 mm to the left, row 43.5 15 mm to the front; RAS turns both signs.
-    np.testing.assert_allclose(middle[:3], [-17 * 3.75, 4 * 3.75, -150 + 6 * 5], atol=1e-3)
+    centre = image.affine @ [*np.argwhere(np.asarray(image.dataobj)).mean(axis=0), 1]
+    # LPS by hand: column 64.5 of 96 lies (64.5 - 47.5) * 3.75 mm to the left, row 43.5 15 mm to the front.
+    # RAS turns both signs.
+    np.testing.assert_allclose(centre[:3], [-17 * 3.75, 4 * 3.75, -150 + 6 * 5], atol=1e-3)
 
 
-def test_masks_go_through_preprocessing_and_leave_the_slices_as_they_are(tmp_path: Path) -> None:
-    volume = read_scan(series(tmp_path / "a"))
+def test_preprocessing_stores_masks_and_leaves_slices_unchanged(tmp_path: Path) -> None:
+    volume = read_scan(write_series(tmp_path / "a"))
     spot = ((volume.voxels > -200) & (volume.voxels < 0)).astype(np.uint8)
     for name in "bcd":
-        series(tmp_path / name)
-    nifti_of(spot, volume, tmp_path / "a.nii.gz")
-    nifti_of(
+        write_series(tmp_path / name)
+    write_full_mask(spot, volume, tmp_path / "a.nii.gz")
+    write_full_mask(
         spot[:-1],
         Volume(volume.voxels[:-1], volume.spacing, volume.positions[:-1], "CT"),
         tmp_path / "short.nii.gz",
     )
     cohort = pd.DataFrame({"path": list("abcd"), "lesion": ["a.nii.gz", None, "short.nii.gz", "gone.png"]})
-    how, store = (
+    preprocess, store = (
         PreprocessConfig(image_size=64, num_slices=6, selection="even"),
         SliceStore(tmp_path / "store"),
     )
-    plain, _ = preprocess_cohort(cohort, tmp_path, how, store, show_progress=False)
+    keys_without_masks, _ = preprocess_cohort(cohort, tmp_path, preprocess, store, show_progress=False)
     stored = {f: f.stat().st_mtime_ns for f in store.folder.glob("*/*.npy")}
     keys, skipped = preprocess_cohort(
-        cohort, tmp_path, how, store, show_progress=False, mask_columns=["lesion", "lungs"]
+        cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lesion", "lungs"]
     )
-    assert keys == plain
+    assert keys == keys_without_masks
     assert all(f.stat().st_mtime_ns == t for f, t in stored.items())
     assert [(Path(s.path).name, s.reason.split(": ")[0]) for s in skipped] == [
         ("short.nii.gz", "the mask in column 'lesion'"),
@@ -220,38 +220,40 @@ def test_masks_go_through_preprocessing_and_leave_the_slices_as_they_are(tmp_pat
     assert "it has 13 slices of 96 x 96 pixels, its scan 14" in skipped[0].reason
     assert "it is not there" in skipped[1].reason
 
-    lesion, *others = load_masks(store, cohort, tmp_path, keys, "lesion", how)
+    lesion, *others = load_masks(store, cohort, tmp_path, keys, "lesion", preprocess)
     assert others == [None, None, None]
-    kept = select_and_crop(volume, how)
+    result = select_and_crop(volume, preprocess)
     assert lesion is not None
     assert lesion.any()
-    assert np.array_equal(lesion, crop_to_slices(spot, kept.indices, kept.crop_box, 64))
-    lungs = load_masks(store, cohort, tmp_path, keys, "lungs", how)
+    assert np.array_equal(lesion, crop_to_slices(spot, result.indices, result.crop_box, 64))
+    lungs = load_masks(store, cohort, tmp_path, keys, "lungs", preprocess)
     assert all(m is not None and np.array_equal(np.unique(m), [0, 1, 2]) for m in lungs)
     assert np.count_nonzero(lungs[0] == 1) > 1.3 * np.count_nonzero(
         lungs[0] == 2
     )  # the right one is the larger
 
     before = len(list(store.folder.glob("*/*.npy")))
-    nifti_of(np.roll(spot, 2, axis=1), volume, tmp_path / "a.nii.gz")  # another mask: only it is made anew
+    write_full_mask(
+        np.roll(spot, 2, axis=1), volume, tmp_path / "a.nii.gz"
+    )  # another mask: only it is made anew
     assert (
         preprocess_cohort(
-            cohort, tmp_path, how, store, show_progress=False, mask_columns=["lesion", "lungs"]
+            cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lesion", "lungs"]
         )[0]
-        == plain
+        == keys_without_masks
     )
     assert len(list(store.folder.glob("*/*.npy"))) == before + 1
-    again = load_masks(store, cohort, tmp_path, keys, "lesion", how)[0]
-    assert again is not None
-    assert not np.array_equal(again, lesion)
-    assert load_masks(store, cohort, tmp_path, [""] * 4, "lungs", how) == [None] * 4
+    reread = load_masks(store, cohort, tmp_path, keys, "lesion", preprocess)[0]
+    assert reread is not None
+    assert not np.array_equal(reread, lesion)
+    assert load_masks(store, cohort, tmp_path, [""] * 4, "lungs", preprocess) == [None] * 4
 
     several = SliceStore(tmp_path / "several")
     assert (
         preprocess_cohort(
             cohort,
             tmp_path,
-            how,
+            preprocess,
             several,
             num_workers=2,
             show_progress=False,
@@ -259,11 +261,13 @@ def test_masks_go_through_preprocessing_and_leave_the_slices_as_they_are(tmp_pat
         )[0]
         == keys
     )
-    for one, other in zip(lungs, load_masks(several, cohort, tmp_path, keys, "lungs", how), strict=True):
+    for one, other in zip(
+        lungs, load_masks(several, cohort, tmp_path, keys, "lungs", preprocess), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_crop_goes_by_the_cohorts_lungs_and_a_picture_is_resized(tmp_path: Path) -> None:
+def test_lung_crop_uses_cohort_mask_resized_to_scan(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     cv2.imwrite(str(tmp_path / "x.png"), rng.integers(90, 200, (200, 300)).astype(np.uint8))
     lungs = np.zeros((400, 600), np.uint8)  # of the picture before it was made smaller
@@ -291,21 +295,23 @@ def test_a_crop_goes_by_the_cohorts_lungs_and_a_picture_is_resized(tmp_path: Pat
     )  # another crop does not look at them
 
 
-def test_a_single_slice_of_a_ct_is_no_radiograph(tmp_path: Path) -> None:
-    volume = read_scan(series(tmp_path / "a"))
+def test_single_ct_slice_is_not_segmented_as_radiograph(tmp_path: Path) -> None:
+    volume = read_scan(write_series(tmp_path / "a"))
     cv2.imwrite(
         str(tmp_path / "s.png"), np.clip((volume.voxels[4].astype(int) + 1000) / 5, 0, 255).astype(np.uint8)
     )
     cohort = pd.DataFrame({"path": ["s.png"], "modality": ["CT"]})
-    how, store = PreprocessConfig(image_size=96, crop="none"), SliceStore(tmp_path / "store")
-    keys, _ = preprocess_cohort(cohort, tmp_path, how, store, show_progress=False, mask_columns=["lungs"])
-    found = load_masks(store, cohort, tmp_path, keys, "lungs", how)[0]
+    preprocess, store = PreprocessConfig(image_size=96, crop="none"), SliceStore(tmp_path / "store")
+    keys, _ = preprocess_cohort(
+        cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lungs"]
+    )
+    mask_read = load_masks(store, cohort, tmp_path, keys, "lungs", preprocess)[0]
     truth = find_lung_mask(volume, True)[4]
-    assert found is not None
-    assert np.mean(found[0] == truth) > 0.98
+    assert mask_read is not None
+    assert np.mean(mask_read[0] == truth) > 0.98
 
 
-def test_a_mask_of_another_shape_is_refused() -> None:
+def test_mask_of_other_shape_is_refused() -> None:
     mask = np.ones((1, 20, 30), np.uint8)
     assert resize_to_scan(mask, (1, 40, 60), True).shape == (1, 40, 60)
     assert resize_to_scan(mask, (1, 40, 61), True).shape == (1, 40, 61)

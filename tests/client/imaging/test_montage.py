@@ -1,4 +1,4 @@
-"""The montage: a PNG with every chosen slice, the lungs' outline and the curve, for any kind of scan."""
+"""The montage: a PNG with every chosen slice, the lungs' outline and the curve, for any scan."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dicom" / "north-0000"
 
 
-def teal(page: np.ndarray) -> int:
+def count_teal(page: np.ndarray) -> int:
     """Pixels of the outlines' and the curve's colour, their smoothed edges too."""
     return int((page[..., 2].astype(int) - page[..., 0] > 60).sum())
 
 
-def amber(page: np.ndarray) -> int:
+def count_amber(page: np.ndarray) -> int:
     return int((page[..., 0].astype(int) - page[..., 2] > 100).sum())
 
 
@@ -45,26 +45,26 @@ def amber(page: np.ndarray) -> int:
         PreprocessConfig(num_slices=20, crop="lungs"),
     ],
 )
-def test_a_scan_with_outlines_and_curve(scan: Path, tmp_path: Path, settings: PreprocessConfig) -> None:
+def test_ct_montage_shows_outlines_and_curve(scan: Path, tmp_path: Path, settings: PreprocessConfig) -> None:
     out = write_montage(scan, settings, tmp_path / "new" / "m.png")
     page = np.array(Image.open(out))
     assert page.shape[1:] == (PAGE_WIDTH, 3)
     assert page.shape[0] > 500
-    assert teal(page[:-230]) > 2000  # outlines
-    assert teal(page[-230:]) > 500  # curve
-    assert amber(page) > 200
+    assert count_teal(page[:-230]) > 2000  # outlines
+    assert count_teal(page[-230:]) > 500  # curve
+    assert count_amber(page) > 200
 
 
-def test_a_radiograph_has_neither(tmp_path: Path) -> None:
+def test_radiograph_montage_shows_neither_outlines_nor_curve(tmp_path: Path) -> None:
     cv2.imwrite(
         str(tmp_path / "chest.png"), np.random.default_rng(0).integers(0, 255, (200, 150), dtype=np.uint8)
     )
     page = np.array(Image.open(write_montage(tmp_path / "chest.png", PreprocessConfig(), tmp_path / "m.png")))
-    assert teal(page) == 0
+    assert count_teal(page) == 0
     assert page.shape[0] > 600  # one large picture
 
 
-def test_notes_are_shown_and_nothing_identifies(scan: Path) -> None:
+def test_montage_shows_notes_and_holds_no_metadata(scan: Path) -> None:
     volume = read_scan(scan)
     plain = draw_montage(volume, select_and_crop(volume, PreprocessConfig()), PreprocessConfig())
     volume.notes.append("About 2 slices missing.")
@@ -75,7 +75,7 @@ def test_notes_are_shown_and_nothing_identifies(scan: Path) -> None:
     assert not plain.info  # no text in the PNG either
 
 
-def test_errors_are_sentences(scan: Path, tmp_path: Path) -> None:
+def test_missing_scan_and_unwritable_output_are_refused(scan: Path, tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match="does not exist"):
         write_montage(tmp_path / "none", PreprocessConfig(), tmp_path / "m.png")
     (tmp_path / "file").write_text("x")
@@ -83,10 +83,10 @@ def test_errors_are_sentences(scan: Path, tmp_path: Path) -> None:
         write_montage(scan, PreprocessConfig(), tmp_path / "file" / "m.png")
 
 
-def test_real_series(tmp_path: Path) -> None:
+def test_montage_of_real_series_shows_lungs(tmp_path: Path) -> None:
     folders = sorted((REAL / "ct_dicom").glob("*")) if (REAL / "ct_dicom").is_dir() else []
     if not folders:
         pytest.skip("the real series are not here")
     for folder in folders[:2]:
         page = np.array(Image.open(write_montage(folder, PreprocessConfig(), tmp_path / "m.png")))
-        assert teal(page) > 2000
+        assert count_teal(page) > 2000

@@ -1,4 +1,4 @@
-"""What is kept of a scan: number, size, window, shape."""
+"""The slices that are kept of a scan: their number, size, window and shape."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from client.imaging.lung_segmentation import apply_window, find_paper_body_box, segment_paper_body
+from client.imaging.lung_segmentation import apply_window
+from client.imaging.paper_body import find_paper_body_box, segment_paper_body
 from client.imaging.readers import LazyVolume, Volume, read_scan
 from client.imaging.slice_pipeline import extract_slices, letterbox, select_and_crop
 from client.imaging.slice_selection import SelectionMethod, select_slices
 from common.config.schema import PreprocessConfig
-from tests.client.dicom_files import dataset, write
+from tests.client.dicom_files import make_slice, write_files
 from tests.client.imaging.test_lung_segmentation import body_box, lung_areas
 
 SELECTIONS: list[SelectionMethod] = ["kds", "zquantile", "even"]  # those that a look at some slices serves
 
 
-def scan(Z: int = 24, H: int = 120, W: int = 160) -> Volume:
+def make_scan(Z: int = 24, H: int = 120, W: int = 160) -> Volume:
     """A box-shaped body (40 HU) with two lungs (-850 HU), largest in the middle."""
     voxels = np.full((Z, H, W), -1000, np.int16)
     voxels[:, 20:100, 20:140] = 40
@@ -36,39 +37,39 @@ def scan(Z: int = 24, H: int = 120, W: int = 160) -> Volume:
 
 @pytest.mark.parametrize("crop", ["body", "lungs", "none"])
 @pytest.mark.parametrize("selection", ["kds", "kds_paper", "zquantile", "even"])
-def test_eight_square_slices_in_order(
+def test_ct_gives_eight_square_slices_in_order(
     crop: Literal["body", "lungs", "none"], selection: SelectionMethod
 ) -> None:
-    volume = scan()
-    kept = select_and_crop(volume, PreprocessConfig(crop=crop, selection=selection, image_size=64))
-    assert kept.slices.shape == (8, 64, 64)
-    assert kept.slices.dtype == np.uint8
-    assert kept.areas.shape == (24,)
-    np.testing.assert_array_equal(kept.indices, select_slices(kept.areas, 8, selection, volume.positions))
-    y0, y1, x0, x1 = kept.crop_box
+    volume = make_scan()
+    result = select_and_crop(volume, PreprocessConfig(crop=crop, selection=selection, image_size=64))
+    assert result.slices.shape == (8, 64, 64)
+    assert result.slices.dtype == np.uint8
+    assert result.areas.shape == (24,)
+    np.testing.assert_array_equal(result.indices, select_slices(result.areas, 8, selection, volume.positions))
+    y0, y1, x0, x1 = result.crop_box
     if crop == "none":
-        assert kept.crop_box == (0, 120, 0, 160)
+        assert result.crop_box == (0, 120, 0, 160)
     elif crop == "body":
-        np.testing.assert_allclose(kept.crop_box, [20, 100, 20, 140], atol=6)
+        np.testing.assert_allclose(result.crop_box, [20, 100, 20, 140], atol=6)
     else:
         np.testing.assert_allclose([y0, y1, x0, x1], [35 - 5, 85 + 5, 30 - 5, 130 + 5], atol=4)
-    assert kept.notes[0] == "A note of the reader's."
+    assert result.notes[0] == "A note of the reader's."
     assert volume.notes == ["A note of the reader's."]  # the volume's own list is left alone
 
 
-def test_the_cohorts_window_comes_first_then_the_settings() -> None:
-    volume = scan()
+def test_cohort_window_takes_precedence_over_settings() -> None:
+    volume = make_scan()
     settings = PreprocessConfig(crop="none", image_size=160, window=(-1000, 300))
-    kept = select_and_crop(volume, settings)
-    tissue, lung = kept.slices[4][20 + 5, 80], np.sort(np.unique(kept.slices[4]))
+    result = select_and_crop(volume, settings)
+    tissue, lung = result.slices[4][20 + 5, 80], np.sort(np.unique(result.slices[4]))
     assert tissue == 0  # the padding above a wide slice is its darkest value
-    middle = kept.slices[4][80]  # through both lungs and the tissue between them
+    middle = result.slices[4][80]  # through both lungs and the tissue between them
     assert middle[80] == round(1040 / 1300 * 255)
     assert middle[50] == round(150 / 1300 * 255)
     assert set(lung[[0, -1]].tolist()) == {0, round(1040 / 1300 * 255)}
-    own = select_and_crop(volume, settings, window=(-100.0, 100.0)).slices[4][80]
-    assert own[80] == round(140 / 200 * 255)
-    assert own[50] == 0
+    windowed = select_and_crop(volume, settings, window=(-100.0, 100.0)).slices[4][80]
+    assert windowed[80] == round(140 / 200 * 255)
+    assert windowed[50] == 0
     picture = Volume(
         np.clip((volume.voxels + 1000) // 8, 0, 255).astype(np.uint8), volume.spacing, volume.positions, "CT"
     )
@@ -76,46 +77,47 @@ def test_the_cohorts_window_comes_first_then_the_settings() -> None:
     assert select_and_crop(picture, settings, window=(0.0, 130.0)).slices[4][80][80] == 255
 
 
-def test_a_radiograph_keeps_one_slice_without_its_dark_margins() -> None:
+def test_radiograph_gives_one_slice_without_dark_margins() -> None:
     image = np.zeros((300, 400), np.uint8)
     image[30:290, 50:360] = np.random.default_rng(0).integers(60, 255, (260, 310))
     volume = Volume(image[None], (1.0, 0.2, 0.2), np.zeros(1), "XR")
-    kept = select_and_crop(volume, PreprocessConfig(image_size=128))
-    assert kept.slices.shape == (1, 128, 128)
-    assert kept.indices.tolist() == [0]
-    assert kept.crop_box == (30, 290, 50, 360)
+    result = select_and_crop(volume, PreprocessConfig(image_size=128))
+    assert result.slices.shape == (1, 128, 128)
+    assert result.indices.tolist() == [0]
+    assert result.crop_box == (30, 290, 50, 360)
     assert select_and_crop(volume, PreprocessConfig(image_size=128, crop="none")).crop_box == (0, 300, 0, 400)
 
 
 @pytest.mark.parametrize("selection", ["kds", "kds_paper"])
-def test_a_crop_to_the_lungs_goes_by_the_given_ones(selection: SelectionMethod) -> None:
-    volume, mask = scan(), np.zeros((24, 120, 160), np.uint8)
+def test_lung_crop_uses_given_mask(selection: SelectionMethod) -> None:
+    volume, mask = make_scan(), np.zeros((24, 120, 160), np.uint8)
     mask[3:5, 40:80, 60:100] = 1
-    how = PreprocessConfig(crop="lungs", selection=selection, image_size=64)
-    kept = select_and_crop(volume, how, lung_mask=mask)
-    assert kept.crop_box == (35, 85, 55, 105)  # and 10 mm
-    assert np.array_equal(kept.indices, select_and_crop(volume, how).indices)
+    preprocess = PreprocessConfig(crop="lungs", selection=selection, image_size=64)
+    result = select_and_crop(volume, preprocess, lung_mask=mask)
+    assert result.crop_box == (35, 85, 55, 105)  # and 10 mm
+    assert np.array_equal(result.indices, select_and_crop(volume, preprocess).indices)
     assert (
-        select_and_crop(volume, how, lung_mask=mask * 0).crop_box == select_and_crop(volume, how).crop_box
+        select_and_crop(volume, preprocess, lung_mask=mask * 0).crop_box
+        == select_and_crop(volume, preprocess).crop_box
     )  # an empty one says nothing
 
 
-def test_few_slices_are_repeated_and_no_lungs_means_an_even_grid() -> None:
-    few = scan(Z=3)
-    kept = select_and_crop(few, PreprocessConfig(image_size=32))
-    assert set(kept.indices.tolist()) == {0, 1, 2}
-    assert all(s.max() > s.min() for s in kept.slices)  # none is blank
-    assert any("3 of the 8" in note for note in kept.notes)
+def test_few_slices_are_repeated_and_scan_without_lungs_gives_even_grid() -> None:
+    short_scan = make_scan(Z=3)
+    result = select_and_crop(short_scan, PreprocessConfig(image_size=32))
+    assert set(result.indices.tolist()) == {0, 1, 2}
+    assert all(s.max() > s.min() for s in result.slices)  # none is blank
+    assert any("3 of the 8" in note for note in result.notes)
     solid = Volume(np.full((40, 32, 32), 40, np.int16), (1.0, 1.0, 1.0), np.arange(40.0), "CT")
-    kept = select_and_crop(solid, PreprocessConfig(image_size=32))
-    assert kept.indices.tolist() == [2, 7, 12, 17, 22, 27, 32, 37]
-    assert any("No lung" in note for note in kept.notes)
+    result = select_and_crop(solid, PreprocessConfig(image_size=32))
+    assert result.indices.tolist() == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert any("No lung" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(("h", "w"), [(100, 200), (200, 100), (7, 5), (1, 300), (64, 64)])
-def test_a_square_keeps_the_shape(h: int, w: int) -> None:
-    kept = letterbox(np.full((h, w), 200, np.uint8), 64)
-    assert kept.shape == (64, 64)
+def test_letterbox_keeps_aspect_ratio(h: int, w: int) -> None:
+    result = letterbox(np.full((h, w), 200, np.uint8), 64)
+    assert result.shape == (64, 64)
     image = np.full((h, w), 200, np.uint8)
     image[0, 0] = 10  # the darkest value pads
     padded = letterbox(image, 64)
@@ -123,8 +125,8 @@ def test_a_square_keeps_the_shape(h: int, w: int) -> None:
     assert abs(int((padded > 100).sum()) - 64 * max(1, 64 * short / long)) <= 130
 
 
-def long_scan(seed: int, Z: int, size: int = 128) -> Volume:
-    """A chest of HU with noise: two lungs of random size that swell and shrink along z, in a body, as tests/client/imaging/test_lung_segmentation.py draws it."""
+def make_long_scan(seed: int, Z: int, size: int = 128) -> Volume:
+    """Return a chest in HU with noise: two lungs of random size in a body that swell and shrink along z."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     voxels = np.full((Z, size, size), -1000, np.int16)
@@ -144,17 +146,17 @@ def long_scan(seed: int, Z: int, size: int = 128) -> Volume:
     return Volume(voxels, (1.5, 2.5, 2.5), 1.5 * np.arange(Z), "CT")
 
 
-def as_jpegs(volume: Volume, folder: Path, names: list[str]) -> Path:
+def write_jpegs(volume: Volume, folder: Path, names: list[str]) -> Path:
     folder.mkdir(parents=True)
     for name, voxels in zip(names, volume.voxels, strict=True):
         (folder / name).write_bytes(cv2.imencode(".jpg", apply_window(voxels, (-1000, 300)))[1].tobytes())
     return folder
 
 
-def as_dicom(volume: Volume, folder: Path, order: list[int]) -> Path:
+def write_dicom(volume: Volume, folder: Path, order: list[int]) -> Path:
     size = volume.voxels.shape[1]
     slices = [
-        dataset(
+        make_slice(
             1.5 * z,
             size=size,
             PixelSpacing=[2.5, 2.5],
@@ -162,13 +164,13 @@ def as_dicom(volume: Volume, folder: Path, order: list[int]) -> Path:
         )
         for z in order
     ]
-    return write(folder, slices)
+    return write_files(folder, slices)
 
 
-def full_rule(
+def apply_full_rule(
     volume: Volume, selection: SelectionMethod, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """What the words of DESIGN.md say, of every slice at full resolution: indices and slices, cropped to the body."""
+    """Apply the rule to every slice at full resolution: return indices, and slices cropped to the body."""
     shades = (-1000.0, 300.0) if volume.is_hounsfield else (0.0, 255.0)
     if selection == "kds_paper":
         areas, boxes = segment_paper_body(volume.voxels, shades)
@@ -184,21 +186,23 @@ def full_rule(
 
 @pytest.mark.parametrize("kind", ["jpeg", "dicom"])
 @pytest.mark.parametrize("selection", ["kds", "kds_paper", "zquantile", "even"])
-def test_exact_is_the_full_rule(tmp_path: Path, kind: str, selection: SelectionMethod) -> None:
-    volume = long_scan(3, 70, 192)
+def test_full_lung_search_equals_reference_rule(
+    tmp_path: Path, kind: str, selection: SelectionMethod
+) -> None:
+    volume = make_long_scan(3, 70, 192)
     names = [f"s{z}.jpg" for z in range(70)]
     folder = (
-        as_jpegs(volume, tmp_path / "scan", names)
+        write_jpegs(volume, tmp_path / "scan", names)
         if kind == "jpeg"
-        else as_dicom(volume, tmp_path / "scan", list(range(70)))
+        else write_dicom(volume, tmp_path / "scan", list(range(70)))
     )
-    kept, scan = extract_slices(
+    result, scan = extract_slices(
         folder, None, PreprocessConfig(selection=selection, full_lung_search=True, image_size=64)
     )
     assert isinstance(scan, LazyVolume)  # one slice in memory at a time
-    indices, slices = full_rule(read_scan(folder), selection, 64)
-    np.testing.assert_array_equal(kept.indices, indices)
-    np.testing.assert_array_equal(kept.slices, slices)
+    indices, slices = apply_full_rule(read_scan(folder), selection, 64)
+    np.testing.assert_array_equal(result.indices, indices)
+    np.testing.assert_array_equal(result.slices, slices)
     if selection == "kds_paper":
         np.testing.assert_array_equal(
             extract_slices(folder, None, PreprocessConfig(selection=selection, image_size=64))[0].slices,
@@ -208,11 +212,16 @@ def test_exact_is_the_full_rule(tmp_path: Path, kind: str, selection: SelectionM
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10_000), st.integers(40, 150))
-def test_a_look_at_some_slices_chooses_nearly_what_the_full_rule_does(seed: int, Z: int) -> None:
-    hu = long_scan(seed, Z)
+def test_quick_search_selects_nearly_same_slices_as_full_search(seed: int, Z: int) -> None:
+    hu_volume = make_long_scan(seed, Z)
     for volume in (
-        hu,
-        Volume(np.stack([apply_window(v, (-1000, 300)) for v in hu.voxels]), hu.spacing, hu.positions, "CT"),
+        hu_volume,
+        Volume(
+            np.stack([apply_window(v, (-1000, 300)) for v in hu_volume.voxels]),
+            hu_volume.spacing,
+            hu_volume.positions,
+            "CT",
+        ),
     ):
         areas = lung_areas(volume)
         for selection in SELECTIONS:
@@ -224,8 +233,8 @@ def test_a_look_at_some_slices_chooses_nearly_what_the_full_rule_does(seed: int,
             assert np.abs(np.subtract(quick.crop_box, full.crop_box)).max() <= 2 * 2 + 1  # two reduced pixels
             if selection == "kds":  # unstable by nature: neighbours in area need not be neighbours along z
                 ranks = [
-                    np.sort(np.searchsorted(np.sort(areas), areas[found.indices]) / Z)
-                    for found in (quick, full)
+                    np.sort(np.searchsorted(np.sort(areas), areas[choice.indices]) / Z)
+                    for choice in (quick, full)
                 ]
                 assert np.abs(ranks[0] - ranks[1]).max() < 0.15
             else:
@@ -235,72 +244,72 @@ def test_a_look_at_some_slices_chooses_nearly_what_the_full_rule_does(seed: int,
 
 @settings(max_examples=6, deadline=None)
 @given(st.permutations(range(50)), st.sampled_from(SELECTIONS))
-def test_file_names_do_not_matter_to_what_a_look_chooses(
+def test_quick_search_does_not_depend_on_file_names(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], selection: SelectionMethod
 ) -> None:
-    volume, folder = long_scan(1, 50), tmp_path_factory.mktemp("names")
-    how = PreprocessConfig(selection=selection, image_size=32)
-    one, scan = extract_slices(as_dicom(volume, folder / "a", list(range(50))), None, how)
-    other, _ = extract_slices(as_dicom(volume, folder / "b", order), None, how)
+    volume, folder = make_long_scan(1, 50), tmp_path_factory.mktemp("names")
+    preprocess = PreprocessConfig(selection=selection, image_size=32)
+    in_order, scan = extract_slices(write_dicom(volume, folder / "a", list(range(50))), None, preprocess)
+    shuffled, _ = extract_slices(write_dicom(volume, folder / "b", order), None, preprocess)
     assert isinstance(scan, LazyVolume)
-    np.testing.assert_array_equal(one.indices, other.indices)
-    np.testing.assert_array_equal(one.slices, other.slices)
-    in_memory = select_and_crop(read_scan(folder / "a"), how)
-    np.testing.assert_array_equal(one.slices, in_memory.slices)
+    np.testing.assert_array_equal(in_order.indices, shuffled.indices)
+    np.testing.assert_array_equal(in_order.slices, shuffled.slices)
+    in_memory = select_and_crop(read_scan(folder / "a"), preprocess)
+    np.testing.assert_array_equal(in_order.slices, in_memory.slices)
     pictures = [
-        as_jpegs(volume, folder / c, [f"{c}{z}.{'jpg' if z % 2 else 'JPEG'}" for z in range(100, 150)])
+        write_jpegs(volume, folder / c, [f"{c}{z}.{'jpg' if z % 2 else 'JPEG'}" for z in range(100, 150)])
         for c in "cd"
     ]
-    np.testing.assert_array_equal(*(extract_slices(p, None, how)[0].slices for p in pictures))
+    np.testing.assert_array_equal(*(extract_slices(p, None, preprocess)[0].slices for p in pictures))
 
 
-def test_only_what_is_looked_at_is_decoded_and_what_is_kept_is_in_full(tmp_path: Path) -> None:
-    volume = long_scan(2, 96, 256)
-    folder = as_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(96)])
-    how = PreprocessConfig(selection="zquantile", image_size=64)
-    kept, scan = extract_slices(folder, None, how)
-    y0, y1, x0, x1 = kept.crop_box
-    whole = read_scan(folder)
+def test_only_searched_and_kept_slices_are_decoded(tmp_path: Path) -> None:
+    volume = make_long_scan(2, 96, 256)
+    folder = write_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(96)])
+    preprocess = PreprocessConfig(selection="zquantile", image_size=64)
+    result, scan = extract_slices(folder, None, preprocess)
+    y0, y1, x0, x1 = result.crop_box
+    complete = read_scan(folder)
     np.testing.assert_array_equal(
-        kept.slices, np.stack([letterbox(whole.voxels[i, y0:y1, x0:x1], 64) for i in kept.indices])
+        result.slices, np.stack([letterbox(complete.voxels[i, y0:y1, x0:x1], 64) for i in result.indices])
     )
-    looked = {*range(1, 96, 3), *kept.indices.tolist()}
-    for z in set(range(96)) - looked:
+    decoded = {*range(1, 96, 3), *result.indices.tolist()}
+    for z in set(range(96)) - decoded:
         file = folder / f"{z}.jpg"
         data = file.read_bytes()
         file.write_bytes(
             data[:700] + bytes(len(data) - 702) + data[-2:]
         )  # the header stays, the picture goes
-    np.testing.assert_array_equal(extract_slices(folder, None, how)[0].slices, kept.slices)
+    np.testing.assert_array_equal(extract_slices(folder, None, preprocess)[0].slices, result.slices)
     assert scan.shape == (96, 256, 256)
 
 
-def test_an_odd_picture_and_the_whole_scan_is_read(tmp_path: Path) -> None:
-    volume = long_scan(2, 60)
-    folder = as_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(60)])
-    whole, small = (
+def test_unusual_picture_makes_whole_scan_be_read(tmp_path: Path) -> None:
+    volume = make_long_scan(2, 60)
+    folder = write_jpegs(volume, tmp_path / "scan", [f"{z}.jpg" for z in range(60)])
+    complete, small_jpeg = (
         (folder / "7.jpg").read_bytes(),
         cv2.imencode(".jpg", np.zeros((20, 20), np.uint8))[1].tobytes(),
     )
-    for spoilt, told in (
+    for spoilt, expected_note in (
         (b"", "1 of 60 pictures cannot be read"),
-        (small, "another size"),
-        (whole[:-900], ""),
+        (small_jpeg, "another size"),
+        (complete[:-900], ""),
     ):
         (folder / "7.jpg").write_bytes(spoilt)
-        kept, scan = extract_slices(folder, None, PreprocessConfig(image_size=32))
+        result, scan = extract_slices(folder, None, PreprocessConfig(image_size=32))
         assert isinstance(scan, Volume)
-        assert kept.notes == read_scan(folder).notes
-        assert any(told in note for note in kept.notes)
-    (folder / "7.jpg").write_bytes(whole)
-    for z in (30, 31, 32):  # whole to look at, with nothing in it
-        (folder / f"{z}.jpg").write_bytes(whole[:180] + b"\xff\xd9")
-    kept, _ = extract_slices(folder, None, PreprocessConfig(image_size=32))
-    assert kept.slices.shape == (8, 32, 32)
+        assert result.notes == read_scan(folder).notes
+        assert any(expected_note in note for note in result.notes)
+    (folder / "7.jpg").write_bytes(complete)
+    for z in (30, 31, 32):  # they look complete, and hold nothing
+        (folder / f"{z}.jpg").write_bytes(complete[:180] + b"\xff\xd9")
+    result, _ = extract_slices(folder, None, PreprocessConfig(image_size=32))
+    assert result.slices.shape == (8, 32, 32)
 
 
-def test_no_lungs_in_what_is_looked_at_and_every_slice_is(tmp_path: Path) -> None:
-    volume = long_scan(4, 60)
+def test_quick_search_without_lungs_falls_back_to_full_search(tmp_path: Path) -> None:
+    volume = make_long_scan(4, 60)
     empty = Volume(
         np.where(volume.voxels < -500, 40, volume.voxels).astype(np.int16),
         volume.spacing,

@@ -1,6 +1,8 @@
-"""Laws of slice selection, and the first paper's variant against a reference written from its description."""
+"""Properties of slice selection, and `kds_paper` against a reference written from the paper's description."""
 
 from __future__ import annotations
+
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,22 +11,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import gaussian_kde
 
-from client.imaging.slice_selection import select_slices
+from client.imaging.slice_selection import SelectionMethod, select_slices
 
-SELECTIONS = ["kds", "kds_paper", "zquantile", "even"]
+SELECTIONS: list[SelectionMethod] = ["kds", "kds_paper", "zquantile", "even"]
 Floats = NDArray[np.float64]
-law = settings(deadline=None)  # a busy machine is no failure
+no_deadline = settings(deadline=None)  # a busy machine is no failure
 
 
-def chest(Z: int, seed: int) -> Floats:
-    """A lung-like profile: nothing below and above, a lopsided hill between, a little noise; no two areas alike."""
+def make_areas(Z: int, seed: int) -> Floats:
+    """Return a lung-like profile: an asymmetric hill with a little noise; no two areas are alike."""
     rng = np.random.default_rng(seed)
     z = (np.arange(Z) + 0.5) / Z
     hill = np.clip(np.sin(np.pi * np.clip((z - 0.1) / 0.8, 0, 1) ** rng.uniform(0.6, 1.6)), 0, None)
     return np.asarray((hill + 0.01) * 2e4 * rng.uniform(0.97, 1.03, Z))
 
 
-chests = st.builds(chest, st.integers(2, 120), st.integers(0, 10_000))
+chests = st.builds(make_areas, st.integers(2, 120), st.integers(0, 10_000))
 counts = st.integers(1, 16)
 selections = st.sampled_from(SELECTIONS)
 any_areas = st.lists(
@@ -32,64 +34,68 @@ any_areas = st.lists(
 )
 
 
-@law
+@no_deadline
 @given(any_areas, counts, selections, st.booleans())
-def test_always_count_ascending_indices_and_no_slice_twice_where_there_are_enough(
-    areas: list[float], count: int, selection: str, train: bool
+def test_selection_gives_ascending_indices_without_repeats_when_slices_suffice(
+    areas: list[float], count: int, selection: SelectionMethod, train: bool
 ) -> None:
-    found = select_slices(areas, count, selection, rng=np.random.default_rng(0) if train else None)  # type: ignore[arg-type]
-    assert found.shape == (count,)
-    assert found.min() >= 0
-    assert found.max() < len(areas)
-    assert (np.diff(found) >= 0).all()
-    assert len(set(found.tolist())) == min(count, len(areas))
+    chosen = select_slices(areas, count, selection, rng=np.random.default_rng(0) if train else None)
+    assert chosen.shape == (count,)
+    assert chosen.min() >= 0
+    assert chosen.max() < len(areas)
+    assert (np.diff(chosen) >= 0).all()
+    assert len(set(chosen.tolist())) == min(count, len(areas))
 
 
-@law
+@no_deadline
 @given(chests, counts, selections, st.randoms(use_true_random=False))
-def test_slices_given_in_any_order_are_the_same_slices(
-    areas: Floats, count: int, selection: str, random: object
+def test_selection_does_not_depend_on_order_of_input(
+    areas: Floats, count: int, selection: SelectionMethod, random: Random
 ) -> None:
     positions = np.arange(len(areas)) * 2.5 - 100
-    shuffled = np.random.default_rng(random.randrange(2**32)).permutation(len(areas))  # type: ignore[attr-defined]
-    straight = select_slices(areas, count, selection, positions)  # type: ignore[arg-type]
-    again = select_slices(areas[shuffled], count, selection, positions[shuffled])  # type: ignore[arg-type]
-    np.testing.assert_array_equal(shuffled[again], straight)
+    shuffled = np.random.default_rng(random.randrange(2**32)).permutation(len(areas))
+    in_order = select_slices(areas, count, selection, positions)
+    shuffled_choice = select_slices(areas[shuffled], count, selection, positions[shuffled])
+    np.testing.assert_array_equal(shuffled[shuffled_choice], in_order)
 
 
-@law
+@no_deadline
 @given(chests, counts, st.sampled_from(["kds", "zquantile"]))
-def test_a_scan_upside_down_gives_the_mirrored_slices(areas: Floats, count: int, selection: str) -> None:
+def test_selection_of_reversed_scan_is_mirrored(
+    areas: Floats, count: int, selection: SelectionMethod
+) -> None:
     Z = len(areas)
     if count >= Z:  # which of equals is repeated is a convention
         return
-    found = select_slices(areas, count, selection)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(select_slices(areas[::-1], count, selection), (Z - 1 - found)[::-1])  # type: ignore[arg-type]
+    chosen = select_slices(areas, count, selection)
+    np.testing.assert_array_equal(select_slices(areas[::-1], count, selection), (Z - 1 - chosen)[::-1])
 
 
-@law
+@no_deadline
 @given(chests, counts, selections, st.floats(1e-3, 1e3))
-def test_units_of_area_do_not_matter(areas: Floats, count: int, selection: str, unit: float) -> None:
+def test_selection_does_not_depend_on_unit_of_area(
+    areas: Floats, count: int, selection: SelectionMethod, unit: float
+) -> None:
     np.testing.assert_array_equal(
         select_slices(areas, count, selection), select_slices(areas * unit, count, selection)
-    )  # type: ignore[arg-type]
+    )
 
 
-@law
+@no_deadline
 @given(st.integers(16, 120), st.integers(0, 10_000))
-def test_kds_keeps_to_the_better_half_and_takes_its_largest_share_of_every_bin(Z: int, seed: int) -> None:
-    areas, count = chest(Z, seed), 8
-    found = select_slices(areas, count, "kds")
+def test_kds_picks_from_better_half_near_bin_middles(Z: int, seed: int) -> None:
+    areas, count = make_areas(Z, seed), 8
+    chosen = select_slices(areas, count, "kds")
     half = (Z + 1) // 2
     start = max(range(Z - half + 1), key=lambda i: areas[i : i + half].sum())
-    assert found.min() >= start
-    assert found.max() < start + half
-    # An independent F; the picks, sorted by area, are as near to the bins' middles in sum as any choice of different slices.
-    kept = areas[start : start + half]
-    kde = gaussian_kde(kept)  # Scott's rule is its default
-    level = np.sort([kde.integrate_box_1d(-np.inf, a) for a in kept])
+    assert chosen.min() >= start
+    assert chosen.max() < start + half
+    # With an independent F the picks are, in sum, at least as near to the bins' middles as a greedy choice.
+    half_areas = areas[start : start + half]
+    kde = gaussian_kde(half_areas)  # Scott's rule is its default
+    level = np.sort([kde.integrate_box_1d(-np.inf, a) for a in half_areas])
     middles = (np.arange(count) + 0.5) / count
-    error = np.abs(np.sort([kde.integrate_box_1d(-np.inf, a) for a in areas[found]]) - middles).sum()
+    error = np.abs(np.sort([kde.integrate_box_1d(-np.inf, a) for a in areas[chosen]]) - middles).sum()
     greedy = 0.0
     free = list(level)
     for middle in middles:
@@ -99,8 +105,8 @@ def test_kds_keeps_to_the_better_half_and_takes_its_largest_share_of_every_bin(Z
     assert error <= greedy + 1e-9
 
 
-def test_kds_by_hand() -> None:
-    # Of 16 slices the better half is 4..11; its areas 10..80 rise evenly, so every slice has a bin of its own.
+def test_kds_matches_values_computed_by_hand() -> None:
+    # Of 16 slices the better half is 4..11; its areas 10..80 rise evenly, so every slice has its own bin.
     areas = np.array([1, 2, 3, 4, 10, 20, 30, 40, 50, 60, 70, 80, 4, 3, 2, 1], float)
     np.testing.assert_array_equal(select_slices(areas, 8, "kds"), np.arange(4, 12))
     np.testing.assert_array_equal(
@@ -110,22 +116,22 @@ def test_kds_by_hand() -> None:
     np.testing.assert_array_equal(select_slices([5.0, 6.0], 4, "kds"), [0, 0, 1, 1])
 
 
-def test_equal_areas_are_told_apart_by_where_they_lie() -> None:
+def test_slices_of_equal_area_are_spread_by_position() -> None:
     # Both flanks have the same areas: the picks must not all come from one of them.
     flank = np.linspace(100, 1000, 20)
-    found = select_slices(np.concatenate([flank, flank[::-1]]), 8, "kds")
-    assert 2 <= (found < 20).sum() <= 6
+    chosen = select_slices(np.concatenate([flank, flank[::-1]]), 8, "kds")
+    assert 2 <= (chosen < 20).sum() <= 6
     for selection in SELECTIONS:  # alike everywhere, or nothing anywhere: an even grid
         np.testing.assert_allclose(
             select_slices(np.zeros(80), 8, selection), np.arange(4.5, 80, 10), atol=0.6
-        )  # type: ignore[arg-type]
+        )
     np.testing.assert_allclose(
         select_slices(np.full(80, 3.0), 8, "zquantile"), np.arange(4.5, 80, 10), atol=0.6
     )
 
 
-def reference_of_the_paper(areas: Floats, count: int) -> NDArray[np.int64]:
-    """Paper 1's rule, from its description: density at the sorted areas, cumulated; nearest to each share's middle; an even grid."""
+def select_by_paper_reference(areas: Floats, count: int) -> NDArray[np.int64]:
+    """Select as arXiv 2604.03320 describes: by cumulated density at the sorted areas, then an even grid."""
     order = np.argsort(areas)
     density = gaussian_kde(areas, bw_method="scott")(areas[order])
     cdf = np.cumsum(density) / np.sum(density)
@@ -142,53 +148,55 @@ def reference_of_the_paper(areas: Floats, count: int) -> NDArray[np.int64]:
     return np.sort(np.array(picks))
 
 
-@law
+@no_deadline
 @given(st.integers(9, 100), st.integers(0, 10_000), st.integers(2, 8))
-def test_the_papers_variant_agrees_with_its_reference(Z: int, seed: int, count: int) -> None:
-    areas = chest(Z, seed)
+def test_kds_paper_agrees_with_reference_implementation(Z: int, seed: int, count: int) -> None:
+    areas = make_areas(Z, seed)
     np.testing.assert_array_equal(
-        select_slices(areas, count, "kds_paper"), reference_of_the_paper(areas, count)
+        select_slices(areas, count, "kds_paper"), select_by_paper_reference(areas, count)
     )
 
 
-@law
+@no_deadline
 @given(chests, st.integers(0, 1000), selections)
-def test_training_picks_vary_with_the_generator_only(areas: Floats, seed: int, selection: str) -> None:
+def test_random_selection_depends_only_on_generator(
+    areas: Floats, seed: int, selection: SelectionMethod
+) -> None:
     def draw(s: int) -> list[int]:
-        return [int(i) for i in select_slices(areas, 8, selection, rng=np.random.default_rng(s))]  # type: ignore[arg-type]
+        return [int(i) for i in select_slices(areas, 8, selection, rng=np.random.default_rng(s))]
 
     assert draw(seed) == draw(seed)
     if len(areas) >= 60:
         assert len({tuple(draw(s)) for s in range(10)}) > 1
 
 
-def test_zquantile_is_steady_under_noise_where_kds_is_not() -> None:
+def test_zquantile_is_more_stable_under_noise_than_kds() -> None:
     rng = np.random.default_rng(1)
-    stays: dict[str, list[int]] = {"kds": [], "zquantile": []}
+    overlaps: dict[SelectionMethod, list[int]] = {"kds": [], "zquantile": []}
     for seed in range(30):
-        areas = chest(100, seed)
+        areas = make_areas(100, seed)
         noisy = areas * (1 + 0.01 * rng.standard_normal(100))
-        for selection, kept in stays.items():
-            kept.append(
+        for selection, half_areas in overlaps.items():
+            half_areas.append(
                 len(np.intersect1d(select_slices(areas, 8, selection), select_slices(noisy, 8, selection)))
-            )  # type: ignore[arg-type]
-    assert np.mean(stays["zquantile"]) > 7
-    assert np.mean(stays["zquantile"]) > np.mean(stays["kds"]) + 2
+            )
+    assert np.mean(overlaps["zquantile"]) > 7
+    assert np.mean(overlaps["zquantile"]) > np.mean(overlaps["kds"]) + 2
 
 
-def test_zquantile_weighs_by_millimetres_not_by_slices() -> None:
+def test_zquantile_weighs_by_millimetres_not_by_slice_count() -> None:
     # The upper half is sampled five times as densely; equal lung above and below must still share the picks.
     positions = np.concatenate([np.arange(0, 100, 5.0), np.arange(100, 200, 1.0)])
-    found = select_slices(np.ones(len(positions)), 8, "zquantile", positions)
-    assert (positions[found] < 100).sum() == 4
+    chosen = select_slices(np.ones(len(positions)), 8, "zquantile", positions)
+    assert (positions[chosen] < 100).sum() == 4
 
 
-def test_nothing_to_choose_from() -> None:
+def test_selection_from_no_slices_is_refused() -> None:
     with pytest.raises(ValueError, match="of 0 slices"):
         select_slices([], 8, "kds")
 
 
-def test_even_is_a_grid_over_the_slices_that_hold_lung() -> None:
+def test_even_selection_is_grid_over_slices_with_lung() -> None:
     areas = np.zeros(60)
     areas[20:52] = 100.0
     areas[16:20] = 1.0  # the windpipe

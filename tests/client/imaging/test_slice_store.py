@@ -1,4 +1,4 @@
-"""The store and preprocessing: computed once, never half, whoever else writes and whatever is killed."""
+"""The slice store and preprocessing, with concurrent writers and killed processes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from client.data.cohort import load_cohort
-from client.imaging.preprocess import KILLED_REASON, _run_in_pool, load_slices, make_jobs, preprocess_cohort
+from client.imaging.failure_reasons import KILLED_REASON
+from client.imaging.jobs import make_jobs
+from client.imaging.preprocess import load_slices, preprocess_cohort
 from client.imaging.slice_store import SliceStore
+from client.imaging.worker_pool import run_in_pool
 from client.phantom.federation import write_centre
 from common.config.schema import PhantomConfig, PreprocessConfig
 from common.utils.errors import ConsiliumError
-from tests.client.killed_preprocess import deadly
+from tests.client.killed_preprocess import kill_on_marked_scan
 
 SMALL = PreprocessConfig(image_size=32)
 REPO = Path(__file__).parents[3]
@@ -41,64 +44,67 @@ def cohort(centre: Path) -> pd.DataFrame:
     return load_cohort(centre, "west").head(4)
 
 
-def written(store: SliceStore) -> dict[str, int]:
-    """Every stored array with the moment it was written."""
+def read_write_times(store: SliceStore) -> dict[str, int]:
+    """Return the time of writing of every stored array by file name."""
     return {f.name: f.stat().st_mtime_ns for f in store.folder.glob("*/*.npy")}
 
 
-def python(code: str, *arguments: object) -> subprocess.Popen[bytes]:
+def start_python(code: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Start a Python process that runs `code` in the repository."""
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPO)
 
 
 @settings(max_examples=25)
 @given(slices=arrays(np.uint8, st.tuples(*[st.integers(1, 6)] * 3)))
-def test_what_is_put_comes_back(tmp_path_factory: pytest.TempPathFactory, slices: np.ndarray) -> None:
+def test_stored_slices_and_metadata_are_returned(
+    tmp_path_factory: pytest.TempPathFactory, slices: np.ndarray
+) -> None:
     store = SliceStore(tmp_path_factory.mktemp("store"))
     assert store.get("abcd") is None
     store.put("abcd", slices, {"notes": ["a sentence"]})
-    found = store.get("abcd")
-    assert isinstance(found, np.memmap)
-    np.testing.assert_array_equal(found, slices)
+    stored = store.get("abcd")
+    assert isinstance(stored, np.memmap)
+    np.testing.assert_array_equal(stored, slices)
     assert store.read_metadata("abcd")["notes"] == ["a sentence"]
 
 
-def test_only_uint8_stacks_are_kept(tmp_path: Path) -> None:
+def test_arrays_other_than_uint8_stacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"uint8 \[S, H, W\]"):
         SliceStore(tmp_path).put("abcd", np.zeros((2, 3, 3), np.float32), {})  # type: ignore[arg-type]
 
 
-def test_damage_is_noticed(tmp_path: Path) -> None:
+def test_damaged_entry_is_not_returned(tmp_path: Path) -> None:
     store, slices = SliceStore(tmp_path), np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    array, facts = tmp_path / "ab" / "abcd.npy", tmp_path / "ab" / "abcd.json"
-    for spoil in (
+    array, metadata = tmp_path / "ab" / "abcd.npy", tmp_path / "ab" / "abcd.json"
+    for damage in (
         lambda: array.write_bytes(array.read_bytes()[:-5]),
         lambda: array.write_bytes(array.read_bytes()[:-1] + b"\xff"),
         lambda: array.write_bytes(b""),
         lambda: array.unlink(),
-        lambda: facts.unlink(),
-        lambda: facts.write_text("{"),
-        lambda: facts.write_text("[]"),
+        lambda: metadata.unlink(),
+        lambda: metadata.write_text("{"),
+        lambda: metadata.write_text("[]"),
     ):
         store.put("abcd", slices, {})
         assert store.get("abcd") is not None
-        spoil()
+        damage()
         assert store.get("abcd") is None
 
 
-def test_computed_once_and_anew_when_a_setting_or_file_changes(
+def test_slices_are_recomputed_only_when_setting_or_file_changes(
     centre: Path, cohort: pd.DataFrame, tmp_path: Path
 ) -> None:
     store = SliceStore(tmp_path / "store")
     keys, skipped = preprocess_cohort(cohort, centre, SMALL, store, show_progress=False)
     assert not skipped
     assert len(set(keys)) == len(cohort)
-    first = written(store)
+    first = read_write_times(store)
     assert len(first) == len(cohort)
     assert all(s.shape == (8, 32, 32) for s in load_slices(store, keys))
     assert len(store.read_metadata(keys[0])["indices"]) == 8
 
     assert preprocess_cohort(cohort, centre, SMALL, store, show_progress=False)[0] == keys
-    assert written(store) == first
+    assert read_write_times(store) == first
 
     for changed in (
         PreprocessConfig(image_size=33),
@@ -106,64 +112,68 @@ def test_computed_once_and_anew_when_a_setting_or_file_changes(
         PreprocessConfig(image_size=32, window=(-900, 300)),
     ):
         assert not set(preprocess_cohort(cohort, centre, changed, store, show_progress=False)[0]) & set(keys)
-    own = preprocess_cohort(
+    windowed_keys = preprocess_cohort(
         cohort.assign(window_low=-500.0, window_high=[200.0, np.nan, 200.0, 200.0]),
         centre,
         SMALL,
         store,
         show_progress=False,
     )[0]
-    assert [a == b for a, b in zip(own, keys, strict=True)] == [False, True, False, False]
+    assert [a == b for a, b in zip(windowed_keys, keys, strict=True)] == [False, True, False, False]
 
 
-def test_touched_but_equal_files_are_not_computed_again(
+def test_touched_but_equal_files_are_not_recomputed(
     centre: Path, cohort: pd.DataFrame, tmp_path: Path
 ) -> None:
     shutil.copytree(centre, tmp_path / "data")
     store = SliceStore(tmp_path / "store")
     keys, _ = preprocess_cohort(cohort, tmp_path / "data", SMALL, store, show_progress=False)
-    before = written(store)
+    before = read_write_times(store)
     files = sorted((tmp_path / "data" / cohort["path"][0]).iterdir())
     os.utime(files[0], ns=(1, 1))
     assert store.cached_key(tmp_path / "data" / cohort["path"][0], SMALL) is None  # it looks changed ...
     assert (
         preprocess_cohort(cohort, tmp_path / "data", SMALL, store, show_progress=False)[0] == keys
     )  # ... and is not
-    assert written(store) == before
+    assert read_write_times(store) == before
 
-    data, looks = bytearray(files[0].read_bytes()), files[0].stat()
+    data, stat = bytearray(files[0].read_bytes()), files[0].stat()
     data[-100] ^= 1  # one bit of one pixel, same size, and the time set back
     files[0].write_bytes(data)
-    os.utime(files[0], ns=(looks.st_atime_ns, looks.st_mtime_ns))
-    again, _ = preprocess_cohort(cohort, tmp_path / "data", SMALL, store, show_progress=False)
-    assert again[0] != keys[0]
-    assert again[1:] == keys[1:]
+    os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    new_keys, _ = preprocess_cohort(cohort, tmp_path / "data", SMALL, store, show_progress=False)
+    assert new_keys[0] != keys[0]
+    assert new_keys[1:] == keys[1:]
 
 
-def test_a_damaged_entry_is_computed_again(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
+def test_damaged_entry_is_recomputed(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
     store = SliceStore(tmp_path)
     keys, _ = preprocess_cohort(cohort, centre, SMALL, store, show_progress=False)
-    good = [np.array(s) for s in load_slices(store, keys)]
+    expected = [np.array(s) for s in load_slices(store, keys)]
     array = next(tmp_path.glob(f"*/{keys[1]}.npy"))
     array.write_bytes(array.read_bytes()[:200])
-    for note, left in zip(
+    for note, partials in zip(
         sorted(tmp_path.glob("*/*.content")), (b"", b"\0" * 40, b"abc"), strict=False
     ):  # as a power cut leaves them
-        note.write_bytes(left)
+        note.write_bytes(partials)
     assert preprocess_cohort(cohort, centre, SMALL, store, show_progress=False)[0] == keys
-    np.testing.assert_array_equal(load_slices(store, keys), good)
+    np.testing.assert_array_equal(load_slices(store, keys), expected)
 
 
-def test_unreadable_scans_are_listed_and_the_log_names_nobody(
+def test_unreadable_scans_are_listed_and_log_holds_no_names(
     centre: Path, cohort: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "Meier").mkdir()
     (tmp_path / "Meier" / "1.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"nonsense")
-    bad = cohort.head(3).copy()
-    bad["path"] = [str(centre / bad["path"][0]), str(tmp_path / "Meier"), str(tmp_path / "gone")]
+    bad_cohort = cohort.head(3).copy()
+    bad_cohort["path"] = [
+        str(centre / bad_cohort["path"][0]),
+        str(tmp_path / "Meier"),
+        str(tmp_path / "gone"),
+    ]
     with caplog.at_level(logging.INFO):
         keys, skipped = preprocess_cohort(
-            bad, centre, SMALL, SliceStore(tmp_path / "store"), show_progress=False
+            bad_cohort, centre, SMALL, SliceStore(tmp_path / "store"), show_progress=False
         )
     assert [bool(k) for k in keys] == [True, False, False]
     assert [Path(s.path).name for s in skipped] == ["Meier", "gone"]
@@ -174,93 +184,101 @@ def test_unreadable_scans_are_listed_and_the_log_names_nobody(
     assert not any("Meier" in s.reason or os.sep in s.reason for s in skipped)
 
 
-def test_several_processes_give_what_one_gives(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
-    one, two = SliceStore(tmp_path / "one"), SliceStore(tmp_path / "two")
-    keys, _ = preprocess_cohort(cohort, centre, SMALL, one, show_progress=False)
-    assert preprocess_cohort(cohort, centre, SMALL, two, num_workers=2, show_progress=False) == (keys, [])
-    np.testing.assert_array_equal(load_slices(one, keys), load_slices(two, keys))
+def test_several_processes_give_same_slices_as_one(
+    centre: Path, cohort: pd.DataFrame, tmp_path: Path
+) -> None:
+    serial, parallel = SliceStore(tmp_path / "one"), SliceStore(tmp_path / "two")
+    keys, _ = preprocess_cohort(cohort, centre, SMALL, serial, show_progress=False)
+    assert preprocess_cohort(cohort, centre, SMALL, parallel, num_workers=2, show_progress=False) == (
+        keys,
+        [],
+    )
+    np.testing.assert_array_equal(load_slices(serial, keys), load_slices(parallel, keys))
 
 
-def test_a_killed_worker_costs_no_other_scan(centre: Path, tmp_path: Path) -> None:
+def test_killed_worker_loses_only_its_own_scan(centre: Path, tmp_path: Path) -> None:
     cohort = load_cohort(centre, "west").head(6)
     cohort["series"] = [None, "deadly", None, None, None, None]
     jobs = make_jobs(cohort, centre, SMALL, SliceStore(tmp_path))
-    outcome = dict(_run_in_pool(jobs, range(len(jobs)), 2, deadly))
+    outcome = dict(run_in_pool(jobs, range(len(jobs)), 2, kill_on_marked_scan))
     assert outcome[1] == ("", KILLED_REASON, [])
     assert all(key and not reason for row, (key, reason, _) in outcome.items() if row != 1)
     assert len(outcome) == 6
 
 
-def test_killed_in_mid_write_leaves_no_entry(tmp_path: Path) -> None:
+def test_writer_killed_during_write_leaves_no_entry(tmp_path: Path) -> None:
     code = """
 import sys, numpy as np
 from pathlib import Path
-from client.store import Store
-Store(Path(sys.argv[1])).put("abcd", np.full((64, 1024, 1024), 7, np.uint8), {})
+from client.imaging.slice_store import SliceStore
+SliceStore(Path(sys.argv[1])).put("abcd", np.full((64, 1024, 1024), 7, np.uint8), {})
 """
-    process = python(code, tmp_path)
+    process = start_python(code, tmp_path)
     while process.poll() is None and not any(
         f.stat().st_size > 1 << 20 for f in tmp_path.glob("ab/.writing-*")
     ):
         time.sleep(0.001)
     process.kill()
     process.wait()
-    left = list(tmp_path.glob("ab/.writing-*"))
-    assert left, "the process ended before it could be killed"
+    partials = list(tmp_path.glob("ab/.writing-*"))
+    assert partials, "the process ended before it could be killed"
     store = SliceStore(tmp_path)
     assert store.get("abcd") is None
     slices = np.full((2, 3, 3), 9, np.uint8)
     store.put("abcd", slices, {})
     np.testing.assert_array_equal(store.get("abcd"), slices)
     store.remove_stale()
-    assert left[0].exists()  # young: its writer might live
-    os.utime(left[0], (0, 0))
+    assert partials[0].exists()  # young: its writer might live
+    os.utime(partials[0], (0, 0))
     store.remove_stale()
-    assert not left[0].exists()
+    assert not partials[0].exists()
 
 
-def test_two_writers_and_a_reader_at_once(tmp_path: Path) -> None:
+def test_two_writers_and_reader_work_concurrently(tmp_path: Path) -> None:
     code = """
 import sys, numpy as np
 from pathlib import Path
-from client.store import Store
+from client.imaging.slice_store import SliceStore
 for k in range(60):
-    Store(Path(sys.argv[1])).put(f"ab{k % 3}", np.full((4, 64, 64), k % 3, np.uint8), {})
+    SliceStore(Path(sys.argv[1])).put(f"ab{k % 3}", np.full((4, 64, 64), k % 3, np.uint8), {})
 """
-    both = [python(code, tmp_path) for _ in range(2)]
+    processes = [start_python(code, tmp_path) for _ in range(2)]
     store, seen = SliceStore(tmp_path), 0
-    while any(p.poll() is None for p in both):
+    while any(p.poll() is None for p in processes):
         for k in range(3):
-            found = store.get(f"ab{k}")
-            if found is not None:
-                assert (found == k).all()
+            stored = store.get(f"ab{k}")
+            if stored is not None:
+                assert (stored == k).all()
                 seen += 1
-    assert [p.returncode for p in both] == [0, 0]
+    assert [p.returncode for p in processes] == [0, 0]
     assert seen
     assert not list(tmp_path.glob("*/.writing-*"))
 
 
-def test_two_processes_on_one_cohort(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
+def test_two_processes_preprocess_same_cohort_concurrently(
+    centre: Path, cohort: pd.DataFrame, tmp_path: Path
+) -> None:
     code = """
 import sys
 from pathlib import Path
-from client.cohort import load_cohort
-from client.preprocess import preprocess
-from client.store import Store
-from common.schema import Preprocess
-base = Path(sys.argv[1])
-keys, skipped = preprocess(load_cohort(base, "west").head(4), base, Preprocess(size=32), Store(Path(sys.argv[2])), progress=False)
+from client.data.cohort import load_cohort
+from client.imaging.preprocess import preprocess_cohort
+from client.imaging.slice_store import SliceStore
+from common.config.schema import PreprocessConfig
+base, store = Path(sys.argv[1]), SliceStore(Path(sys.argv[2]))
+cohort = load_cohort(base, "west").head(4)
+keys, skipped = preprocess_cohort(cohort, base, PreprocessConfig(image_size=32), store, show_progress=False)
 assert all(keys) and not skipped
 """
-    both = [python(code, centre, tmp_path) for _ in range(2)]
-    assert [p.wait(60) for p in both] == [0, 0]
+    processes = [start_python(code, centre, tmp_path) for _ in range(2)]
+    assert [p.wait(60) for p in processes] == [0, 0]
     store = SliceStore(tmp_path)
     keys = [store.cached_key(centre / p, SMALL) for p in cohort["path"]]
     assert all(keys)
-    assert len(written(store)) == 4
+    assert len(read_write_times(store)) == 4
 
 
-def test_a_store_that_cannot_be_written_says_so(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
+def test_unwritable_store_is_named_as_reason(centre: Path, cohort: pd.DataFrame, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file where the folder should be")
     keys, skipped = preprocess_cohort(
         cohort.head(1), centre, SMALL, SliceStore(tmp_path / "store"), show_progress=False
@@ -269,7 +287,7 @@ def test_a_store_that_cannot_be_written_says_so(centre: Path, cohort: pd.DataFra
     assert "the store cannot be used" in skipped[0].reason
 
 
-def test_stack_says_when_slices_are_gone(tmp_path: Path) -> None:
+def test_loading_removed_slices_is_refused(tmp_path: Path) -> None:
     SliceStore(tmp_path).put("abcd", np.zeros((1, 2, 2), np.uint8), {})
     with pytest.raises(ConsiliumError, match="1 of 2 preprocessed scans"):
         load_slices(SliceStore(tmp_path), ["abcd", "ef01"])

@@ -1,4 +1,4 @@
-"""DICOM series and radiographs as hospitals keep them, good and bad: every file is written by the test itself."""
+"""DICOM series and radiographs as hospitals keep them, intact and damaged; the tests write every file."""
 
 from __future__ import annotations
 
@@ -26,18 +26,27 @@ from pydicom.uid import (
 from client.imaging.readers import detect_format, read_scan
 from client.imaging.readers.dicom_series import choose_series, find_series
 from common.utils.errors import ConsiliumError
-from tests.client.dicom_files import SIZE, cut, dataset, level, levels, said, stack, write
+from tests.client.dicom_files import (
+    SIZE,
+    expected_level,
+    has_note,
+    make_slice,
+    make_stack,
+    read_levels,
+    truncate_file,
+    write_files,
+)
 
 
-def test_slices_are_ordered_by_position_in_hounsfield_units(tmp_path: Path) -> None:
-    folder = write(tmp_path / "scan", stack())
+def test_series_is_read_in_hounsfield_units_ordered_by_position(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "scan", make_stack())
     (folder / "notes.txt").write_text("not a slice")
     volume = read_scan(folder)
     assert detect_format(folder) == "dicom"
     assert volume.is_hounsfield
     assert volume.voxels.dtype == np.int16
     assert volume.voxels.shape == (6, SIZE, SIZE)
-    assert levels(volume) == [level(2.5 * z) for z in range(6)]
+    assert read_levels(volume) == [expected_level(2.5 * z) for z in range(6)]
     assert (volume.voxels[:, :, -1] == 40).all()
     assert volume.spacing == (2.5, 0.7, 0.8)
     np.testing.assert_allclose(volume.positions, np.arange(6) * 2.5)
@@ -46,140 +55,142 @@ def test_slices_are_ordered_by_position_in_hounsfield_units(tmp_path: Path) -> N
 
 @given(st.permutations(range(7)), st.integers(0, 99))
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_names_and_order_of_files_do_not_matter(tmp_path: Path, order: list[int], seed: int) -> None:
+def test_file_names_do_not_determine_slice_order(tmp_path: Path, order: list[int], seed: int) -> None:
     folder = tmp_path / f"{seed}-{''.join(map(str, order))}"
     if folder.exists():
         return
-    volume = read_scan(write(folder, [dataset(2.0 * z) for z in order], seed))
-    assert levels(volume) == [level(2.0 * z) for z in range(7)]
+    volume = read_scan(write_files(folder, [make_slice(2.0 * z) for z in order], seed))
+    assert read_levels(volume) == [expected_level(2.0 * z) for z in range(7)]
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
-def test_compressed_slices_read_the_same(tmp_path: Path, syntax: UID) -> None:
+def test_compressed_slices_equal_uncompressed_ones(tmp_path: Path, syntax: UID) -> None:
     if not get_encoder(syntax).is_available:
         pytest.skip(f"no encoder for {syntax.name} here")
-    plain, packed = stack(3, size=64), stack(3, size=64)
-    for ds in packed:
+    uncompressed, compressed = make_stack(3, size=64), make_stack(3, size=64)
+    for ds in compressed:
         ds.compress(syntax, generate_instance_uid=False)
     np.testing.assert_array_equal(
-        read_scan(write(tmp_path / "packed", packed)).voxels,
-        read_scan(write(tmp_path / "plain", plain)).voxels,
+        read_scan(write_files(tmp_path / "packed", compressed)).voxels,
+        read_scan(write_files(tmp_path / "plain", uncompressed)).voxels,
     )
 
 
-def test_rescale_padding_and_clipping(tmp_path: Path) -> None:
+def test_rescale_padding_and_clipping_are_applied(tmp_path: Path) -> None:
     pixels = np.full((SIZE, SIZE), 500, np.int16)
     pixels[0], pixels[1], pixels[2] = -2000, 32000, -1500
     slices = [
-        dataset(
+        make_slice(
             z, RescaleSlope=2, RescaleIntercept=-1000, PixelPaddingValue=-2000, PixelData=pixels.tobytes()
         )
         for z in (0, 1)
     ]
-    volume = read_scan(write(tmp_path / "a", slices))
+    volume = read_scan(write_files(tmp_path / "a", slices))
     assert volume.voxels[0, :4, 0].tolist() == [-1024, 32767, -1024, 0]
     unsigned = pixels.astype(np.uint16)
     unsigned[0] = 63536
     slices = [
-        dataset(z, PixelRepresentation=0, PixelPaddingValue=63536, PixelData=unsigned.tobytes())
+        make_slice(z, PixelRepresentation=0, PixelPaddingValue=63536, PixelData=unsigned.tobytes())
         for z in (0, 1)
     ]
-    assert read_scan(write(tmp_path / "b", slices)).voxels[0, [0, 3], 0].tolist() == [-1024, 500 - 1024]
-    volume = read_scan(write(tmp_path / "c", stack(3, RescaleIntercept=None, RescaleSlope=None)))
-    assert levels(volume) == [level(2.5 * z) + 1024 for z in range(3)]
-    assert said(volume, "No rescale intercept")
+    assert read_scan(write_files(tmp_path / "b", slices)).voxels[0, [0, 3], 0].tolist() == [-1024, 500 - 1024]
+    volume = read_scan(write_files(tmp_path / "c", make_stack(3, RescaleIntercept=None, RescaleSlope=None)))
+    assert read_levels(volume) == [expected_level(2.5 * z) + 1024 for z in range(3)]
+    assert has_note(volume, "No rescale intercept")
 
 
-def test_gantry_tilt_is_ordered_along_the_normal_and_noted(tmp_path: Path) -> None:
+def test_tilted_series_is_ordered_along_normal_and_noted(tmp_path: Path) -> None:
     angle = math.radians(12)
-    turn = [1, 0, 0, 0, math.cos(angle), -math.sin(angle)]
-    volume = read_scan(write(tmp_path / "a", stack(ImageOrientationPatient=turn)))
-    assert levels(volume) == [level(2.5 * z) for z in range(6)]
+    orientation = [1, 0, 0, 0, math.cos(angle), -math.sin(angle)]
+    volume = read_scan(write_files(tmp_path / "a", make_stack(ImageOrientationPatient=orientation)))
+    assert read_levels(volume) == [expected_level(2.5 * z) for z in range(6)]
     assert volume.spacing[0] == pytest.approx(2.5 * math.cos(angle))
-    assert said(volume, "tilted by 12.0 degrees")
+    assert has_note(volume, "tilted by 12.0 degrees")
     # The same slices stacked along their own normal are no tilt, however the body lay.
     along = np.array([0, math.sin(angle), math.cos(angle)])
-    straight = [
-        dataset(2.5 * z, ImageOrientationPatient=turn, ImagePositionPatient=list(2.5 * z * along))
+    untilted = [
+        make_slice(2.5 * z, ImageOrientationPatient=orientation, ImagePositionPatient=list(2.5 * z * along))
         for z in range(6)
     ]
-    volume = read_scan(write(tmp_path / "b", straight))
+    volume = read_scan(write_files(tmp_path / "b", untilted))
     assert volume.spacing[0] == pytest.approx(2.5)
     assert volume.notes == []
 
 
-def test_prone_slices_are_brought_to_the_usual_view(tmp_path: Path) -> None:
-    turned = stack(3, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])
-    volume = read_scan(write(tmp_path / "scan", turned))
-    assert [int(v) for v in volume.voxels[:, 3, -3]] == [level(2.5 * z) for z in range(3)]
+def test_prone_slices_are_flipped_to_radiological_view(tmp_path: Path) -> None:
+    prone = make_stack(3, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])
+    volume = read_scan(write_files(tmp_path / "scan", prone))
+    assert [int(v) for v in volume.voxels[:, 3, -3]] == [expected_level(2.5 * z) for z in range(3)]
     assert (volume.voxels[:, :, 0] == 40).all()
-    assert said(volume, "turned")
+    assert has_note(volume, "turned")
 
 
 def test_missing_duplicate_and_odd_sized_slices_are_noted(tmp_path: Path) -> None:
-    slices = [dataset(2.5 * z) for z in range(10) if z not in (4, 5)]
-    volume = read_scan(write(tmp_path / "missing", slices))
+    slices = [make_slice(2.5 * z) for z in range(10) if z not in (4, 5)]
+    volume = read_scan(write_files(tmp_path / "missing", slices))
     assert len(volume.voxels) == 8
     assert volume.spacing[0] == 2.5
     assert volume.positions[4] - volume.positions[3] == pytest.approx(7.5)
-    assert said(volume, "About 2 slices missing")
+    assert has_note(volume, "About 2 slices missing")
 
-    again = dataset(5.0, InstanceNumber=5000)  # the later of two in one place goes
-    again.PixelData = np.zeros((SIZE, SIZE), np.int16).tobytes()
-    volume = read_scan(write(tmp_path / "twice", [again, *stack()]))
-    assert levels(volume) == [level(2.5 * z) for z in range(6)]
-    assert said(volume, "1 slice in the same place")
+    duplicate = make_slice(5.0, InstanceNumber=5000)  # the later of two in one place goes
+    duplicate.PixelData = np.zeros((SIZE, SIZE), np.int16).tobytes()
+    volume = read_scan(write_files(tmp_path / "twice", [duplicate, *make_stack()]))
+    assert read_levels(volume) == [expected_level(2.5 * z) for z in range(6)]
+    assert has_note(volume, "1 slice in the same place")
 
-    volume = read_scan(write(tmp_path / "sizes", [*stack(), dataset(15.0, size=16), dataset(17.5, size=16)]))
+    volume = read_scan(
+        write_files(tmp_path / "sizes", [*make_stack(), make_slice(15.0, size=16), make_slice(17.5, size=16)])
+    )
     assert volume.voxels.shape == (6, SIZE, SIZE)
-    assert said(volume, "2 slices of another size")
+    assert has_note(volume, "2 slices of another size")
 
 
-def test_without_positions_the_instance_number_orders_and_without_both_nothing_does(tmp_path: Path) -> None:
-    slices = [dataset(2.5 * z, ImagePositionPatient=None, InstanceNumber=z + 1) for z in range(12)]
-    volume = read_scan(write(tmp_path / "numbers", slices))
-    assert levels(volume) == [level(2.5 * z) for z in range(12)]
+def test_instance_number_orders_slices_without_positions(tmp_path: Path) -> None:
+    slices = [make_slice(2.5 * z, ImagePositionPatient=None, InstanceNumber=z + 1) for z in range(12)]
+    volume = read_scan(write_files(tmp_path / "numbers", slices))
+    assert read_levels(volume) == [expected_level(2.5 * z) for z in range(12)]
     assert volume.positions.tolist() == list(range(12))
     assert volume.spacing[0] == 2.5
-    assert said(volume, "instance number")
-    slices = [dataset(2.5 * z, ImagePositionPatient=None, InstanceNumber=None) for z in range(4)]
+    assert has_note(volume, "instance number")
+    slices = [make_slice(2.5 * z, ImagePositionPatient=None, InstanceNumber=None) for z in range(4)]
     with pytest.raises(ConsiliumError, match="instance numbers are missing too"):
-        read_scan(write(tmp_path / "neither", slices))
+        read_scan(write_files(tmp_path / "neither", slices))
 
 
 def test_truncated_files_are_left_out_until_fewer_than_half_remain(tmp_path: Path) -> None:
-    folder = write(tmp_path / "scan", stack())
+    folder = write_files(tmp_path / "scan", make_stack())
     files = sorted(folder.iterdir())
-    cut(files[0], 0.8)  # in its pixels
+    truncate_file(files[0], 0.8)  # in its pixels
     volume = read_scan(folder)
     assert len(volume.voxels) == len(volume.positions) == 5
-    assert said(volume, "1 of 6 slices cannot be decoded")
-    cut(files[1], 0.1)  # in its header
+    assert has_note(volume, "1 of 6 slices cannot be decoded")
+    truncate_file(files[1], 0.1)  # in its header
     volume = read_scan(folder)
     assert len(volume.voxels) == 4
-    assert said(volume, "1 file with a damaged DICOM header")
+    assert has_note(volume, "1 file with a damaged DICOM header")
     for file in files[2:4]:
-        cut(file, 0.8)
+        truncate_file(file, 0.8)
     with pytest.raises(ConsiliumError, match="3 of 5 slices cannot be decoded"):
         read_scan(folder)
-    folder = write(tmp_path / "ruins", stack())
+    folder = write_files(tmp_path / "ruins", make_stack())
     for file in folder.iterdir():
-        cut(file, 0.1)
+        truncate_file(file, 0.1)
     with pytest.raises(ConsiliumError, match="6 damaged files"):
         read_scan(folder)
 
 
-def test_of_several_series_the_thinnest_axial_one_that_covers_the_chest(tmp_path: Path) -> None:
+def test_thinnest_axial_series_that_covers_chest_is_chosen(tmp_path: Path) -> None:
     study = tmp_path / "study"
-    write(study / "thick", stack(8, 5.0, series="1.2.3.5", SliceThickness=5, SeriesNumber=2))
-    write(study / "thin", stack(30, 1.25, series="1.2.3.1", SliceThickness=1.25, SeriesNumber=4))
-    write(
+    write_files(study / "thick", make_stack(8, 5.0, series="1.2.3.5", SliceThickness=5, SeriesNumber=2))
+    write_files(study / "thin", make_stack(30, 1.25, series="1.2.3.1", SliceThickness=1.25, SeriesNumber=4))
+    write_files(
         study / "bolus",
-        [dataset(z, series="1.2.3.2", SliceThickness=0.6, SeriesNumber=5) for z in (10.0, 10.6)],
+        [make_slice(z, series="1.2.3.2", SliceThickness=0.6, SeriesNumber=5) for z in (10.0, 10.6)],
     )
     coronal = [1, 0, 0, 0, 0, -1]
-    crowns = [
-        dataset(
+    coronal_slices = [
+        make_slice(
             z,
             series="1.2.3.3",
             SliceThickness=1,
@@ -189,12 +200,14 @@ def test_of_several_series_the_thinnest_axial_one_that_covers_the_chest(tmp_path
         )
         for z in range(40)
     ]
-    write(study / "coronal", crowns)
-    write(study / "scout", [dataset(0, series="1.2.3.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])])
-    found, _, _ = find_series(study)
-    assert sorted(s.series_uid for s in found) == ["1.2.3.1", "1.2.3.2", "1.2.3.3", "1.2.3.5"]
-    assert {s.patient_id for s in found} == {"SECRET"}
-    chosen, notes = choose_series(found)
+    write_files(study / "coronal", coronal_slices)
+    write_files(
+        study / "scout", [make_slice(0, series="1.2.3.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])]
+    )
+    candidates, _, _ = find_series(study)
+    assert sorted(s.series_uid for s in candidates) == ["1.2.3.1", "1.2.3.2", "1.2.3.3", "1.2.3.5"]
+    assert {s.patient_id for s in candidates} == {"SECRET"}
+    chosen, notes = choose_series(candidates)
     assert (chosen.series_uid, chosen.is_axial, chosen.slice_thickness, len(chosen.files)) == (
         "1.2.3.1",
         True,
@@ -204,24 +217,24 @@ def test_of_several_series_the_thinnest_axial_one_that_covers_the_chest(tmp_path
     assert len(notes) == 1
     volume = read_scan(study)
     assert len(volume.voxels) == 30
-    assert said(volume, "4 series", "number 4 (1.25 mm, 30 images) was read", "number 2 (5 mm, 8 images)")
+    assert has_note(volume, "4 series", "number 4 (1.25 mm, 30 images) was read", "number 2 (5 mm, 8 images)")
     assert len(read_scan(study, series_uid="1.2.3.5").voxels) == 8
     with pytest.raises(ConsiliumError, match=r"does not hold the series 9\.9"):
         read_scan(study, series_uid="9.9")
-    write(study / "other", stack(3, series="1.2.3.9", StudyInstanceUID="1.2.9"))
+    write_files(study / "other", make_stack(3, series="1.2.3.9", StudyInstanceUID="1.2.9"))
     with pytest.raises(ConsiliumError, match="2 studies"):
         read_scan(study)
 
 
-def test_a_multi_frame_file_is_a_series(tmp_path: Path) -> None:
+def test_multi_frame_file_is_read_as_series(tmp_path: Path) -> None:
     def item(**tags: Any) -> Dataset:
-        made = Dataset()
+        item_dataset = Dataset()
         for tag, value in tags.items():
-            setattr(made, tag, value)
-        return made
+            setattr(item_dataset, tag, value)
+        return item_dataset
 
-    places = [5.0, 0.0, 2.5]
-    ds = dataset(
+    positions = [5.0, 0.0, 2.5]
+    ds = make_slice(
         0,
         storage=EnhancedCTImageStorage,
         ImagePositionPatient=None,
@@ -229,7 +242,7 @@ def test_a_multi_frame_file_is_a_series(tmp_path: Path) -> None:
         PixelSpacing=None,
     )
     del ds.RescaleSlope, ds.RescaleIntercept, ds.SliceThickness
-    ds.NumberOfFrames = len(places)
+    ds.NumberOfFrames = len(positions)
     ds.SharedFunctionalGroupsSequence = Sequence(
         [
             item(
@@ -240,17 +253,17 @@ def test_a_multi_frame_file_is_a_series(tmp_path: Path) -> None:
         ]
     )
     ds.PerFrameFunctionalGroupsSequence = Sequence(
-        [item(PlanePositionSequence=Sequence([item(ImagePositionPatient=[0, 0, z])])) for z in places]
+        [item(PlanePositionSequence=Sequence([item(ImagePositionPatient=[0, 0, z])])) for z in positions]
     )
-    ds.PixelData = b"".join(dataset(z).PixelData for z in places)
-    folder = write(tmp_path / "scan", [ds])
+    ds.PixelData = b"".join(make_slice(z).PixelData for z in positions)
+    folder = write_files(tmp_path / "scan", [ds])
     volume = read_scan(next(folder.iterdir()))
-    assert levels(volume) == [level(z) for z in sorted(places)]
+    assert read_levels(volume) == [expected_level(z) for z in sorted(positions)]
     assert volume.spacing == (2.5, 0.7, 0.8)
     assert volume.notes == []
 
 
-def radiograph(pixels: NDArray[Any], **changed: Any) -> FileDataset:
+def radiograph(pixels: NDArray[Any], **more_tags: Any) -> FileDataset:
     tags: dict[str, Any] = {
         "Modality": "DX",
         "PixelRepresentation": 0,
@@ -268,35 +281,44 @@ def radiograph(pixels: NDArray[Any], **changed: Any) -> FileDataset:
         "PixelSpacing": None,
         "ImagerPixelSpacing": [0.14, 0.15],
     }
-    return dataset(0, storage=DigitalXRayImageStorageForPresentation, **(tags | changed))
+    return make_slice(0, storage=DigitalXRayImageStorageForPresentation, **(tags | more_tags))
 
 
 def test_radiographs_are_windowed_and_bone_is_bright(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 4000, 50), (40, 1)).astype(np.uint16)
-    plain = read_scan(next(write(tmp_path / "a", [radiograph(ramp)]).iterdir()))
-    assert (plain.modality, plain.is_hounsfield, plain.voxels.shape) == ("XR", False, (1, 40, 50))
-    assert plain.spacing == (1.0, 0.14, 0.15)
-    row = plain.voxels[0, 0].astype(int)
+    uncompressed = read_scan(next(write_files(tmp_path / "a", [radiograph(ramp)]).iterdir()))
+    assert (uncompressed.modality, uncompressed.is_hounsfield, uncompressed.voxels.shape) == (
+        "XR",
+        False,
+        (1, 40, 50),
+    )
+    assert uncompressed.spacing == (1.0, 0.14, 0.15)
+    row = uncompressed.voxels[0, 0].astype(int)
     assert (row[0], row[-1]) == (0, 255)
     assert (np.diff(row) >= 0).all()
-    inverted = read_scan(write(tmp_path / "b", [radiograph(ramp, PhotometricInterpretation="MONOCHROME1")]))
-    np.testing.assert_array_equal(inverted.voxels, 255 - plain.voxels)
+    inverted = read_scan(
+        write_files(tmp_path / "b", [radiograph(ramp, PhotometricInterpretation="MONOCHROME1")])
+    )
+    np.testing.assert_array_equal(inverted.voxels, 255 - uncompressed.voxels)
     windowed = read_scan(
-        write(tmp_path / "c", [radiograph(ramp, WindowCenter=1000, WindowWidth=1000)])
+        write_files(tmp_path / "c", [radiograph(ramp, WindowCenter=1000, WindowWidth=1000)])
     ).voxels[0, 0]
     assert windowed[ramp[0] < 490].max() == 0
     assert windowed[ramp[0] > 1510].min() == 255
     assert 120 <= windowed[np.abs(ramp[0].astype(int) - 1000).argmin()] <= 140
-    useless = read_scan(write(tmp_path / "d", [radiograph(ramp, WindowCenter=-9000, WindowWidth=10)]))
-    np.testing.assert_array_equal(useless.voxels, plain.voxels)
+    useless = read_scan(write_files(tmp_path / "d", [radiograph(ramp, WindowCenter=-9000, WindowWidth=10)]))
+    np.testing.assert_array_equal(useless.voxels, uncompressed.voxels)
 
 
-def test_of_two_views_the_frontal_one(tmp_path: Path) -> None:
-    side, front = np.zeros((20, 30), np.uint16), np.tile(np.arange(40, dtype=np.uint16), (20, 1))
-    folder = write(
+def test_frontal_view_is_preferred(tmp_path: Path) -> None:
+    lateral, frontal = np.zeros((20, 30), np.uint16), np.tile(np.arange(40, dtype=np.uint16), (20, 1))
+    folder = write_files(
         tmp_path / "scan",
-        [radiograph(side, ViewPosition="LL", series="1"), radiograph(front, ViewPosition="PA", series="2")],
+        [
+            radiograph(lateral, ViewPosition="LL", series="1"),
+            radiograph(frontal, ViewPosition="PA", series="2"),
+        ],
     )
     volume = read_scan(folder)
     assert volume.voxels.shape == (1, 20, 40)
-    assert said(volume, "2 series")
+    assert has_note(volume, "2 series")
