@@ -1,4 +1,7 @@
-"""`consilium-centre`: the hospital's command. Each command imports what it needs: `--help` need not wait for PyTorch."""
+"""`consilium-centre`: the hospital's command.
+
+Each command imports what it needs, so that `--help` does not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,37 @@ from common.utils.errors import ConsiliumError
 from common.utils.hash_chain import GENESIS_HASH
 
 if TYPE_CHECKING:
-    from client.data.discovery import SkippedItem
+    from client.imaging.skipped import SkippedItem
+    from client.imaging.slice_store import SliceStore
+    from common.config.schema import Config
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="A hospital's side: ingest, cohort, preprocess, montage, predict, phantom, policy, egress, metrics, key, doctor.",
+    help="A hospital's side of a federation: prepare scans, watch what leaves, and use the finished model.",
 )
 app.command()(ingest)
 console = Console()
+SHOWN_LABELS = ("covid", "severity")  # whose counts `cohort` prints
+SplitFractions = tuple[float, float, float]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small"),
 ]
 Workers = Annotated[int, typer.Option(help="processes that read scans")]
+SiteFile = Annotated[Path, typer.Option(help="site.yaml")]
+AuthorityFile = Annotated[Path, typer.Option(help="ca.crt of the kit")]
 
 
 @app.command()
 def cohort(
     folder: Annotated[
-        Path, typer.Argument(help="DICOM, NIfTI, slice folders, pictures, or a manifest (.csv, .parquet)")
+        Path, typer.Argument(help="DICOM, NIfTI, slice folders, images, or a manifest (.csv, .parquet)")
     ],
     out: Annotated[Path, typer.Option(help="the table to write: .csv or .parquet")] = Path("cohort.csv"),
     centre: Annotated[str, typer.Option(help="this centre's name")] = "centre",
     seed: int = 0,
-    shares: Annotated[tuple[float, float, float], typer.Option(help="of train, val and test, by patient")] = (
+    shares: Annotated[SplitFractions, typer.Option(help="train, val and test, by patient")] = (
         0.7,
         0.15,
         0.15,
@@ -53,13 +62,14 @@ def cohort(
 
     table, skipped = build_cohort(folder, centre, seed, shares)
     save_cohort(table, out)
-    load_cohort(out, centre)  # what was written can be read
+    load_cohort(out, centre)  # raises where it cannot be read back
     _print_skipped(skipped)
-    shown = Table("split", "scans", "patients", *[c for c in table.columns if c in ("covid", "severity")])
+    label_columns = [column for column in table.columns if column in SHOWN_LABELS]
+    summary = Table("split", "scans", "patients", *label_columns)
     for split, rows in table.groupby("split", sort=False):
-        labels = [f"{rows[c].notna().sum()} labelled" for c in table.columns if c in ("covid", "severity")]
-        shown.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
-    console.print(shown)
+        labels = [f"{rows[column].notna().sum()} labelled" for column in label_columns]
+        summary.add_row(str(split), str(len(rows)), str(rows["patient"].nunique()), *labels)
+    console.print(summary)
     for sentence in check_labels(table, compose_config().tasks):
         print_plain(console, f"note: {sentence}")
     print_plain(console, f"{len(table)} scans written to {out}, {len(skipped)} skipped")
@@ -74,51 +84,31 @@ def preprocess(
     ] = "",
     workers: Workers = 2,
 ) -> None:
-    """Read every scan, choose its slices and keep them, so that training can start at once."""
-    from client.data.cohort import filter_modality, load_cohort
-    from client.data.loading import list_mask_columns
-    from client.imaging.preprocess import preprocess_cohort as bring_in
+    """Read every scan, select its slices and store them, so that training can start at once."""
     from client.imaging.slice_store import SliceStore
     from client.site.config import Site, cohort_state_dir
     from common.config.compose import compose_config
 
     config = compose_config(settings or [])
-    table = filter_modality(load_cohort(data, "this centre"), config.preprocess.modality)
     store = SliceStore(cohort_state_dir(Site(state=state), data) / "slices")
-    base = data if data.is_dir() else data.parent
-    keys, skipped = bring_in(
-        table, base, config.preprocess, store, workers, mask_columns=list_mask_columns(config)
-    )
-    for draw in range(1, config.preprocess.num_views + 1):  # other choices of slices, for training
-        chosen = replace(config.preprocess, view=draw)
-        bring_in(
-            table[table["split"] == "train"],
-            base,
-            chosen,
-            store,
-            workers,
-            mask_columns=list_mask_columns(config),
-        )
-    _print_skipped(skipped)
-    if not any(keys):
-        raise ConsiliumError(
-            f"none of the {len(keys)} scans could be made ready; the reasons are listed above"
-        )
-    print_plain(console, f"{sum(map(bool, keys))} of {len(keys)} scans are ready in {store.folder}")
+    num_ready, num_scans = _prepare_slices(data, "this centre", config, store, workers)
+    if not num_ready:
+        raise ConsiliumError(f"none of the {num_scans} scans could be prepared; the reasons are listed above")
+    print_plain(console, f"{num_ready} of {num_scans} scans are ready in {store.folder}")
 
 
 @app.command()
 def montage(
-    scan: Annotated[Path, typer.Argument(help="a DICOM folder, NIfTI file, slice folder or picture")],
+    scan: Annotated[Path, typer.Argument(help="a DICOM folder, NIfTI file, slice folder or image")],
     out: Path = Path("montage.png"),
     settings: Overrides = None,
     window: Annotated[tuple[float, float] | None, typer.Option(help="in the scan's own units")] = None,
 ) -> None:
-    """Draw a scan's chosen slices with the lung outline and the area curve. For the centre's eyes only."""
-    from client.imaging.montage import write_montage as draw
+    """Draw a scan's selected slices with the lung outline and the area curve, for use inside the centre."""
+    from client.imaging.montage import write_montage
     from common.config.compose import compose_config
 
-    draw(scan, compose_config(settings or []).preprocess, out, window)
+    write_montage(scan, compose_config(settings or []).preprocess, out, window)
     print_plain(console, f"{out} shows pixels of a patient: it must not leave the centre")
 
 
@@ -127,14 +117,12 @@ def predict(
     model: Annotated[Path, typer.Argument(help="model.safetensors of a run")],
     folder: Annotated[Path, typer.Argument(help="new scans")],
     out: Path = Path("predictions.csv"),
-    state: Annotated[Path, typer.Option(help="where slices are kept")] = Path(".consilium"),
+    state: Annotated[Path, typer.Option(help="where slices are stored")] = Path(".consilium"),
     device: str = "auto",
     workers: Workers = 1,
     personal: Annotated[
         Path | None,
-        typer.Option(
-            help="this centre's own weights of that run, STATE/personal/RUN: the model becomes the centre's own"
-        ),
+        typer.Option(help="this centre's local parameters of that run, STATE/personal/RUN"),
     ] = None,
     masks: Annotated[
         Path | None, typer.Option(help="folder for masks, NIfTI in each scan's own geometry")
@@ -143,12 +131,13 @@ def predict(
         str, typer.Option(help="column to order the table by, the largest first: a worklist")
     ] = "",
 ) -> None:
-    """Predict for every scan in FOLDER by MODEL, the model.safetensors of a run: a table with one row a scan, and masks."""
+    """Predict for every scan in FOLDER with MODEL: a table with one row a scan, and masks."""
     from client.site.config import Site
-    from client.tools.predict import predict_folder as predict_folder
+    from client.tools.predict import PredictOptions, predict_folder
 
-    place = str(Site(device=device).resolve_device())
-    table, skipped = predict_folder(model, folder, state / "slices", place, workers, personal, masks, sort)
+    resolved_device = str(Site(device=device).resolve_device())
+    options = PredictOptions(resolved_device, workers, personal, masks, sort)
+    table, skipped = predict_folder(model, folder, state / "slices", options)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
     _print_skipped(skipped)
@@ -165,57 +154,56 @@ def phantom(
     workers: Workers = 2,
 ) -> None:
     """Write the made-up federation of four hospitals as DICOM, and preprocess it at each."""
-    from client.data.cohort import filter_modality, load_cohort
-    from client.data.loading import list_mask_columns
-    from client.imaging.preprocess import preprocess_cohort as bring_in
     from client.imaging.slice_store import SliceStore
     from client.phantom.federation import write_federation
     from client.site.config import resolve_data_root
     from common.config.compose import compose_config
 
-    config = compose_config(
-        [*(settings or []), *([f"federation.data_root={root.resolve()}"] if root else [])]
-    )
-    if config.federation.phantom is None:
-        raise ConsiliumError(f"federation '{config.federation.name}' is not made up; use federation=phantom")
-    where = resolve_data_root(config)
-    write_federation(where, config.federation.phantom, config.federation.centres)
-    for centre in config.federation.centres if prepare else []:
-        folder = where / centre
-        table, store = (
-            filter_modality(load_cohort(folder, centre), config.preprocess.modality),
-            SliceStore(folder / ".consilium" / "slices"),
-        )
-        keys, skipped = bring_in(
-            table, folder, config.preprocess, store, workers, mask_columns=list_mask_columns(config)
-        )
-        print_plain(console, f"{centre}: {sum(map(bool, keys))} scans ready")
-        _print_skipped(skipped)
+    overrides = list(settings or [])
+    if root:
+        overrides.append(f"federation.data_root={root.resolve()}")
+    config = compose_config(overrides)
+    federation = config.federation
+    if federation.phantom is None:
+        raise ConsiliumError(f"federation '{federation.name}' is not made up; use federation=phantom")
+    data_root = resolve_data_root(config)
+    write_federation(data_root, federation.phantom, federation.centres)
+    if not prepare:
+        return
+    for centre in federation.centres:
+        folder = data_root / centre
+        store = SliceStore(folder / ".consilium" / "slices")
+        num_ready, _ = _prepare_slices(folder, centre, config, store, workers)
+        print_plain(console, f"{centre}: {num_ready} scans ready")
 
 
 @app.command("egress")
 def show_egress(
     state: Annotated[Path, typer.Argument(help="the centre's state folder")] = Path(".consilium"),
-    verify: Annotated[bool, typer.Option(help="only check the chain and say where it ends")] = False,
+    verify: Annotated[bool, typer.Option(help="only check the chain and print its last hash")] = False,
 ) -> None:
-    """List what left this hospital, checking that no line was changed or removed."""
-    from client.site import egress_log
+    """List what left this hospital, and check that no line was changed or removed."""
+    from client.site.egress_log import read_entries
 
-    shown = Table("time", "run", "stage", "round", "what", "bytes", "digest")
-    count, last = 0, GENESIS_HASH
-    for entry in egress_log.read_entries(state):
-        count, last = count + 1, entry["hash"]
-        what = f"{entry['kind']} {entry['query']}".strip()
-        run_, round_, size = entry["run"], str(entry["round"] or ""), str(entry["bytes"])
-        shown.add_row(entry["time"], run_, entry["stage"], round_, what, size, entry["digest"][:12])
+    table = Table("time", "run", "stage", "round", "what", "bytes", "digest")
+    num_entries = 0
+    last_hash = GENESIS_HASH
+    for entry in read_entries(state):
+        num_entries += 1
+        last_hash = entry.hash
+        message = f"{entry.kind} {entry.query}".strip()
+        round_number = str(entry.round or "")
+        table.add_row(
+            entry.time, entry.run, entry.stage, round_number, message, str(entry.bytes), entry.digest[:12]
+        )
     if not verify:
-        console.print(shown)
-    print_plain(console, f"{count} messages left, the chain is whole; it ends with {last}")
+        console.print(table)
+    print_plain(console, f"{num_entries} messages left; the chain is intact and ends with {last_hash}")
 
 
 @app.command("policy")
 def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> None:
-    """Check a policy and print the rules in force, and the fingerprint of the code installed here."""
+    """Check a policy, and print its rules and the fingerprint of the code installed here."""
     from client.site.policy import describe_policy, load_policy
     from common.protocol.code_fingerprint import fingerprint_code
 
@@ -227,33 +215,38 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
 @app.command()
 def key(
     path: Annotated[
-        Path, typer.Argument(help="where the private key goes; its public part: the same name with .pub")
+        Path, typer.Argument(help="file for the private key; its public part gets the same name with .pub")
     ],
 ) -> None:
-    """Make this centre's own key: the private part stays here, the coordinator gets the public one."""
+    """Make this centre's own key. The private part stays here; send the public part to the coordinator."""
     from common.utils.node_keys import extract_public_key, generate_key, key_fingerprint
 
     generate_key(path)
-    line = extract_public_key(path)
-    public = path.with_name(f"{path.name}.pub")
-    public.write_text(f"{line}\n")
-    typer.echo(line)
+    public_key = extract_public_key(path)
+    public_path = path.with_name(f"{path.name}.pub")
+    public_path.write_text(f"{public_key}\n")
+    typer.echo(public_key)
     typer.echo(
-        f"send {public} to the coordinator and read {key_fingerprint(line)} to them by telephone; {path} stays here",
+        f"send {public_path} to the coordinator, and read {key_fingerprint(public_key)} to them by "
+        "telephone; "
+        f"{path} stays here",
         err=True,
     )
 
 
 @app.command()
 def doctor(
-    site: Annotated[Path, typer.Option(help="site.yaml")] = Path("/etc/consilium/site.yaml"),
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
     coordinator: Annotated[
         str, typer.Option(envvar="CONSILIUM_COORDINATOR", help="its address, host:port")
     ] = "",
-    ca: Annotated[Path, typer.Option(help="ca.crt of the kit")] = Path("/etc/consilium/ca.crt"),
+    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
     key: Annotated[Path, typer.Option(help="this centre's private key")] = Path("/run/secrets/key"),
 ) -> None:
-    """Check all that a run needs here and say what to do: key, coordinator, clock, device, policy, data, disk. Exit status 1 for a fault."""
+    """Check everything that a run needs here, and name the remedies.
+
+    The exit status is 1 if there is a fault.
+    """
     from client.tools.doctor import run_checks
     from common.utils.checks import print_results
 
@@ -262,14 +255,14 @@ def doctor(
 
 @app.command()
 def metrics(
-    site: Annotated[Path, typer.Option(help="site.yaml")] = Path("/etc/consilium/site.yaml"),
-    ca: Annotated[Path, typer.Option(help="ca.crt of the kit")] = Path("/etc/consilium/ca.crt"),
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
+    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
     out: Annotated[
         Path | None,
         typer.Option(help="a file for node_exporter's textfile collector, *.prom; default: print them"),
     ] = None,
 ) -> None:
-    """This centre's own metrics for its Prometheus: what left, privacy spent, disk, certificate. Nothing listens for them."""
+    """Print this centre's own metrics for its Prometheus: what left, privacy spent, disk, certificate."""
     from client.site.config import parse_site
     from client.tools.prometheus import render_metrics
     from common.utils.atomic_files import atomic_write
@@ -281,12 +274,37 @@ def metrics(
         typer.echo(text.decode(), nl=False)
 
 
-def _print_skipped(skipped: list[SkippedItem]) -> None:
-    """Every scan that was passed over, with the reason: at the centre, for the person who typed the command."""
-    for one in skipped:
-        print_plain(console, f"skipped {one.path}: {one.reason}")
-
-
 def main() -> None:
-    """The command's entry point."""
+    """Run the command."""
     run_app(app)
+
+
+def _prepare_slices(
+    data: Path, centre: str, config: Config, store: SliceStore, workers: int
+) -> tuple[int, int]:
+    """Preprocess a cohort, and its training scans once more for each further view; print the skipped scans.
+
+    Returns how many scans are ready, and how many there are.
+    """
+    from client.data.cohort import filter_modality, load_cohort
+    from client.data.loading import list_mask_columns
+    from client.imaging.preprocess import preprocess_cohort
+
+    settings = config.preprocess
+    table = filter_modality(load_cohort(data, centre), settings.modality)
+    base = data if data.is_dir() else data.parent
+    mask_columns = list_mask_columns(config)
+    keys, skipped = preprocess_cohort(table, base, settings, store, workers, mask_columns=mask_columns)
+    training_scans = table[table["split"] == "train"]
+    for view in range(1, settings.num_views + 1):
+        view_settings = replace(settings, view=view)
+        preprocess_cohort(training_scans, base, view_settings, store, workers, mask_columns=mask_columns)
+    _print_skipped(skipped)
+    num_ready = sum(1 for key in keys if key)
+    return num_ready, len(keys)
+
+
+def _print_skipped(skipped: list[SkippedItem]) -> None:
+    """Print every scan that was skipped, with the reason."""
+    for item in skipped:
+        print_plain(console, f"skipped {item.path}: {item.reason}")

@@ -1,5 +1,5 @@
 # One per hospital. From the repository's root:
-#   docker build -f deploy/client.Dockerfile -t consilium-centre:0.1.0 .
+#   docker build -f deploy/client.Dockerfile -t consilium-centre:0.2.0 .
 # CPU only:                  --build-arg TORCH_INDEX=<address of PyTorch's CPU index>
 # Behind a TLS inspection:   --secret id=ca,src=/path/to/your/ca-certificates.crt
 FROM python:3.11-slim AS build

@@ -1,5 +1,5 @@
 # The coordinator's: SuperLink, SuperExec and `consilium-server`. From the repository's root:
-#   docker build -f deploy/server.Dockerfile -t consilium-coordinator:0.1.0 .
+#   docker build -f deploy/server.Dockerfile -t consilium-coordinator:0.2.0 .
 # It trains nothing, so --build-arg TORCH_INDEX=<address of PyTorch's CPU index> makes it some 4 GB smaller and loses nothing.
 # Behind a TLS inspection:   --secret id=ca,src=/path/to/your/ca-certificates.crt
 FROM python:3.11-slim AS build

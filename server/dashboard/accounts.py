@@ -1,5 +1,7 @@
-"""Who may use the console: a name, a role, and Argon2id's hash of a password. No account is there by default, and no password is chosen for anybody
-but at random."""
+"""Accounts of the console: a name, a role, and an Argon2id hash of a password.
+
+There is no account by default, and every password that is set for somebody else is random.
+"""
 
 from __future__ import annotations
 
@@ -11,66 +13,95 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 from common.utils.errors import ConsiliumError, suggest
-from server.ledger.ledger import Ledger, Row
+from server.ledger.ledger import Ledger
+from server.ledger.reader import Row
 
 Role = Literal["viewer", "operator"]
 DISABLED_ROLE = "none"
 MIN_PASSWORD_LENGTH = 12  # characters of a password that a person chose
+MAX_PASSWORD_LENGTH = 256  # characters that are hashed
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _hasher = PasswordHasher()
-_dummy_hash = _hasher.hash(
-    secrets.token_urlsafe()
-)  # compared with where there is no account: as slow, and never right
+# Verified where there is no account, so that the answer takes as long; no password matches it.
+_dummy_hash = _hasher.hash(secrets.token_urlsafe())
 
 
 def find_account(ledger: Ledger, name: str) -> Row | None:
-    """An open account."""
-    return next(
-        (row for row in ledger.read_accounts() if row["name"] == name and row["role"] != DISABLED_ROLE), None
-    )
+    """Return an enabled account, or None."""
+    for row in _list_enabled(ledger):
+        if row["name"] == name:
+            return row
+    return None
 
 
 def create_account(ledger: Ledger, name: str, role: str, actor: str, uses_proxy: bool = False) -> str:
-    """A new account, or one with a new role and password. Returns the password, which is kept nowhere; of a `proxied` account, whose person a
-    reverse proxy has asked already, none. Raises ConsiliumError."""
+    """Create an account, or give one a new role and password.
+
+    Returns the password, which is stored nowhere; nothing for an account that a reverse proxy authenticates.
+
+    Raises:
+        ConsiliumError: the name or role is invalid.
+    """
     if role not in get_args(Role):
         raise ConsiliumError(f"role '{role}' is unknown{suggest(role, get_args(Role))}")
-    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
-        raise ConsiliumError(f"'{name}' is no account's name: 1 to 64 letters, digits and . _ @ -")
-    password = "" if uses_proxy else secrets.token_urlsafe(15)
-    ledger.add_account(name, role, _hasher.hash(password) if password else None)
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConsiliumError(f"'{name}' cannot be an account's name; use 1 to 64 letters, digits and . _ @ -")
+    password = ""
+    password_hash = None
+    if not uses_proxy:
+        password = secrets.token_urlsafe(15)
+        password_hash = _hasher.hash(password)
+    ledger.add_account(name, role, password_hash)
     ledger.log_audit(actor, "account", f"{name}: {role}{', by proxy' if uses_proxy else ''}")
     return password
 
 
 def disable_account(ledger: Ledger, name: str, actor: str) -> None:
-    """No way in by this name from now on. Raises ConsiliumError for an unknown one and for the last operator."""
-    known = [row for row in ledger.read_accounts() if row["role"] != DISABLED_ROLE]
-    if name not in [row["name"] for row in known]:
-        raise ConsiliumError(f"there is no account '{name}'{suggest(name, [row['name'] for row in known])}")
-    if [row["name"] for row in known if row["role"] == "operator"] == [name]:
-        raise ConsiliumError(f"'{name}' is the last operator; give somebody else that role first")
+    """Disable an account.
+
+    Raises:
+        ConsiliumError: there is no such account, or it is the last operator's.
+    """
+    enabled = _list_enabled(ledger)
+    names = [row["name"] for row in enabled]
+    if name not in names:
+        raise ConsiliumError(f"there is no account '{name}'{suggest(name, names)}")
+    operators = [row["name"] for row in enabled if row["role"] == "operator"]
+    if operators == [name]:
+        raise ConsiliumError(f"'{name}' is the last operator; make somebody else an operator first")
     ledger.add_account(name, DISABLED_ROLE, None)
     ledger.log_audit(actor, "account", f"{name}: closed")
 
 
 def change_password(ledger: Ledger, name: str, old_password: str, new_password: str) -> None:
-    """A person's own choice of password. Raises ConsiliumError."""
+    """Set a password that the account's owner chose.
+
+    Raises:
+        ConsiliumError: the present password is wrong, or the new one too short.
+    """
     account = authenticate(ledger, name, old_password)
     if account is None:
-        raise ConsiliumError("the present password is another one")
+        raise ConsiliumError("the present password is wrong")
     if len(new_password) < MIN_PASSWORD_LENGTH:
         raise ConsiliumError(
-            f"the new password has {len(new_password)} characters; {MIN_PASSWORD_LENGTH} are the fewest"
+            f"the new password has {len(new_password)} characters; use at least {MIN_PASSWORD_LENGTH}"
         )
     ledger.add_account(name, account["role"], _hasher.hash(new_password))
     ledger.log_audit(name, "account", f"{name}: new password")
 
 
 def authenticate(ledger: Ledger, name: str, password: str) -> Row | None:
-    """The account, where the password is its own."""
+    """Return the account if the password is right, otherwise None."""
     account = find_account(ledger, name)
+    password_hash = _dummy_hash
+    if account and account["password_hash"]:
+        password_hash = account["password_hash"]
     try:
-        _hasher.verify((account and account["password"]) or _dummy_hash, password[:256])
+        _hasher.verify(password_hash, password[:MAX_PASSWORD_LENGTH])
     except (VerificationError, InvalidHashError):
         return None
     return account
+
+
+def _list_enabled(ledger: Ledger) -> list[Row]:
+    return [row for row in ledger.read_accounts() if row["role"] != DISABLED_ROLE]

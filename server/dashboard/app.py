@@ -1,11 +1,9 @@
-"""The console as a web application: the gate before every page, our own files, and the pages' modules put together."""
+"""The console as a web application: log-in before every page, static files, and the routes put together."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.sessions import SessionMiddleware
 
 from common.utils.errors import ConsiliumError
+from server.dashboard import command_routes, page_routes
 from server.dashboard.auth import (
     SESSION_IDLE_TIMEOUT,
     AuthGate,
@@ -27,34 +26,15 @@ from server.dashboard.auth import (
     ProxyTrust,
     SecurityHeaders,
 )
-from server.dashboard.events import VersionedCache
+from server.dashboard.console import ConsoleContext, Deployment
 from server.dashboard.launcher import Launcher
 from server.dashboard.render import render_page
 from server.ledger.ledger import Ledger
-from server.monitoring.health import SuperLinkNode
 from server.reporting.report_template import PLOT_SCRIPT, REPORT_CSS
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
-IMMUTABLE_CACHE_HEADERS = {"Cache-Control": "public, max-age=31536000, immutable"}
-
-
-@dataclass
-class ConsoleContext:
-    """What the pages share."""
-
-    ledger: Ledger
-    runs: Path
-    gate: AuthGate
-    launcher: Launcher
-    list_nodes: Callable[[], list[SuperLinkNode]] | None = None  # of the SuperLink, in a deployment
-    read_certificate_expiries: Callable[[], dict[str, datetime]] = dict  # {whose: when it expires}
-    page_cache: VersionedCache = field(default_factory=VersionedCache)
-
-
-def get_console(request: Request) -> ConsoleContext:
-    """Of this application."""
-    made: ConsoleContext = request.app.state.console
-    return made
+REVALIDATE = {"Cache-Control": "no-cache"}
+IMMUTABLE = {"Cache-Control": "public, max-age=31536000, immutable"}
 
 
 def create_app(
@@ -63,42 +43,23 @@ def create_app(
     launcher: Launcher,
     trust: ProxyTrust,
     is_https: bool,
-    list_nodes: Callable[[], list[SuperLinkNode]] | None = None,
-    read_certificate_expiries: Callable[[], dict[str, datetime]] = dict,
+    deployment: Deployment | None = None,
 ) -> FastAPI:
-    """The application. `secure`: it is reached by https only; `nodes`, `certificates`: of a deployment."""
-    from server.dashboard import command_routes, page_routes  # they import `console` from here
-
+    """Create the application. `is_https`: it is reached by https only."""
     gate = AuthGate(ledger, trust)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(gate)])
-    app.state.console = ConsoleContext(ledger, runs, gate, launcher, list_nodes, read_certificate_expiries)
+    app.state.console = ConsoleContext(ledger, runs, gate, launcher, deployment or Deployment())
     app.include_router(page_routes.router)
     app.include_router(command_routes.router)
     app.add_api_route("/health", lambda: PlainTextResponse("ok"))
-    plots = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    app.add_route(
-        "/static/base.css",
-        make_static_route(Response(REPORT_CSS, media_type="text/css", headers={"Cache-Control": "no-cache"})),
-    )  # the report's
-    app.add_route(
-        "/static/draw.js",
-        make_static_route(
-            Response(PLOT_SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
-        ),
-    )
-    app.add_route(
-        f"/static/plotly-{version('plotly')}.js",
-        make_static_route(FileResponse(plots, media_type="text/javascript", headers=IMMUTABLE_CACHE_HEADERS)),
-    )
-    app.mount("/static", StaticFiles(directory=PACKAGE_FOLDER / "static"))
+    _add_static_files(app)
     app.add_exception_handler(LoginRequired, redirect_to_login)
     app.add_exception_handler(ConsiliumError, handle_refusal)
     app.add_exception_handler(HTTPException, handle_missing_page)
-    name = "__Host-consilium" if is_https else "consilium"
     app.add_middleware(
         SessionMiddleware,
         secret_key=secrets.token_hex(),
-        session_cookie=name,
+        session_cookie="__Host-consilium" if is_https else "consilium",
         max_age=SESSION_IDLE_TIMEOUT,
         same_site="strict",
         https_only=is_https,
@@ -108,32 +69,45 @@ def create_app(
     return app
 
 
-def make_static_route(response: Response) -> Callable[[Request], Awaitable[Response]]:
-    """A route that always answers the same."""
-
-    async def answer(_: Request) -> Response:
-        return response
-
-    return answer
-
-
 async def redirect_to_login(request: Request, _: Exception) -> Response:
-    """To the log-in page, and back to where the person wanted to go."""
+    """Redirect to the log-in page, which leads back to where the person wanted to go."""
     if request.url.path == "/live":
         return Response(status_code=401)
-    wanted = urlsplit(str(request.url)).path if request.method == "GET" else "/"
-    return RedirectResponse(f"/login?next={wanted}" if wanted != "/" else "/login", 303)
+    next_path = urlsplit(str(request.url)).path if request.method == "GET" else "/"
+    if next_path == "/":
+        return RedirectResponse("/login", 303)
+    return RedirectResponse(f"/login?next={next_path}", 303)
 
 
 async def handle_refusal(request: Request, error: Exception) -> Response:
-    """What a person did wrong, in one sentence."""
-    return render_page(
-        request, "error.html", {"sentence": str(error)}, status=403 if isinstance(error, Forbidden) else 400
-    )
+    """Show in one sentence why a request was refused."""
+    status = 403 if isinstance(error, Forbidden) else 400
+    return render_page(request, "error.html", {"sentence": str(error)}, status=status)
 
 
 async def handle_missing_page(request: Request, error: Exception) -> Response:
-    """No such page."""
+    """Show that there is no such page."""
     status = getattr(error, "status_code", 500)
     sentence = "There is no such page." if status == 404 else str(getattr(error, "detail", ""))
     return render_page(request, "error.html", {"sentence": sentence}, status=status)
+
+
+def _add_static_files(app: FastAPI) -> None:
+    """Serve our own files, the report's style and script, and plotly, which the report uses too."""
+    style = Response(REPORT_CSS, media_type="text/css", headers=REVALIDATE)
+    script = Response(PLOT_SCRIPT, media_type="text/javascript", headers=REVALIDATE)
+    plotly_path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    plotly_script = FileResponse(plotly_path, media_type="text/javascript", headers=IMMUTABLE)
+    app.add_route("/static/base.css", _always_respond(style))
+    app.add_route("/static/draw.js", _always_respond(script))
+    app.add_route(f"/static/plotly-{version('plotly')}.js", _always_respond(plotly_script))
+    app.mount("/static", StaticFiles(directory=PACKAGE_FOLDER / "static"))
+
+
+def _always_respond(response: Response) -> Callable[[Request], Awaitable[Response]]:
+    """Return a route that always gives the same response."""
+
+    async def respond(_: Request) -> Response:
+        return response
+
+    return respond

@@ -1,5 +1,8 @@
-"""Who is asking, and may they? One gate before every page: a page is closed unless it is named in OPEN, and every POST is an operator's unless it is
-named in OWN, with the session's own token in its form (CSRF)."""
+"""Authentication and authorisation: one gate before every page.
+
+Every page requires a log-in unless it is in PUBLIC_PATHS. Every POST requires an operator unless it is in
+SELF_SERVICE_PATHS, and carries the session's own token in its form (CSRF).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from limits import parse
+from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import MutableHeaders
@@ -23,20 +26,28 @@ from server.ledger.ledger import Ledger
 
 PUBLIC_PATHS = ("/login", "/health")
 SELF_SERVICE_PATHS = ("/logout", "/password")  # POSTs that every person may send
-SESSION_IDLE_TIMEOUT, SESSION_MAX_AGE = (
-    2 * 3600,
-    12 * 3600,
-)  # seconds of a session without a request, and in all
-MAX_FORM_BYTES = 65_536  # bytes of a form
-LOGIN_LIMIT_PER_NAME, LOGIN_LIMIT_PER_ADDRESS = parse("5/minute"), parse("20/minute")  # failed log-ins
-# The style elements that plotly.js makes: an empty one, which it fills rule by rule, and one for maps (plotly 7.1.0)
-PLOTLY_STYLE_HASHES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
-CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; script-src 'self'; style-src 'self' {PLOTLY_STYLE_HASHES}; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
+SESSION_IDLE_TIMEOUT = 2 * 3600  # seconds without a request
+SESSION_MAX_AGE = 12 * 3600  # seconds
+MAX_FORM_BYTES = 65_536
+LOGIN_LIMIT_PER_NAME = parse("5/minute")  # failed log-ins
+LOGIN_LIMIT_PER_ADDRESS = parse("20/minute")
+# The style elements that plotly.js makes: an empty one, which it fills, and one for maps (plotly 7.1.0).
+PLOTLY_STYLE_HASHES = (
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' "
+    "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 )
-
-
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        f"style-src 'self' {PLOTLY_STYLE_HASHES}",
+        "img-src 'self' data: blob:",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
@@ -45,7 +56,7 @@ class LoginRequired(Exception):
 
 
 class Forbidden(ConsiliumError):
-    """The person may not."""
+    """The person may not do this."""
 
 
 class SessionUser(NamedTuple):
@@ -58,8 +69,11 @@ class SessionUser(NamedTuple):
 
 @dataclass
 class ProxyTrust:
-    """Whom the network vouches for: a reverse proxy that has logged people in, whose `header` then names the person; and from where Prometheus may
-    read /metrics without logging in."""
+    """Which addresses are trusted for what.
+
+    A reverse proxy that has authenticated people names them in `user_header`. Prometheus may read /metrics
+    without a log-in.
+    """
 
     user_header: str = ""
     proxy_networks: Networks = ()
@@ -67,104 +81,111 @@ class ProxyTrust:
 
     @classmethod
     def from_options(cls, header: str, proxies: list[str], scrapers: list[str]) -> ProxyTrust:
-        """Raises ConsiliumError."""
+        """Build from command options.
+
+        Raises ConsiliumError for an invalid address or a header without a proxy.
+        """
         if header and not proxies:
             raise ConsiliumError(
-                "--trust-header needs --proxy ADDRESS: from any other address the header could be anybody's"
+                "--trust-header needs --proxy ADDRESS, because anybody else could send that header"
             )
         try:
-            return cls(
-                header, tuple(map(ipaddress.ip_network, proxies)), tuple(map(ipaddress.ip_network, scrapers))
-            )
+            proxy_networks = tuple(ipaddress.ip_network(address) for address in proxies)
+            scraper_networks = tuple(ipaddress.ip_network(address) for address in scrapers)
         except ValueError as error:
             raise ConsiliumError(
                 f"{error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24"
             ) from None
+        return cls(header, proxy_networks, scraper_networks)
 
     def read_user_name(self, request: Request) -> str:
-        """The person that the proxy names; "" where none does."""
-        return (
-            request.headers.get(self.user_header, "")
-            if self.user_header and _is_in_networks(request, self.proxy_networks)
-            else ""
-        )
+        """Return the person whom a trusted proxy names, or nothing."""
+        if not self.user_header or not _is_in_networks(request, self.proxy_networks):
+            return ""
+        return request.headers.get(self.user_header, "")
 
     def is_scraper(self, request: Request) -> bool:
-        """Prometheus at an address of its own: what comes by way of a proxy may be anybody."""
-        return _is_in_networks(request, self.scraper_networks) and not _is_in_networks(
-            request, self.proxy_networks
-        )
+        """Return whether Prometheus asks from an address of its own; through a proxy it could be anybody."""
+        from_scraper = _is_in_networks(request, self.scraper_networks)
+        return from_scraper and not _is_in_networks(request, self.proxy_networks)
 
 
 def _is_in_networks(request: Request, networks: Networks) -> bool:
+    if request.client is None:
+        return False
     try:
-        address = ipaddress.ip_address(request.client.host) if request.client else None
+        address = ipaddress.ip_address(request.client.host)
     except ValueError:  # a test client's
-        address = None
-    return address is not None and any(address in network for network in networks)
+        return False
+    return any(address in network for network in networks)
 
 
 class AuthGate:
-    """The dependency of every route. Sessions are signed cookies, by a key that lives as long as this process."""
+    """The dependency of every route.
+
+    Sessions are cookies signed by a key that lives as long as this process.
+    """
 
     def __init__(self, ledger: Ledger, trust: ProxyTrust) -> None:
-        self.ledger, self.trust = ledger, trust
-        self.ended_sessions: dict[str, float] = {}  # {session logged out: when it would have ended}
+        self.ledger = ledger
+        self.trust = trust
+        self.ended_sessions: dict[str, float] = {}  # {id of a session logged out: when it would have expired}
         self.failed_logins = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, request: Request) -> None:
-        """Raises Login or Forbidden; else `request.state` has the `person`, None on an open page, and of a POST the `form`."""
-        path, post = request.url.path, request.method == "POST"
+        """Admit a request, or raise LoginRequired or Forbidden.
+
+        Sets `request.state.person`, None on a public page, and `request.state.form` of a POST.
+        """
+        path = request.url.path
+        is_post = request.method == "POST"
         request.state.person = None
-        if post:
-            if int(request.headers.get("content-length", MAX_FORM_BYTES + 1)) > MAX_FORM_BYTES:
-                raise Forbidden(f"a form has {MAX_FORM_BYTES} bytes at most")
-            request.state.form = await request.form()
+        if is_post:
+            await _read_form(request)
         if path in PUBLIC_PATHS or (path == "/metrics" and self.trust.is_scraper(request)):
             return
-        request.state.person = person = await run_in_threadpool(self.identify_user, request)
-        if post:
-            if not secrets.compare_digest(
-                str(request.state.form.get("csrf", "")).encode(), person.csrf.encode()
-            ):
-                raise Forbidden(
-                    "this form is of another session, or older than your log-in; go back, reload the page and try again"
-                )
-            if person.role != "operator" and path not in SELF_SERVICE_PATHS:
-                raise Forbidden("only an operator may do this; you are a viewer")
+        user = await run_in_threadpool(self.identify_user, request)
+        request.state.person = user
+        if is_post:
+            _authorise_post(request, user)
 
     def identify_user(self, request: Request) -> SessionUser:
-        """Raises Login where nobody is logged in, Forbidden where the proxy's person has no account."""
+        """Return whose request it is.
+
+        Raises:
+            LoginRequired: nobody is logged in.
+            Forbidden: the person whom the proxy names has no account.
+        """
+        proxy_user = self.trust.read_user_name(request)
+        if proxy_user:
+            return self._identify_proxy_user(request, proxy_user)
         session: dict[str, Any] = request.session
-        if name := self.trust.read_user_name(request):
-            account = accounts.find_account(self.ledger, name)
-            if account is None:
-                raise Forbidden(
-                    f"'{name}' has no account here; an operator can make one: consilium-server account add {name} --by-proxy"
-                )
-            return SessionUser(name, account["role"], session.setdefault("csrf", secrets.token_urlsafe()))
         account = accounts.find_account(self.ledger, session.get("name", ""))
-        now = time.time()
-        alive = (
-            session.get("id") not in self.ended_sessions and now - session.get("began", 0) < SESSION_MAX_AGE
-        )
-        if (
-            account is None or account["id"] != session.get("account") or not alive
-        ):  # another id: its password or role has changed
+        age = time.time() - session.get("began", 0)
+        has_ended = session.get("id") in self.ended_sessions or age >= SESSION_MAX_AGE
+        # A new password or role gives the account another id.
+        if account is None or account["id"] != session.get("account") or has_ended:
             session.clear()
             raise LoginRequired
         return SessionUser(account["name"], account["role"], session["csrf"])
 
     def log_in(self, request: Request, name: str, password: str) -> None:
-        """Begin a session. Raises ConsiliumError, the same for a wrong name and a wrong password."""
+        """Begin a session.
+
+        Raises ConsiliumError, with the same text for a wrong name and a wrong password.
+        """
         address = request.client.host if request.client else ""
-        keys = (LOGIN_LIMIT_PER_NAME, name[:64], address), (LOGIN_LIMIT_PER_ADDRESS, address)
-        if not all(self.failed_logins.test(*key) for key in keys):
-            raise Forbidden("too many attempts; wait a minute")
+        limits: list[tuple[RateLimitItem, tuple[str, ...]]] = [
+            (LOGIN_LIMIT_PER_NAME, (name[:64], address)),
+            (LOGIN_LIMIT_PER_ADDRESS, (address,)),
+        ]
+        for limit, identifiers in limits:
+            if not self.failed_logins.test(limit, *identifiers):
+                raise Forbidden("too many attempts; wait a minute")
         account = accounts.authenticate(self.ledger, name, password)
         if account is None:
-            for key in keys:
-                self.failed_logins.hit(*key)
+            for limit, identifiers in limits:
+                self.failed_logins.hit(limit, *identifiers)
             raise ConsiliumError("name or password is wrong")
         request.session.clear()
         request.session.update(
@@ -177,31 +198,63 @@ class AuthGate:
         self.ledger.log_audit(name, "login", f"from {address}")
 
     def log_out(self, request: Request) -> None:
-        """End the session: its cookie is worth nothing any more, whoever has a copy."""
+        """End the session, so that a copy of its cookie is worthless."""
         now = time.time()
-        self.ended_sessions = {key: until for key, until in self.ended_sessions.items() if until > now} | {
-            request.session.get("id", ""): now + SESSION_MAX_AGE
-        }
+        still_valid = {key: expiry for key, expiry in self.ended_sessions.items() if expiry > now}
+        still_valid[request.session.get("id", "")] = now + SESSION_MAX_AGE
+        self.ended_sessions = still_valid
         request.session.clear()
+
+    def _identify_proxy_user(self, request: Request, name: str) -> SessionUser:
+        account = accounts.find_account(self.ledger, name)
+        if account is None:
+            raise Forbidden(
+                f"'{name}' has no account here; an operator can create one with "
+                f"consilium-server account add {name} --by-proxy"
+            )
+        csrf = request.session.setdefault("csrf", secrets.token_urlsafe())
+        return SessionUser(name, account["role"], csrf)
+
+
+async def _read_form(request: Request) -> None:
+    if int(request.headers.get("content-length", MAX_FORM_BYTES + 1)) > MAX_FORM_BYTES:
+        raise Forbidden(f"a form may have at most {MAX_FORM_BYTES} bytes")
+    request.state.form = await request.form()
+
+
+def _authorise_post(request: Request, user: SessionUser) -> None:
+    token = str(request.state.form.get("csrf", ""))
+    if not secrets.compare_digest(token.encode(), user.csrf.encode()):
+        raise Forbidden(
+            "this form belongs to another session, or is older than your log-in; "
+            "go back, reload the page and try again"
+        )
+    if user.role != "operator" and request.url.path not in SELF_SERVICE_PATHS:
+        raise Forbidden("only an operator may do this; you are a viewer")
 
 
 class SecurityHeaders:
-    """What every answer tells the browser: nothing but our own files, no frame around it, no copy kept."""
+    """Adds headers to every response: only our own files, no frame around a page, no copy kept."""
 
     def __init__(self, app: ASGIApp, is_https: bool) -> None:
-        self.app, self.is_https = app, is_https
+        self.app = app
+        self.is_https = is_https
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
-                headers.setdefault("Cache-Control", "no-store")
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "same-origin"
-                headers["Cross-Origin-Opener-Policy"] = "same-origin"
-                if self.is_https:
-                    headers["Strict-Transport-Security"] = "max-age=31536000"
+                self._add_headers(MutableHeaders(scope=message))
             await send(message)
 
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+    def _add_headers(self, headers: MutableHeaders) -> None:
+        headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+        headers.setdefault("Cache-Control", "no-store")
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Referrer-Policy"] = "same-origin"
+        headers["Cross-Origin-Opener-Policy"] = "same-origin"
+        if self.is_https:
+            headers["Strict-Transport-Security"] = "max-age=31536000"

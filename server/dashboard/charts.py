@@ -1,216 +1,220 @@
-"""What the figures show, and the tables beside them: drawn as the report's (server/reporting/figures.py), from the ledger's rows. Of many centres the worst are
-drawn and the others are a band."""
+"""What the console's figures and the tables beside them show.
+
+They are drawn like the report's (server/reporting/figures.py), from the ledger's rows. Of many centres the
+worst are drawn as lines and all of them as a band.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from common.config.compose import parse_config
+from common.config.parse import parse_config
 from common.learning.losses import class_names
 from common.learning.metrics import primary_metric
 from server.analysis.score_tables import group_counts_by_class
-from server.ledger.ledger import Ledger, Row
-from server.monitoring import run_status
+from server.ledger.ledger import Ledger
+from server.ledger.reader import Row
+from server.monitoring import centre_reports, run_history, run_info
+from server.monitoring.run_history import ScoreHistory, ScorePoint
+from server.reporting.centre_tables import build_label_count_tables
+from server.reporting.cross_site_figures import SiteScores, list_defined_metrics
 from server.reporting.figures import (
-    METRIC_NAMES,
-    Figure,
-    Rounds,
     build_cost_figures,
     build_image_statistics_figures,
     build_round_figures,
     build_weight_figures,
-    plot_over_rounds,
-    to_finite_float,
 )
+from server.reporting.labels import VIEW_LABELS, View, format_number, label_metric, to_finite_float
+from server.reporting.ledger_records import load_cross_site_scores, load_image_statistics
+from server.reporting.numbered_rounds import RoundPosition, Rounds
+from server.reporting.plot_traces import Figure, Trace, plot_over_rounds
 from server.reporting.report_tables import (
     HeaderCell,
     ReportTable,
     TableCell,
     TableRow,
-    build_label_count_tables,
     build_score_table,
     build_weight_table,
-    format_number,
-    list_metrics,
+    number_cell,
 )
+from server.reporting.scores import choose_task_metric, list_metrics
+from server.run.records import CentreScores, CrossSiteScores, ImageStatistic, TaskScores
 
-MAX_LINES = 12  # centres in a figure; of more, the WORST and a band
+MAX_LINES = 12  # centres in a figure; of more, the worst and a band
 NUM_WORST = 5
-MAX_CURVE_POINTS, MAX_MARKED_POINTS = 300, 60  # of a curve; with marks
+MAX_CURVE_POINTS = 300
+MAX_MARKED_POINTS = 60  # of a curve whose points have markers
+NUM_SHADES = 6  # of a cross-site table's cells, above 0
 
 
-def build_history_figures(history: Mapping[str, Any]) -> list[Figure]:
-    """Mean over centres and worst centre, over all rounds."""
-    points = downsample_points(history["points"])
-    rounds: Rounds = [(i, p["stage"], p) for i, p in points]
-    if not any(p["macro"] is not None for _, p in points):
+# ---- scores over the rounds
+
+
+def build_history_figures(history: ScoreHistory) -> list[Figure]:
+    """Plot the mean over centres and the worst centre, over all rounds."""
+    points = downsample_points(history.points)
+    if not any(point.macro is not None for point in points.values()):
         return []
-    label = METRIC_NAMES.get(history["metric"], history["metric"])
+    label = label_metric(history.metric)
     lines = {
-        "mean of centres": [p["macro"] for _, p in points],
-        "worst centre": [p["worst"] for _, p in points],
+        VIEW_LABELS[View.MACRO]: [point.macro for point in points.values()],
+        VIEW_LABELS[View.WORST]: [point.worst for point in points.values()],
     }
-    return [
-        with_legend(
-            plot_over_rounds(f"{history['task']}: {label} on validation", label, rounds, [], {}, lines)
-        )
-    ]
+    title = f"{history.task}: {label} on validation"
+    return [with_legend(plot_over_rounds(title, label, list(points), [], {}, lines))]
 
 
-def build_comparison_figures(histories: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    """Mean and worst centre of each run, one colour a run."""
+def build_comparison_figures(histories: Mapping[str, ScoreHistory]) -> list[Figure]:
+    """Plot the mean and the worst centre of several runs, one colour a run."""
+    longest = max(histories.values(), key=lambda history: len(history.points))
+    positions = list(downsample_points(longest.points))
+    label = label_metric(longest.metric)
     figures = []
-    for view, label in (("macro", "mean of centres"), ("worst", "worst centre")):
-        names = list(histories)
-        longest = max(histories.values(), key=lambda c: len(c["points"]))
-        rounds: Rounds = [(i, p["stage"], p) for i, p in downsample_points(longest["points"])]
+    for view in (View.MACRO, View.WORST):
         lines = {}
-        for name, course in histories.items():
-            known = {(p["stage"], p["round"]): p[view] for p in course["points"]}
-            lines[name] = [known.get((stage, p["round"])) for _, stage, p in rounds]
-        metric = METRIC_NAMES.get(longest["metric"], longest["metric"])
-        figures.append(
-            with_legend(
-                plot_over_rounds(
-                    f"{longest['task']}: {metric} on validation, {label}", metric, rounds, names, lines
-                )
-            )
-        )
-    return [figure for figure in figures if figure["data"]]
+        for run_id, history in histories.items():
+            values = {(point.stage, point.round): getattr(point, view) for point in history.points}
+            lines[run_id] = [values.get((position.stage, position.round)) for position in positions]
+        title = f"{longest.task}: {label} on validation, {VIEW_LABELS[view]}"
+        figures.append(with_legend(plot_over_rounds(title, label, positions, list(histories), lines)))
+    return [figure for figure in figures if figure.data]
 
 
-def downsample_points(points: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, point): every so manieth, the first and the last."""
+def downsample_points(points: Sequence[ScorePoint]) -> dict[RoundPosition, ScorePoint]:
+    """Return every so many points, and the last, by their positions."""
     step = max(1, math.ceil(len(points) / MAX_CURVE_POINTS))
-    return [(i + 1, p) for i, p in enumerate(points) if i % step == 0 or i == len(points) - 1]
+    chosen = {}
+    for index, point in enumerate(points):
+        if index % step == 0 or index == len(points) - 1:
+            chosen[RoundPosition(index + 1, point.stage, point.round)] = point
+    return chosen
 
 
 def with_legend(figure: Figure) -> Figure:
-    """With its legend above the plot, in a margin of its own; marks only where they stand apart."""
-    data = [{**t, "mode": "lines"} if len(t["x"]) > MAX_MARKED_POINTS else t for t in figure["data"]]
-    layout = figure["layout"] | {
-        "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0},
-    }
-    return {**figure, "data": data, "layout": layout | {"margin": {"t": 52}}}
+    """Return the figure with a legend above the plot, and markers only where they are far apart."""
+    traces = []
+    for trace in figure.data:
+        if len(trace["x"]) > MAX_MARKED_POINTS:
+            trace = {**trace, "mode": "lines"}
+        traces.append(trace)
+    legend = {"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0}
+    layout = {**figure.layout, "showlegend": True, "legend": legend, "margin": {"t": 52}}
+    return replace(figure, data=traces, layout=layout)
+
+
+# ---- learning
 
 
 def learning_view(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:
-    """Figures, the last validation's table, the test's, the weights with what they follow from, and the matrix."""
-    sites = run_status.list_expected_centres(row)
-    names = list(dict.fromkeys([*run_status.list_cohorts(row), *sites]))
-    last: Mapping[str, Any] = next((r["val"] for _, _, r in reversed(rounds) if r["val"]), {})
-    task, metric = run_status.primary_task_metric(row, last)
-    tested = run_status.load_test_scores(ledger, row["id"])
-    shown = select_worst_centres(last.get(task, {}), metric, names) if len(names) > MAX_LINES else names
+    """Return what the Learning page shows: figures, scores, weights and their causes, cross-site scores."""
+    centres = run_info.list_expected_centres(row)
+    names = list(dict.fromkeys([*run_info.list_cohorts(row), *centres]))
+    last = _last_validation(rounds)
+    tested = run_history.load_test_scores(ledger, row["id"])
+    task, metric = choose_task_metric(parse_config(row["config"]).evaluation, last)
+    has_many_centres = len(names) > MAX_LINES
+    shown = names
+    if has_many_centres:
+        shown = select_worst_centres(last[task].centres if task in last else {}, metric, names)
     figures = build_round_figures(rounds, shown, task, metric)
-    if len(names) > MAX_LINES:
-        figures = [{**f, "data": [*quartile_band(rounds, f, names), *f["data"]]} for f in figures]
-    figures += build_weight_figures(rounds, shown) + build_cost_figures(rounds, shown)
+    if has_many_centres:
+        figures = [replace(figure, data=[*quartile_band(rounds, figure), *figure.data]) for figure in figures]
     return {
-        "figures": figures,
-        "shown": shown if len(names) > MAX_LINES else [],
+        "figures": figures + build_weight_figures(rounds, shown) + build_cost_figures(rounds, shown),
+        "shown": shown if has_many_centres else [],
         "who": shown,
         "count": len(rounds),
-        "scores": [
-            build_sorted_score_table(t, last[t], "validation", metric)
-            for t in sorted(last, key=lambda t: t != task)
-        ],
-        "tests": [
-            build_sorted_score_table(t, tested[t], "test", metric)
-            for t in sorted(tested, key=lambda t: t != task)
-        ],
-        "weights": build_weight_table(rounds, sites),
+        "scores": _build_score_tables(last, "validation", task, metric),
+        "tests": _build_score_tables(tested, "test", task, metric),
+        "weights": build_weight_table(rounds, centres),
         "why": explain_weights(ledger, row),
-        "matrix": build_cross_site_tables(ledger.read_artifacts(row["id"]).get("matrix") or {}, metric),
+        "matrix": build_cross_site_tables(load_cross_site_scores(ledger, row["id"]), metric),
     }
 
 
-def build_sorted_score_table(task: str, scores: Mapping[str, Any], split: str, metric: str) -> ReportTable:
-    """Centre x metric, the worst centre first."""
-    centres = scores.get("centres", {})
-    order = sorted(
-        centres,
-        key=lambda c: (
-            to_finite_float(centres[c].get(primary_metric(metric, scores.get("macro", {})))) is None,
-            _sortable_value(centres[c], metric),
-        ),
-    )
-    grid = build_score_table(
-        task, {**scores, "centres": {c: centres[c] for c in order}}, list_metrics(scores)
-    )
-    return grid._replace(caption=f"{task}, {split} scans")
+def _last_validation(rounds: Rounds) -> Mapping[str, TaskScores]:
+    for entry in reversed(rounds):
+        if entry.record.validation:
+            return entry.record.validation
+    return {}
 
 
-def _sortable_value(values: Mapping[str, Any], metric: str) -> float:
-    found = to_finite_float(values.get(metric))
-    return math.inf if found is None else found
+def _build_score_tables(
+    scores: Mapping[str, TaskScores], split: str, first_task: str, metric: str
+) -> list[ReportTable]:
+    tasks = sorted(scores, key=lambda task: task != first_task)
+    return [build_sorted_score_table(task, scores[task], split, metric) for task in tasks]
 
 
-def select_worst_centres(scores: Mapping[str, Any], metric: str, centre_names: Sequence[str]) -> list[str]:
-    """The centres with the lowest values now, and in the order of the federation."""
-    values = {c: _sortable_value(of, metric) for c, of in scores.get("centres", {}).items()}
-    lowest = sorted(values, key=lambda c: values[c])[:NUM_WORST]
-    return [c for c in centre_names if c in lowest]
+def build_sorted_score_table(task: str, scores: TaskScores, split: str, metric: str) -> ReportTable:
+    """Return a task's scores by centre, the worst centre first."""
+    shown = primary_metric(metric, scores.macro)
+    names = sorted(scores.centres, key=lambda name: _sortable_value(scores.centres[name], shown))
+    ordered = replace(scores, centres={name: scores.centres[name] for name in names})
+    table = build_score_table(task, ordered, list_metrics(scores))
+    return table._replace(caption=f"{task}, {split} scans")
 
 
-def quartile_band(rounds: Rounds, figure: Figure, centre_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The middle half of all centres (first to third quartile) by round, behind the lines of a figure of scores."""
-    task, _, rest = figure["title"].partition(": ")
-    metric = next((m for m, name in METRIC_NAMES.items() if rest.startswith(f"{name} on ")), "")
-    low, high = [], []
-    for _, _, r in rounds:
-        values = [
-            v
-            for of in r["val"].get(task, {}).get("centres", {}).values()
-            if (v := to_finite_float(of.get(metric))) is not None
-        ]
-        q = np.quantile(values, [0.25, 0.75]).tolist() if values else [None, None]
-        low.append(q[0])
-        high.append(q[1])
-    if not any(v is not None for v in low):
+def _sortable_value(scores: CentreScores, metric: str) -> float:
+    value = to_finite_float(scores.get_metric(metric))
+    return math.inf if value is None else value
+
+
+def select_worst_centres(
+    scores: Mapping[str, CentreScores], metric: str, centre_names: Sequence[str]
+) -> list[str]:
+    """Return the centres with the lowest values now, in the order of the federation."""
+    lowest = sorted(scores, key=lambda name: _sortable_value(scores[name], metric))[:NUM_WORST]
+    return [name for name in centre_names if name in lowest]
+
+
+def quartile_band(rounds: Rounds, figure: Figure) -> list[Trace]:
+    """Return the middle half of all centres by round, to be drawn behind the lines of a figure of scores."""
+    low: list[float | None] = []
+    high: list[float | None] = []
+    for entry in rounds:
+        scores = entry.record.validation.get(figure.task)
+        first, third = _quartiles(scores.centres.values() if scores else [], figure.metric)
+        low.append(first)
+        high.append(third)
+    if not any(value is not None for value in low):
         return []
-    x = [i for i, _, _ in rounds]
-    line = {"x": x, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    numbers = [entry.number for entry in rounds]
+    line = {"x": numbers, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     return [{**line, "y": low}, {**line, "y": high, "fill": "tonexty", "fillcolor": "var(--line)"}]
 
 
+def _quartiles(scores: Iterable[CentreScores], metric: str) -> tuple[float | None, float | None]:
+    values = [to_finite_float(centre_scores.get_metric(metric)) for centre_scores in scores]
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return None, None
+    first, third = np.quantile(defined, [0.25, 0.75]).tolist()
+    return first, third
+
+
 def explain_weights(ledger: Ledger, row: Row) -> dict[str, Any]:
-    """What the centres' weights follow from: labelled training scans by class, tau, and each head's prior."""
+    """Return what the weights follow from: labelled training scans by class, tau, and each head's prior."""
     config = parse_config(row["config"])
     task = config.evaluation.task
-    classes = list(map(str, class_names(task, config.tasks[task])))
-    said = {r["centre"]: r["facts"] for r in ledger.read_centres(row["id"])}
-    lines = []
-    for centre, facts_ in said.items():
-        held = [n for key, n in facts_.get("counts", {}).items() if key.split("/")[1:] == ["train", task]]
-        sums = [sum(column) for column in zip(*held, strict=True)] if held else []
-        lines.append(
-            TableRow(
-                [
-                    TableCell(centre),
-                    *(
-                        TableCell(format_number(n, 0) or "–", "n")
-                        for n in sums[: len(classes)] or [None] * len(classes)
-                    ),
-                ]
-            )
-        )
-    grid = ReportTable(
-        [[HeaderCell("centre", False), *map(HeaderCell, classes)]],
-        lines,
-        f"labelled training scans for {task}",
-    )
-    priors = [
-        f"{name}: {t.prior}" + (f", tau {t.tau:g}" if t.prior != "none" else "")
-        for name, t in config.tasks.items()
-    ]
+    classes = [str(name) for name in class_names(task, config.tasks[task])]
+    rows = []
+    for centre, report in centre_reports.load_centre_reports(ledger, row["id"]).items():
+        counts = _count_training_scans(report, task, len(classes))
+        cells = [number_cell(format_number(count, 0)) for count in counts]
+        rows.append(TableRow([TableCell(centre), *cells]))
+    header = [HeaderCell("centre", False), *map(HeaderCell, classes)]
+    priors = []
+    for name, settings in config.tasks.items():
+        strength = "" if settings.prior == "none" else f", tau {settings.tau:g}"
+        priors.append(f"{name}: {settings.prior}{strength}")
     return {
-        "grid": grid,
+        "grid": ReportTable([header], rows, f"labelled training scans for {task}"),
         "tau": config.aggregation.tau,
         "count": config.aggregation.weight_by,
         "priors": priors,
@@ -218,81 +222,102 @@ def explain_weights(ledger: Ledger, row: Row) -> dict[str, Any]:
     }
 
 
-def build_cross_site_tables(cross_site: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
-    """One table a task: rows are where a model was trained, columns where it was scored; `shade` 0 to 6 by value."""
+def _count_training_scans(
+    report: centre_reports.CentreReport, task: str, num_classes: int
+) -> list[float | None]:
+    """Return a centre's training scans by class, over all its cohorts; None where it reported none."""
+    counts = []
+    for key, scans in report.task_counts(task).items():
+        if key.split == "train":
+            counts.append(scans[:num_classes])
+    if not counts:
+        return [None] * num_classes
+    totals: list[float | None] = np.sum(counts, axis=0).tolist()
+    return totals
+
+
+# ---- cross-site scores
+
+
+def build_cross_site_tables(cross_site: CrossSiteScores | None, metric: str) -> list[dict[str, Any]]:
+    """Return one table a task: rows are where a model was trained, columns where it was scored."""
+    if cross_site is None:
+        return []
     tables = []
-    for task, trained in cross_site.get("tasks", {}).items():
-        known = {name for of in trained.values() for values in of.values() for name in values}
-        shown = primary_metric(metric, known)
-        columns = list(dict.fromkeys(c for of in trained.values() for c in of))
-        values = {
-            (a, b): to_finite_float(of.get(b, {}).get(shown)) for a, of in trained.items() for b in columns
-        }
-        there = [v for v in values.values() if v is not None]
-        low, high = (min(there), max(there)) if there else (0.0, 1.0)
-        rows = []
-        for a, of in trained.items():
-            cells = []
-            for b in columns:
-                v = values[a, b]
-                shade = "" if v is None else round(6 * (v - low) / (high - low or 1))
-                why = of.get(b, {}).get("reasons", {}).get(shown, "") if v is None else ""
-                cells.append(
-                    {
-                        "text": format_number(v) or (f"undefined: {why.split(' (')[0]}" if why else "–"),
-                        "shade": shade,
-                        "own": a == b,
-                    }
-                )
-            rows.append((a, cells))
+    for task, scores in cross_site.tasks.items():
+        shown = primary_metric(metric, list_defined_metrics(scores))
+        columns: dict[str, None] = {}
+        for row in scores.values():
+            columns |= dict.fromkeys(row)
         tables.append(
             {
                 "task": task,
-                "metric": METRIC_NAMES.get(shown, shown),
-                "columns": columns,
-                "rows": rows,
-                "round": cross_site["round"],
-                "stage": cross_site["stage"],
+                "metric": label_metric(shown),
+                "columns": list(columns),
+                "rows": _cross_site_rows(scores, list(columns), shown),
+                "round": cross_site.round,
+                "stage": cross_site.stage,
             }
         )
     return tables
 
 
+def _cross_site_rows(
+    scores: SiteScores, columns: Sequence[str], metric: str
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return {text, shade from 0 to `NUM_SHADES` or "", own: scored where it was trained} for each cell."""
+    values = []
+    for row in scores.values():
+        values += [to_finite_float(cell.get_metric(metric)) for cell in row.values()]
+    defined = [value for value in values if value is not None]
+    low = min(defined, default=0.0)
+    extent = (max(defined, default=1.0) - low) or 1.0
+    rows = []
+    for trained_at, row in scores.items():
+        cells = []
+        for scored_at in columns:
+            value = to_finite_float(row[scored_at].get_metric(metric)) if scored_at in row else None
+            shade = "" if value is None else round(NUM_SHADES * (value - low) / extent)
+            text = format_number(value) or _explain_missing(row.get(scored_at), metric)
+            cells.append({"text": text, "shade": shade, "own": trained_at == scored_at})
+        rows.append((trained_at, cells))
+    return rows
+
+
+def _explain_missing(cell: CentreScores | None, metric: str) -> str:
+    if cell is None or metric not in cell.reasons:
+        return "–"
+    short_reason = cell.reasons[metric].split(" (")[0]
+    return f"undefined: {short_reason}"
+
+
+# ---- data
+
+
 def data_view(ledger: Ledger, row: Row) -> dict[str, Any]:
-    """Counts by class and split of every task; the histograms of the survey, and how far each centre lies from the others."""
-    surveyed = ledger.read_artifacts(row["id"]).get("quality") or {}
-    said = {r["centre"]: r["facts"] for r in ledger.read_centres(row["id"])}
-    names = run_status.list_cohorts(row)
-    figures = [
-        with_legend(f)
-        for f in build_image_statistics_figures(
-            {name: keep_most_drifted(of) for name, of in surveyed.items()}, names
-        )
-    ]
-    config = run_status.load_config_with_sources(row, said)
-    labels = {
-        "centres": {
-            c: {"counts": group_counts_by_class(run_status.select_known_counts(of, config), config)}
-            for c, of in said.items()
-        }
-    }
-    drift = [(of["name"], of["drift"]) for of in surveyed.values() if of["drift"]]
+    """Return what the Data page shows: label counts, image statistics and the drift of each centre."""
+    statistics = load_image_statistics(ledger, row["id"])
+    reports = centre_reports.load_centre_reports(ledger, row["id"])
+    names = run_info.list_cohorts(row)
+    shown = {name: keep_most_drifted(statistic) for name, statistic in statistics.items()}
+    figures = [with_legend(figure) for figure in build_image_statistics_figures(shown, names)]
+    config = run_info.load_config_with_sources(row, reports)
+    counts = {}
+    for centre, report in reports.items():
+        counts[centre] = group_counts_by_class(centre_reports.select_known_counts(report, config), config)
     return {
         "figures": figures,
-        "drift": drift,
+        "drift": [(statistic.name, statistic.drift) for statistic in statistics.values() if statistic.drift],
         "names": names,
-        "said": said,
-        "labels": build_label_count_tables(labels),
-        "surveyed": bool(surveyed),
+        "labels": build_label_count_tables(counts),
+        "surveyed": bool(statistics),
     }
 
 
-def keep_most_drifted(measure: Mapping[str, Any]) -> dict[str, Any]:
-    """Of many centres those that lie farthest from the others."""
-    drift = measure["drift"]
-    kept = (
-        sorted(drift, key=lambda c: -drift[c])[:NUM_WORST]
-        if len(measure["centres"]) > MAX_LINES
-        else measure["centres"]
-    )
-    return {**measure, "centres": {c: shares for c, shares in measure["centres"].items() if c in kept}}
+def keep_most_drifted(statistic: ImageStatistic) -> ImageStatistic:
+    """Return the statistic with only those of many centres that are farthest from the others."""
+    if len(statistic.centres) <= MAX_LINES:
+        return statistic
+    farthest = sorted(statistic.drift, key=lambda centre: -statistic.drift[centre])[:NUM_WORST]
+    centres = {name: fractions for name, fractions in statistic.centres.items() if name in farthest}
+    return replace(statistic, centres=centres)

@@ -11,11 +11,17 @@ import sqlalchemy as sa
 from common.config.compose import parse_config
 from common.learning.losses import class_names
 from common.utils.errors import ConsiliumError
-from server.dashboard.render import format_duration_or_dash, format_number_or_dash
+from server.dashboard.render import format_duration_or_dash
 from server.ledger import tables, views
-from server.ledger.ledger import Ledger, Row
-from server.monitoring import health, run_status
-from server.reporting.figures import METRIC_NAMES
+from server.ledger.ledger import Ledger
+from server.ledger.reader import Row
+from server.monitoring import health, run_history, run_status
+from server.monitoring.centre_reports import CentreReport
+from server.monitoring.health import CentreState
+from server.monitoring.run_history import ScoreHistory
+from server.monitoring.run_status import CurrentStatus
+from server.reporting.labels import VIEW_LABELS, format_number_or_dash, label_metric
+from server.reporting.scores import view_value
 from server.run.operator_commands import ACTIVE_STATUSES
 
 TREND_ROUNDS = 5  # rounds back
@@ -23,7 +29,7 @@ DROP_THRESHOLD = 0.05  # of the worst centre's metric in that many
 EXPIRY_WARNING_DAYS = 30  # days before a certificate does
 EPSILON_WARNING_FRACTION = 0.8  # of a limit
 MESSAGE_KINDS = {
-    "meet": "presence: name, sources, versions, scan counts",
+    "handshake": "presence: name, sources, versions, scan counts",
     "train": "weight changes, counts, losses",
     "secure sum": "the same masked, of which only the sum over centres is seen",
     "scores": "score histograms and other sums, for metrics",
@@ -32,6 +38,7 @@ MESSAGE_KINDS = {
     "clusters": "sums of a clustering step",
     "quality": "histograms of lung area, kept positions and intensity",
 }
+STATE_ORDER = (CentreState.OFFLINE, CentreState.DEGRADED, CentreState.ONLINE)
 NodeLister = Callable[[], list[health.SuperLinkNode]] | None
 
 
@@ -57,7 +64,7 @@ def try_list_nodes(list_nodes: NodeLister) -> tuple[list[health.SuperLinkNode] |
 def federation_view(
     ledger: Ledger,
     row: Row,
-    history: Mapping[str, Any],
+    history: ScoreHistory,
     list_nodes: NodeLister,
     certificate_expiries: Mapping[str, datetime],
 ) -> dict[str, Any]:
@@ -70,8 +77,8 @@ def federation_view(
     return {
         "at": at,
         "pace": pace,
-        "people": sorted(people, key=lambda h: ("offline", "degraded", "online").index(h.state)),
-        "online": sum(h.state == "online" for h in people),
+        "people": sorted(people, key=lambda h: STATE_ORDER.index(h.state)),
+        "online": sum(h.state is CentreState.ONLINE for h in people),
         "classes": classes,
         "counted": counted,
         "headline": summarise_trend(history),
@@ -91,44 +98,43 @@ def count_scans_by_class(
     classes = [*map(str, class_names(task, config.tasks[task])), "unlabelled"]
     found: dict[str, list[float]] = {}
     for one in centres:
-        held = [n for key, n in one.metadata.get("counts", {}).items() if key.split("/")[2] == task]
+        held = list(one.report.task_counts(task).values()) if one.report else []
         if held and len(held[0]) == len(classes):
             found[one.centre] = [sum(column) for column in zip(*held, strict=True)]
     return classes, found
 
 
-def summarise_trend(history: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_trend(history: ScoreHistory) -> dict[str, Any]:
     """Mean and worst centre now, and against some rounds before."""
-    points = [p for p in history["points"] if p["macro"] is not None]
+    points = [p for p in history.points if p.macro is not None]
     if not points:
         return {}
     now = points[-1]
-    same = [
-        p for p in points if p["stage"] == now["stage"] and p["round"] <= now["round"] - TREND_ROUNDS
-    ] or points[:1]
+    same = [p for p in points if p.stage == now.stage and p.round <= now.round - TREND_ROUNDS] or points[:1]
     before = same[-1]
-    change = {
-        k: None if now[k] is None or before[k] is None or before is now else now[k] - before[k]
-        for k in ("macro", "worst", "spread")
-    }
+    change: dict[str, float | None] = {}
+    for view in ("macro", "worst", "spread"):
+        present, past = getattr(now, view), getattr(before, view)
+        is_comparable = present is not None and past is not None and before is not now
+        change[view] = present - past if is_comparable else None
     return {
         "now": now,
         "change": change,
-        "rounds": now["round"] - before["round"] if now["stage"] == before["stage"] else None,
+        "rounds": now.round - before.round if now.stage == before.stage else None,
     }
 
 
 def collect_warnings(
     ledger: Ledger,
     row: Row,
-    status: Mapping[str, Any],
+    status: CurrentStatus,
     centres: Sequence[health.CentreHealth],
-    history: Mapping[str, Any],
+    history: ScoreHistory,
     warnings: list[tuple[str, str]],
 ) -> list[tuple[str, str]]:
     """(level, sentence) of what is not well, the worst first."""
     if row["status"] not in (*ACTIVE_STATUSES, "finished"):
-        last = [e for e in run_status.load_last_events(ledger, row["id"], 5) if e["kind"] == row["status"]]
+        last = [e for e in run_history.load_last_events(ledger, row["id"], 5) if e["kind"] == row["status"]]
         level = "fault" if row["status"] == "failed" else "warning"
         warnings.append(
             (
@@ -136,35 +142,36 @@ def collect_warnings(
                 f"The run is {row['status']}{': ' + last[-1]['detail'] if last and last[-1]['detail'] else ''}.",
             )
         )
-    excluded = status["excluded"]
-    away = [h for h in centres if h.state != "online" and h.centre not in excluded]
+    excluded = status.excluded
+    away = [h for h in centres if h.state is not CentreState.ONLINE and h.centre not in excluded]
     warnings += [
-        ("fault" if h.state == "offline" else "warning", f"{h.centre} is {h.state}: {h.reason}") for h in away
+        ("fault" if h.state is CentreState.OFFLINE else "warning", f"{h.centre} is {h.state}: {h.reason}") for h in away
     ]
     warnings += [("warning", f"{centre} is excluded by {said}") for centre, said in excluded.items()]
-    for name, here in status["centres"].items():
-        if here.get("slow"):
-            times = here["seconds"] / here["median"]
+    for name, centre in status.centres.items():
+        if centre.is_slow and centre.seconds and centre.median_seconds:
+            times = centre.seconds / centre.median_seconds
             warnings.append(
                 (
                     "warning",
-                    f"{name} has been {here['what']} for {format_duration_or_dash(here['seconds'])}, {times:.1f} times its own median",
+                    f"{name} has been {centre.activity} for {format_duration_or_dash(centre.seconds)}, "
+                    f"{times:.1f} times its own median",
                 )
             )
     if (
-        status.get("waiting")
-        and (over := (datetime.now(UTC) - status["since"]).total_seconds() - status["deadline"]) > 0
+        status.waiting_for
+        and (over := (datetime.now(UTC) - status.since).total_seconds() - status.round_timeout) > 0
     ):
         warnings.append(
             (
                 "fault",
-                f"The round is {format_duration_or_dash(over)} over its deadline of {format_duration_or_dash(status['deadline'])}.",
+                f"The round is {format_duration_or_dash(over)} over its timeout of {format_duration_or_dash(status.round_timeout)}.",
             )
         )
     warnings += warn_epsilon_limits(ledger, row, centres)
     change = summarise_trend(history).get("change", {}).get("worst")
-    if status["going"] and change is not None and change < -DROP_THRESHOLD:
-        metric = METRIC_NAMES.get(history["metric"], history["metric"])
+    if status.is_active and change is not None and change < -DROP_THRESHOLD:
+        metric = label_metric(history.metric)
         warnings.append(
             (
                 "warning",
@@ -191,19 +198,17 @@ def warn_epsilon_limits(
     ledger: Ledger, row: Row, centres: Sequence[health.CentreHealth]
 ) -> list[tuple[str, str]]:
     """Centres whose patients' privacy budget is nearly spent."""
-    if row["config"].get("privacy", {}).get("kind", "none") == "none":
+    if row["config"].get("privacy", {}).get("dp_level", "none") == "none":
         return []
-    spent = {r["centre"]: r["epsilon"] for r in views.last_accepted(ledger, row["id"])}
-    limits = {h.centre: h.metadata.get("policy", {}).get("epsilon") for h in centres}
-    near = [
-        (c, e, limits[c])
-        for c, e in spent.items()
-        if e is not None and limits.get(c) and e >= EPSILON_WARNING_FRACTION * limits[c]
-    ]
-    return [
-        ("warning", f"{c} has spent epsilon {e:.2f} of the {limit:g} that its policy allows")
-        for c, e, limit in near
-    ]
+    limits = {centre.centre: centre.report.epsilon_limit for centre in centres if centre.report}
+    warnings = []
+    for accepted in views.last_accepted(ledger, row["id"]):
+        name, epsilon = accepted["centre"], accepted["epsilon"]
+        limit = limits.get(name)
+        if epsilon is not None and limit and epsilon >= EPSILON_WARNING_FRACTION * limit:
+            sentence = f"{name} has spent epsilon {epsilon:.2f} of the {limit:g} that its policy allows"
+            warnings.append(("warning", sentence))
+    return warnings
 
 
 def privacy_view(ledger: Ledger, row: Row) -> dict[str, Any]:
@@ -211,22 +216,22 @@ def privacy_view(ledger: Ledger, row: Row) -> dict[str, Any]:
     p = tables.progress.c
     left = ledger.read(
         sa.select(
-            p.centre, p.doing, sa.func.count().label("messages"), sa.func.sum(p.bytes_up).label("bytes")
+            p.centre, p.activity, sa.func.count().label("messages"), sa.func.sum(p.bytes_up).label("bytes")
         )
-        .where(p.run == row["id"], p.centre.is_not(None))
-        .group_by(p.centre, p.doing)
+        .where(p.run_id == row["id"], p.centre.is_not(None))
+        .group_by(p.centre, p.activity)
     )
-    kinds = [kind for kind in MESSAGE_KINDS if any(r["doing"] == kind for r in left)]
-    people = {h.centre: h.metadata for h in health.centre_health(ledger, row["id"])}
+    kinds = [kind for kind in MESSAGE_KINDS if any(r["activity"] == kind for r in left)]
+    people = {h.centre: h.report or CentreReport() for h in health.centre_health(ledger, row["id"])}
     return {
         "settings": row["config"].get("privacy", {}),
         "kinds": {kind: MESSAGE_KINDS[kind] for kind in kinds},
         "left": {
-            c: {r["doing"]: r for r in left if r["centre"] == c}
+            c: {r["activity"]: r for r in left if r["centre"] == c}
             for c in dict.fromkeys([*people, *(r["centre"] for r in left)])
         },
         "epsilon": {r["centre"]: r for r in views.last_accepted(ledger, row["id"])},
-        "policies": {c: f.get("policy") or {} for c, f in people.items()},
+        "policies": {c: report.policy for c, report in people.items()},
     }
 
 
@@ -234,7 +239,7 @@ def privacy_view(ledger: Ledger, row: Row) -> dict[str, Any]:
 
 
 def comparison_view(
-    ledger: Ledger, rows: Sequence[Row], histories: Mapping[str, Mapping[str, Any]]
+    ledger: Ledger, rows: Sequence[Row], histories: Mapping[str, ScoreHistory]
 ) -> dict[str, Any]:
     """{"differences": {key: [value of each run]}, "outcomes": {what: [text of each run]}}."""
     flat = [flatten_config(row["config"]) for row in rows]
@@ -243,28 +248,23 @@ def comparison_view(
         key: [of.get(key, "–") for of in flat] for key in keys if len({of.get(key, "–") for of in flat}) > 1
     }
     outcomes: dict[str, list[str]] = {"status": [row["status"] for row in rows]}
-    tested = [run_status.load_test_scores(ledger, row["id"]) for row in rows]
+    tested = [run_history.load_test_scores(ledger, row["id"]) for row in rows]
     spent = [views.centre_totals(ledger, row["id"]) for row in rows]
-    task, metric = histories[rows[0]["id"]]["task"], histories[rows[0]["id"]]["metric"]
-    name = METRIC_NAMES.get(metric, metric)
-    for view, label in (
-        ("macro", "mean of centres"),
-        ("pooled", "pooled"),
-        ("worst", "worst centre"),
-        ("spread", "spread"),
-    ):
+    first = histories[rows[0]["id"]]
+    task, metric = first.task, first.metric
+    name = label_metric(metric)
+    for view, label in VIEW_LABELS.items():
         cells = []
         for test in tested:
-            value = test.get(task, {}).get(view, {}).get(metric)
-            who = f" ({value['centre']})" if isinstance(value, Mapping) and value.get("centre") else ""
-            cells.append(format_number_or_dash(value["value"] if isinstance(value, Mapping) else value) + who)
+            value, centre = view_value(test[task], view, metric) if task in test else (None, "")
+            cells.append(format_number_or_dash(value) + (f" ({centre})" if centre else ""))
         outcomes[f"test {name} of {task}, {label}"] = cells
     best = [
-        max((p["macro"] for p in histories[row["id"]]["points"] if p["macro"] is not None), default=None)
+        max((p.macro for p in histories[row["id"]].points if p.macro is not None), default=None)
         for row in rows
     ]
     outcomes["best validation mean of centres"] = [format_number_or_dash(value) for value in best]
-    outcomes["rounds"] = [str(len([p for p in histories[row["id"]]["points"] if p["round"]])) for row in rows]
+    outcomes["rounds"] = [str(len([p for p in histories[row["id"]].points if p.round])) for row in rows]
     lasted = [sum(r["seconds"] for r in ledger.read_rounds(row["id"])) for row in rows]
     outcomes["time in rounds"] = [format_duration_or_dash(value) for value in lasted]
     for key, label in (("bytes_down", "to the centres, MB"), ("bytes_up", "from the centres, MB")):

@@ -10,15 +10,16 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.utils.errors import ConsiliumError
 from server.dashboard import charts, overview
-from server.dashboard.app import ConsoleContext, get_console
+from server.dashboard.console import ConsoleContext, get_console
 from server.dashboard.events import ledger_version, stream_changes
 from server.dashboard.render import render_page
 from server.ledger import views
-from server.ledger.ledger import Row
-from server.monitoring import run_status
+from server.ledger.audit_trail import first_broken_link
+from server.ledger.reader import Row
+from server.monitoring import run_history, run_info, run_status
 from server.monitoring.prometheus import render_metrics
 from server.reporting import export, model_card
-from server.reporting.figures import METRIC_NAMES
+from server.reporting.labels import METRIC_NAMES
 from server.run import operator_commands
 
 router = APIRouter()
@@ -27,7 +28,7 @@ MAX_ROUNDS_READ = 100  # rounds whose per-centre rows a page reads
 
 def get_run_or_404(console: ConsoleContext, run_id: str) -> Row:
     """Of a cross-validation, its youngest part. Raises ConsiliumError."""
-    row = run_status.load_run(console.ledger, run_id) or next(
+    row = console.ledger.read_run(run_id) or next(
         (r for r in reversed(console.ledger.read_runs()) if operator_commands.find_root_run_id(r) == run_id),
         None,
     )
@@ -36,13 +37,13 @@ def get_run_or_404(console: ConsoleContext, run_id: str) -> Row:
     return row
 
 
-def cached_score_history(console: ConsoleContext, row: Row) -> dict[str, Any]:
+def cached_score_history(console: ConsoleContext, row: Row) -> run_history.ScoreHistory:
     """facts.course, kept."""
     ledger = console.ledger
-    found: dict[str, Any] = console.page_cache.get_or_compute(
+    found: run_history.ScoreHistory = console.page_cache.get_or_compute(
         ("course", row["id"]),
         ledger_version(ledger, row["id"]),
-        lambda: run_status.score_history(ledger, row),
+        lambda: run_history.score_history(ledger, row),
     )
     return found
 
@@ -52,7 +53,7 @@ def show_federation(request: Request) -> Response:
     """Is everything well, who is not and why, how far are we, is the worst centre getting better?"""
     shared = get_console(request)
     ledger, seen = shared.ledger, ledger_version(shared.ledger)
-    row = run_status.select_latest_run(ledger)
+    row = run_info.select_latest_run(ledger)
     shown: dict[str, Any] = {"seen": seen, "live": "", "row": row}
     if row is None:
         return render_page(
@@ -75,9 +76,9 @@ def show_runs(request: Request) -> Response:
     rows = shared.ledger.read_runs()
     there = {row["id"] for row in rows} | {operator_commands.find_root_run_id(row) for row in rows}
     begun = [
-        {**entry, "fate": shared.launcher.exit_message(entry["run"])}
+        {**entry, "fate": shared.launcher.exit_message(entry["run_id"])}
         for entry in shared.ledger.read_audit()
-        if entry["what"] == "start" and entry["run"] not in there
+        if entry["action"] == "start" and entry["run_id"] not in there
     ][-5:]
     rows.sort(key=lambda row: row["created"], reverse=True)
     return render_page(
@@ -94,6 +95,7 @@ def show_run(request: Request, run: str) -> Response:
     ledger, row = shared.ledger, get_run_or_404(shared, run)
     now = ledger_version(ledger, run)
     at = run_status.current_status(ledger, row)
+    closed = views.last_round(ledger, run)
     found = {
         "at": at,
         "pace": run_status.estimate_progress(ledger, row, at),
@@ -103,9 +105,9 @@ def show_run(request: Request, run: str) -> Response:
                 ("spent", run), now, lambda: views.centre_totals(ledger, run)
             )
         },
-        "last": {r["centre"]: r for r in views.last_round(ledger, run).get("contributions", [])},
-        "events": list(reversed(run_status.load_last_events(ledger, run, 40))),
-        "stages": run_status.planned_rounds_by_stage(row),
+        "last": {r["centre"]: r for r in (closed.contributions if closed else [])},
+        "events": list(reversed(run_history.load_last_events(ledger, run, 40))),
+        "stages": run_info.planned_rounds_by_stage(row),
         "fate": shared.launcher.exit_message(operator_commands.find_root_run_id(row), row["since"]),
     }
     return render_page(request, "run.html", found | {"row": row, "seen": now, "live": run})
@@ -119,7 +121,7 @@ def show_learning(request: Request, run: str) -> Response:
     now = ledger_version(ledger, run)
 
     def build_view() -> dict[str, Any]:
-        rounds, step = run_status.load_rounds(ledger, row, MAX_ROUNDS_READ)
+        rounds, step = run_history.load_rounds(ledger, row["id"], MAX_ROUNDS_READ)
         return {"step": step, **charts.learning_view(ledger, row, rounds)}
 
     found = shared.page_cache.get_or_compute(("learning", run), now, build_view)
@@ -252,8 +254,8 @@ def show_audit_trail(request: Request) -> Response:
     """What people did, the latest first, and whether the chain holds."""
     shared = get_console(request)
     trail = shared.ledger.read_audit()
-    wrong = operator_commands.first_broken_link(trail)
-    last = trail[-1]["hash"] if trail else ""
+    wrong = first_broken_link(trail)
+    last = trail[-1]["entry_hash"] if trail else ""
     return render_page(
         request, "audit.html", {"trail": trail[::-1][:500], "count": len(trail), "wrong": wrong, "last": last}
     )

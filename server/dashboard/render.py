@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -14,9 +15,8 @@ from fastapi.responses import HTMLResponse
 from jinja2 import ChoiceLoader, DictLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from server.reporting.figures import Figure
-from server.reporting.report import format_duration
-from server.reporting.report_tables import format_number
+from server.reporting.labels import format_duration, format_number_or_dash
+from server.reporting.plot_traces import Figure
 from server.reporting.report_template import TEMPLATE_MACROS
 
 _loader = ChoiceLoader(
@@ -38,8 +38,8 @@ def render_page(
     figures: Sequence[Figure] = (),
 ) -> HTMLResponse:
     """A page that shows `shown`. `figures` are drawn by static/console.js where the template has an element of their id."""
-    figures = [{**figure, "id": f"figure{i}"} for i, figure in enumerate(figures)]
-    data = {f["id"]: {"data": f["data"], "layout": f["layout"]} for f in figures}
+    figures = [dataclasses.replace(figure, id=f"figure{i}") for i, figure in enumerate(figures)]
+    data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in figures}
     own = {
         "person": getattr(request.state, "person", None),
         "path": request.url.path,
@@ -53,10 +53,6 @@ def render_page(
 def _script_json(data: Any) -> Markup:
     """For a script element of data: "<" escaped, so that no name can end it."""
     return Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
-
-
-def format_number_or_dash(value: Any, decimals: int = 3) -> str:
-    return format_number(value, decimals) or "–"
 
 
 def format_bytes(value: Any) -> str:

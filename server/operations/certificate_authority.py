@@ -1,4 +1,4 @@
-"""The federation's own certificate authority, and the coordinator's certificate. Made offline, with the `cryptography` library."""
+"""Make the federation's own certificate authority and the coordinator's certificate, offline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import ipaddress
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -22,72 +21,78 @@ AUTHORITY_VALIDITY_YEARS = 10
 
 
 def make_authority(folder: Path, name: str) -> None:
-    """ca.key (0600) and ca.crt. Raises FileExistsError."""
+    """Write ca.key (0600) and ca.crt.
+
+    Raises:
+        ConsiliumError: ca.key exists.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} certificate authority")])
-    builder = _certificate_builder(
-        subject, subject, key.public_key(), key.public_key(), 365 * AUTHORITY_VALIDITY_YEARS
-    )
+    validity_days = 365 * AUTHORITY_VALIDITY_YEARS
+    builder = _certificate_builder(subject, subject, key.public_key(), key.public_key(), validity_days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     write_secret_file(folder / "ca.key", _encode_private_key(key))
-    (folder / "ca.crt").write_bytes(
-        _add_key_usage(builder, signs_certificates=True)
-        .sign(key, hashes.SHA384())
-        .public_bytes(form.Encoding.PEM)
-    )
+    certificate = _add_key_usage(builder, signs_certificates=True).sign(key, hashes.SHA384())
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], days: int) -> None:
-    """server.key (0600) and server.crt, a chain of one, for `host`, `sans` and the names used inside. Raises FileExistsError, ConsiliumError."""
+    """Write server.key (0600) and server.crt, for `host`, `sans` and the names used inside the coordinator.
+
+    Raises:
+        ConsiliumError: server.key exists, or the authority's key cannot be read.
+    """
     try:
-        ca_key = form.load_pem_private_key((authority / "ca.key").read_bytes(), None)
+        ca_key = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), None)
     except OSError as error:
         raise ConsiliumError(
-            f"{authority / 'ca.key'} is needed to make a certificate and cannot be read; bring it back for this"
+            f"{authority / 'ca.key'} cannot be read, and a certificate cannot be signed without it; "
+            "bring it back for this"
         ) from error
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     ca = read_certificate(authority / "ca.crt")
     key = ec.generate_private_key(ec.SECP384R1())
-    left = (ca.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
+    days_left = (ca.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
     builder = _certificate_builder(
-        _common_name(host), ca.subject, key.public_key(), ca_key.public_key(), min(days, left)
+        _common_name(host), ca.subject, key.public_key(), ca_key.public_key(), min(days, days_left)
     )
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(
-        x509.SubjectAlternativeName([_to_general_name(n) for n in list_certificate_names(host, sans)]),
-        critical=False,
-    )
+    alternative_names = [_to_general_name(name) for name in list_certificate_names(host, sans)]
+    builder = builder.add_extension(x509.SubjectAlternativeName(alternative_names), critical=False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     write_secret_file(folder / "server.key", _encode_private_key(key))
     certificate = _add_key_usage(builder, signs_certificates=False).sign(ca_key, hashes.SHA384())
-    (folder / "server.crt").write_bytes(certificate.public_bytes(form.Encoding.PEM))
+    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def list_certificate_names(host: str, sans: list[str]) -> list[str]:
-    """All that the certificate is for, each once."""
+    """Return all names that the certificate is for, each once."""
     return list(dict.fromkeys([host, *sans, *INTERNAL_NAMES]))
 
 
 def read_certificate_names(certificate: x509.Certificate) -> set[str]:
-    """What a certificate is for."""
-    return {
-        str(n.value)
-        for n in certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    }
+    """Return the names that a certificate is for."""
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return {str(name.value) for name in extension.value}
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """Raises ConsiliumError."""
+    """Read a certificate.
+
+    Raises:
+        ConsiliumError: it is missing or damaged.
+    """
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConsiliumError(
-            f"{path} cannot be read as a certificate ({type(error).__name__}); run `consilium-server provision`"
+            f"{path} cannot be read as a certificate ({type(error).__name__}); run `consilium-server "
+            "provision`"
         ) from error
 
 
 def check_certificate_expiry(path: Path, warn_days: int, remedy: str) -> CheckResult:
-    """How long a certificate is still good for."""
+    """Check how long a certificate is still valid."""
     try:
         until = read_certificate(path).not_valid_after_utc
     except ConsiliumError as error:
@@ -145,4 +150,6 @@ def _to_general_name(name: str) -> x509.GeneralName:
 
 
 def _encode_private_key(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

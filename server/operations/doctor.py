@@ -1,4 +1,4 @@
-"""`consilium-server doctor`: at the coordinator, whatever would stop a run, found before it."""
+"""Check at the coordinator whatever would stop a run, before it starts (`consilium-server doctor`)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from pathlib import Path
 import httpx
 
 from common.protocol.code_fingerprint import fingerprint_code
-from common.utils.checks import CheckLevel, CheckResult
+from common.utils.checks import CheckResult
 from common.utils.errors import ConsiliumError
 from common.utils.node_keys import key_fingerprint, read_public_key, to_pem
 from common.utils.tls_checks import check_expiry, https_client, read_certificate_expiry
 from server.operations.superlink import connect_control_api, list_node_infos
 from server.rounds.run_lifecycle import open_ledger
 
-INTERNAL_PATHS = (
-    "/v1/control/list-runs",
-    "/v1/runtime/acquire-task",
-    "/openapi.json",
-)  # what hospitals must not reach
+# What hospitals must not reach.
+INTERNAL_PATHS = ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/openapi.json")
+CERTIFICATE_WARNING_DAYS = 45
+ENOUGH_DISK = 20e9  # bytes
+LITTLE_DISK = 2e9  # bytes
 
 
 def check_coordinator(
     superlink: str, authority: Path, centres: Path, runs: Path, public_address: str
 ) -> Iterator[CheckResult]:
-    """All checks. `public`: the address that hospitals reach, host:port; empty: not checked."""
+    """Run all checks.
+
+    `centres` is the folder with the enrolled public keys; `public_address` is what hospitals reach,
+    host:port, and is not checked where it is empty.
+    """
     yield CheckResult(
         "ok", f"versions: Flower {version('flwr')}, the code that centres must approve: {fingerprint_code()}"
     )
@@ -36,90 +40,101 @@ def check_coordinator(
     if public_address:
         yield from _check_endpoint("proxy", public_address, authority)
         yield from _check_proxy(public_address, authority)
-    yield from _check_storage(runs)
+    yield from _check_ledger(runs)
+    yield from _check_disk(runs)
 
 
 def _check_endpoint(endpoint: str, address: str, authority: Path) -> Iterator[CheckResult]:
     try:
-        with https_client(authority) as client, client.stream("GET", f"https://{address}/health") as answer:
-            until, status = read_certificate_expiry(answer), answer.status_code
+        with https_client(authority) as client, client.stream("GET", f"https://{address}/health") as response:
+            expires_at = read_certificate_expiry(response)
+            status = response.status_code
     except (httpx.HTTPError, OSError) as error:
-        remedy = "is it running, and its certificate for this name and by this ca.crt?"
+        remedy = (
+            "check that it is running, and that its certificate is for this name and signed by this ca.crt"
+        )
         yield CheckResult("fault", f"{endpoint}: {address} cannot be reached ({error})", remedy)
         return
-    yield CheckResult("ok" if status == 200 else "fault", f"{endpoint}: {address} answers ({status})")
+    if status == 200:
+        yield CheckResult("ok", f"{endpoint}: {address} answers")
+    else:
+        yield CheckResult("fault", f"{endpoint}: {address} answers with status {status}", "look at its log")
     yield check_expiry(
-        f"{endpoint}'s certificate", until, 45, "consilium-server provision ... --reissue coordinator"
+        f"{endpoint}'s certificate",
+        expires_at,
+        CERTIFICATE_WARNING_DAYS,
+        "consilium-server provision ... --reissue coordinator",
     )
 
 
 def _check_centres(superlink: str, authority: Path, centres: Path) -> Iterator[CheckResult]:
-    """Each enrolled centre: known to the SuperLink, online?"""
+    """Check whether each enrolled centre is registered with the SuperLink and online."""
     try:
         with connect_control_api(superlink, authority) as client:
-            known = {node.public_key: node for node in list_node_infos(client)}
+            nodes = {node.public_key: node for node in list_node_infos(client)}
     except ConsiliumError:
-        return  # said already
+        return  # the endpoint's check has reported it
     for path in sorted(centres.glob("*.pub")):
         try:
-            line = read_public_key(path)
+            public_key = read_public_key(path)
         except ConsiliumError as error:
             yield CheckResult("fault", str(error))
             continue
-        node = known.pop(to_pem(line), None)
+        node = nodes.pop(to_pem(public_key), None)
+        fingerprint = key_fingerprint(public_key)
         if node is None:
-            yield CheckResult(
-                "fault",
-                f"{path.stem}: key {key_fingerprint(line)} is not known to the SuperLink",
-                "consilium-server admit",
-            )
-        elif node.status != "online":
-            since = f", last seen {node.online_until}" if node.online_until else ", never seen"
-            yield CheckResult(
-                "warning", f"{path.stem}: {node.status}{since}", "ask the hospital for `./start doctor`"
-            )
+            message = f"{path.stem}: key {fingerprint} is not registered with the SuperLink"
+            yield CheckResult("fault", message, "consilium-server admit")
+        elif node.status == "online":
+            yield CheckResult("ok", f"{path.stem}: online, key {fingerprint}")
         else:
-            yield CheckResult("ok", f"{path.stem}: online, key {key_fingerprint(line)}")
-    for node in known.values():
-        yield CheckResult(
-            "fault",
-            f"node {node.name or node.node_id} is let in, but no public key here is its own",
-            "consilium-server admit",
-        )
+            last_seen = f"last seen {node.online_until}" if node.online_until else "never seen"
+            message = f"{path.stem}: {node.status}, {last_seen}"
+            yield CheckResult("warning", message, "ask the hospital to run `./start doctor`")
+    for node in nodes.values():
+        message = f"node {node.name or node.node_id} is admitted, but no public key here is its own"
+        yield CheckResult("fault", message, "consilium-server admit")
 
 
 def _check_proxy(public_address: str, authority: Path) -> Iterator[CheckResult]:
-    """The Control API knows no passwords: it must not be seen from outside."""
+    """Check that the Control API, which asks for no password, cannot be reached from outside."""
+    reachable = []
     with https_client(authority) as client:
         try:
-            seen = [
-                path
-                for path in INTERNAL_PATHS
-                if client.post(f"https://{public_address}{path}").status_code != 404
-            ]
+            for path in INTERNAL_PATHS:
+                if client.post(f"https://{public_address}{path}").status_code != 404:
+                    reachable.append(path)
         except (httpx.HTTPError, OSError):
-            return  # said already
-    if seen:
-        remedy = "let hospitals reach nginx with deploy/nginx.conf, never the SuperLink"
-        yield CheckResult("fault", f"proxy: {', '.join(seen)} can be reached from outside", remedy)
+            return  # the endpoint's check has reported it
+    if reachable:
+        message = f"proxy: {', '.join(reachable)} can be reached from outside"
+        yield CheckResult(
+            "fault", message, "let hospitals reach nginx with deploy/nginx.conf, not the SuperLink"
+        )
     else:
         yield CheckResult("ok", "proxy: only the Fleet paths and health can be reached from outside")
 
 
-def _check_storage(runs: Path) -> Iterator[CheckResult]:
+def _check_ledger(runs: Path) -> Iterator[CheckResult]:
     try:
         runs.mkdir(parents=True, exist_ok=True)
         ledger = open_ledger(runs)
         yield CheckResult("ok", f"ledger: {ledger.address}, {len(list(ledger.read_runs()))} runs")
     except OSError as error:
-        yield CheckResult(
-            "fault",
-            f"results: {runs} cannot be written ({error.strerror})",
-            "it must belong to the user of the container",
-        )
-        return
+        message = f"results: {runs} cannot be written ({error.strerror})"
+        yield CheckResult("fault", message, "it must belong to the user of the container")
     except ConsiliumError as error:
         yield CheckResult("fault", f"ledger: {error}")
-    free = shutil.disk_usage(runs).free / 1e9
-    level: CheckLevel = "ok" if free > 20 else "warning" if free > 2 else "fault"
-    yield CheckResult(level, f"results: {runs}, {free:.0f} GB free", "" if level == "ok" else "make room")
+
+
+def _check_disk(runs: Path) -> Iterator[CheckResult]:
+    if not runs.exists():
+        return  # the ledger's check has reported it
+    free = shutil.disk_usage(runs).free
+    message = f"results: {runs}, {free / 1e9:.0f} GB free"
+    if free > ENOUGH_DISK:
+        yield CheckResult("ok", message)
+    elif free > LITTLE_DISK:
+        yield CheckResult("warning", message, "make room")
+    else:
+        yield CheckResult("fault", message, "make room")

@@ -1,10 +1,11 @@
-"""`federation.yaml`: who takes part, and where the coordinator is reached. No secret stands in it."""
+"""Read `federation.yaml`: who takes part, and where the coordinator is reached. It holds no secret."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -19,8 +20,9 @@ class CentreEntry:
 
     device: str = "cuda"  # auto | cpu | cuda | cuda:1 ...
     data: str = "/srv/consilium/data"  # the folder with cohort.csv on the hospital's machine
-    state: str = "/srv/consilium/state"  # its folder for slices, budget and egress log
-    public_key: str = ""  # file, beside federation.yaml, that `consilium-centre key` made there; empty: the key is made here
+    state: str = "/srv/consilium/state"  # its folder for slices, privacy budget and egress log
+    # The file, beside federation.yaml, that `consilium-centre key` made there. Empty: the key is made here.
+    public_key: str = ""
 
 
 @config_dataclass
@@ -30,57 +32,67 @@ class FederationFile:
     address: str  # host:port that hospitals reach
     centres: dict[str, CentreEntry]
     name: str = "consilium"
-    sans: list[str] = field(
-        default_factory=list
-    )  # further names and addresses that the coordinator's certificate is for
-    days: int = 397  # the coordinator's certificate is good for
+    # Further names and addresses of the coordinator's certificate
+    sans: list[str] = field(default_factory=list)
+    days: int = 397  # validity of the coordinator's certificate
     warn: int = 45  # days before expiry
-    image: str = "consilium-centre:0.1.0"  # what a hospital starts; with a digest (name@sha256:...) it is that image and no other
+    image: str = "consilium-centre:0.2.0"  # that a hospital starts; name@sha256:... pins it
 
     @property
     def host(self) -> str:
-        """The address without its port."""
+        """Return the address without its port."""
         return self.address.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
-        """The address's port."""
+        """Return the address's port."""
         return int(self.address.rpartition(":")[2])
 
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ADDRESS_PATTERN = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
 _FILE_ADAPTER: TypeAdapter[FederationFile] = TypeAdapter(FederationFile)
 
 
 def load_federation_file(path: Path) -> FederationFile:
-    """Raises ConsiliumError, one sentence naming the file and the key."""
+    """Read and check a federation file.
+
+    Raises:
+        ConsiliumError: one sentence naming the file and the key.
+    """
     try:
         federation = _FILE_ADAPTER.validate_python(yaml.safe_load(path.read_text()) or {})
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConsiliumError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ConsiliumError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            known = CentreEntry if where.startswith("centres.") else FederationFile
-            raise ConsiliumError(
-                f"{path}: unknown key '{where}'{suggest(str(first['loc'][-1]), known.__dataclass_fields__)}"
-            ) from error
-        raise ConsiliumError(f"{path}: {where or 'the file'}: {first['msg']}") from error
-    if (
-        not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", federation.address)
-        or not 0 < federation.port < 65536
-    ):
-        raise ConsiliumError(
-            f"{path}: address is '{federation.address}'; it must be host:port, e.g. consilium.example.org:443"
-        )
+        raise ConsiliumError(f"{path}: {_explain(error.errors()[0])}") from error
+    problem = _find_problem(federation)
+    if problem:
+        raise ConsiliumError(f"{path}: {problem}")
+    return federation
+
+
+def _explain(details: Any) -> str:
+    """Return what pydantic found, naming the key and the nearest valid one."""
+    key = ".".join(str(part) for part in details["loc"])
+    if details["type"] != "unexpected_keyword_argument":
+        return f"{key or 'the file'}: {details['msg']}"
+    record = CentreEntry if key.startswith("centres.") else FederationFile
+    return f"unknown key '{key}'{suggest(str(details['loc'][-1]), record.__dataclass_fields__)}"
+
+
+def _find_problem(federation: FederationFile) -> str:
+    """Return what is wrong with a federation's values, or nothing."""
+    if not ADDRESS_PATTERN.fullmatch(federation.address) or not 0 < federation.port < 65536:
+        return f"address is '{federation.address}'; it must be host:port, e.g. consilium.example.org:443"
     for name in [federation.name, *federation.centres]:
         if not NAME_PATTERN.fullmatch(name) or name == "coordinator":
-            raise ConsiliumError(
-                f"{path}: '{name}' is no name for a centre: letters, digits, '.', '_' and '-', at most 63; not 'coordinator'"
+            return (
+                f"'{name}' cannot be a name; use letters, digits, '.', '_' and '-', at most 63, "
+                "and not 'coordinator'"
             )
     if not federation.centres:
-        raise ConsiliumError(f"{path}: it names no centre; write centres: {{north: {{}}}}")
+        return "it names no centre; write centres: {north: {}}"
     if federation.days < 1:
-        raise ConsiliumError(f"{path}: days is {federation.days}; it must be 1 or more")
-    return federation
+        return f"days is {federation.days}; it must be 1 or more"
+    return ""

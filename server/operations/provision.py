@@ -1,13 +1,15 @@
-"""Site kits: from `federation.yaml` the authority, the coordinator's folder, a key for each centre and an archive for each hospital. Offline.
+"""Provision a federation from `federation.yaml`, offline.
 
-    OUT/ca.key, ca.crt            the authority; ca.key belongs on a disk that is not connected
-    OUT/coordinator/              certificate, secrets, public keys of the centres, compose file, nginx.conf: goes to the coordinator's machine
-    OUT/keys/north                a centre's private key; may be deleted once its kit was delivered
-    OUT/kits/north.tar.gz         what the hospital gets, by a way that nobody else reads: its key is in it
-    OUT/revoked/north/1a2b3c4d    public keys that are let in no more
+An authority, keys, the coordinator's folder, an archive for each hospital.
 
-What is there is kept: no key, certificate or secret is replaced unless `reissue` or `revoke` names it. Every function yields what it did, a
-sentence each, which never holds a key.
+    OUT/ca.key, ca.crt            the authority; keep ca.key on a disk that is not connected
+    OUT/coordinator/              certificate, secrets, the centres' public keys, compose file, nginx.conf:
+    for the coordinator OUT/keys/north                a centre's private key; may be deleted once its kit is
+    delivered OUT/kits/north.tar.gz         what the hospital gets, in a way that nobody else can read,
+    because its key is inside OUT/revoked/north/1a2b3c4d    public keys that are no longer admitted
+
+Existing files stay: no key, certificate or secret is replaced unless `reissue` or `revoke` names it. Every
+function yields what it did, a sentence each, which never holds a key.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -40,175 +43,248 @@ from server.operations.certificate_authority import (
 from server.operations.federation_file import FederationFile, load_federation_file
 from server.operations.site_kits import build_coordinator_files, write_kit
 
+REISSUE_COMMAND = "consilium-server provision ... --reissue coordinator"
+SECRET_FILES = ("superexec.secret", "postgres.password")
+
+
+@dataclass(frozen=True)
+class Provisioning:
+    """A federation's file and the folder that is made from it."""
+
+    federation: FederationFile
+    federation_path: Path
+    folder: Path
+
+    @property
+    def coordinator(self) -> Path:
+        """Return the folder that goes to the coordinator's machine."""
+        return self.folder / "coordinator"
+
+    def public_key_path(self, centre: str) -> Path:
+        """Return where an enrolled centre's public key lies."""
+        return self.coordinator / "centres" / f"{centre}.pub"
+
+    def private_key_path(self, centre: str) -> Path:
+        """Return where the private key of a centre lies that did not make its own."""
+        return self.folder / "keys" / centre
+
+    def own_key_path(self, centre: str) -> Path | None:
+        """Return the public key that the centre made and sent, or None."""
+        file = self.federation.centres[centre].public_key
+        return self.federation_path.parent / file if file else None
+
 
 def provision_federation(federation_file: Path, folder: Path, reissue: str = "") -> Iterator[str]:
-    """Make what is missing of the federation that the file `path` describes; `reissue` names a centre that gets a new key, or the `coordinator`
-    for a new certificate. Raises ConsiliumError."""
-    federation = load_federation_file(federation_file)
-    coordinator = folder / "coordinator"
+    """Make what is missing of the federation that a file describes.
+
+    `reissue` names a centre that gets a new key, or `coordinator` for a new certificate.
+
+    Raises:
+        ConsiliumError: the file is invalid, or a key does not fit.
+    """
+    site = Provisioning(load_federation_file(federation_file), federation_file, folder)
     if reissue:
-        yield from _reissue(folder, federation, reissue, federation_file.parent)
-    (coordinator / "centres").mkdir(parents=True, exist_ok=True)
-    if not (folder / "ca.crt").exists():
-        make_authority(folder, federation.name)
-        yield f"ca.crt, ca.key: made; keep {folder / 'ca.key'} where no network reaches it"
-    if not (coordinator / "server.crt").exists():
-        make_certificate(coordinator, folder, federation.host, federation.sans, federation.days)
-        yield f"server.crt: made, for {', '.join(list_certificate_names(federation.host, federation.sans))}"
-    for name in ("superexec.secret", "postgres.password"):
-        if not (coordinator / name).exists():
-            write_secret_file(coordinator / name, secrets.token_urlsafe(48).encode())
-            yield f"{name}: made"
-    password = (coordinator / "postgres.password").read_text()
-    if not (coordinator / "pgpass").exists():
-        write_secret_file(coordinator / "pgpass", f"postgres:5432:*:consilium:{password}\n".encode())
-    shutil.copyfile(folder / "ca.crt", coordinator / "ca.crt")
-    for name, content in build_coordinator_files(federation).items():
-        yield from _write_or_offer(coordinator / name, content)
-    for centre in federation.centres:
-        yield from _enrol_centre(
-            federation, centre, federation_file.parent, folder, reissued=centre == reissue
-        )
-    for enrolled in sorted(p.stem for p in (coordinator / "centres").glob("*.pub")):
-        if enrolled not in federation.centres:
-            yield f"{enrolled}: no longer in {federation_file.name}, but still let in; --revoke {enrolled} ends that"
-
-
-def _enrol_centre(
-    federation: FederationFile, centre: str, keys_folder: Path, folder: Path, reissued: bool
-) -> Iterator[str]:
-    """A centre's key, its public part for the coordinator, and its kit. One that was revoked only comes in `again` when that is asked for."""
-    key, public, own = (
-        folder / "keys" / centre,
-        folder / "coordinator" / "centres" / f"{centre}.pub",
-        federation.centres[centre].public_key,
-    )
-    revoked = {p.name for p in (folder / "revoked" / centre).glob("*")}
-    if not public.exists():
-        if revoked and not reissued:
-            yield f"{centre}: revoked; --reissue {centre} lets it in again, with a new key"
-            return
-        if not own and not key.exists():
-            generate_key(key)
-        line = read_public_key(keys_folder / own) if own else extract_public_key(key)
-        if key_fingerprint(line) in revoked:
-            raise ConsiliumError(
-                f"{keys_folder / own} is a revoked key of {centre}; the centre makes a new one by `consilium-centre key`"
+        yield from _reissue(site, reissue)
+    (site.coordinator / "centres").mkdir(parents=True, exist_ok=True)
+    yield from _make_missing_certificates(site)
+    yield from _make_missing_secrets(site)
+    shutil.copyfile(folder / "ca.crt", site.coordinator / "ca.crt")
+    for name, content in build_coordinator_files(site.federation).items():
+        yield from _write_or_offer(site.coordinator / name, content)
+    for centre in site.federation.centres:
+        yield from _enrol_centre(site, centre, reissued=centre == reissue)
+        yield from _update_kit(site, centre)
+    for path in sorted((site.coordinator / "centres").glob("*.pub")):
+        if path.stem not in site.federation.centres:
+            yield (
+                f"{path.stem}: no longer in {federation_file.name}, but still admitted; "
+                f"--revoke {path.stem} ends that"
             )
-        public.write_text(f"{line} {centre}\n")
-        yield f"{centre}: {'its own' if own else 'a new'} key {key_fingerprint(line)}; `consilium-server admit` makes it known to the SuperLink"
-    elif own and read_public_key(keys_folder / own) != read_public_key(public):
-        raise ConsiliumError(
-            f"{keys_folder / own} is not the key that {centre} is enrolled with; if it is to be replaced: --reissue {centre}"
-        )
-    if own or key.exists():
-        yield from write_kit(
-            federation,
-            centre,
-            None if own else key.read_bytes(),
-            (folder / "ca.crt").read_bytes(),
-            folder / "kits",
-        )
-    else:
-        yield f"{centre}: its private key is no longer here, so its kit is left as it is"
 
 
 def revoke_centre(folder: Path, centre: str) -> str:
-    """Take a centre's key out of the coordinator's folder, and destroy our copy of its private part and its kit."""
+    """Take a centre's key out of the coordinator's folder, and delete our copy of its private part and its
+    kit.
+
+    Raises:
+        ConsiliumError: no such centre is enrolled.
+    """
     public = folder / "coordinator" / "centres" / f"{centre}.pub"
     if not public.exists():
-        known = [p.stem for p in public.parent.glob("*.pub")]
-        raise ConsiliumError(f"no centre '{centre}' is enrolled in {folder}{suggest(centre, known)}")
+        enrolled = [path.stem for path in public.parent.glob("*.pub")]
+        raise ConsiliumError(f"no centre '{centre}' is enrolled in {folder}{suggest(centre, enrolled)}")
     (folder / "revoked" / centre).mkdir(parents=True, exist_ok=True)
-    mark = key_fingerprint(public.read_text())
-    public.replace(folder / "revoked" / centre / mark)
+    fingerprint = key_fingerprint(public.read_text())
+    public.replace(folder / "revoked" / centre / fingerprint)
     (folder / "keys" / centre).unlink(missing_ok=True)
     (folder / "kits" / f"{centre}.tar.gz").unlink(missing_ok=True)
-    return f"{centre}: key {mark} revoked; `consilium-server admit` tells the SuperLink, from then on it is refused"
-
-
-def _reissue(folder: Path, federation: FederationFile, name: str, keys_folder: Path) -> Iterator[str]:
-    """A new certificate for the coordinator; or a centre's key revoked, so that a new one is enrolled. What cannot be replaced is left as it was."""
-    coordinator = folder / "coordinator"
-    public = coordinator / "centres" / f"{name}.pub"
-    if name == "coordinator":
-        with tempfile.TemporaryDirectory(dir=coordinator) as new:
-            make_certificate(Path(new), folder, federation.host, federation.sans, federation.days)
-            for file in ("server.key", "server.crt"):
-                (Path(new) / file).replace(coordinator / file)
-        yield "server.crt, server.key: made anew; restart proxy and SuperLink with them. No hospital has to do anything"
-    elif name not in federation.centres:
-        raise ConsiliumError(
-            f"no centre '{name}' in the federation{suggest(name, [*federation.centres, 'coordinator'])}"
-        )
-    elif public.exists():
-        own = federation.centres[name].public_key
-        if own and read_public_key(keys_folder / own) == read_public_key(public):
-            raise ConsiliumError(
-                f"{keys_folder / own} is the key that {name} has already; put the new public key there, then --reissue {name}"
-            )
-        yield revoke_centre(folder, name)
+    return f"{centre}: key {fingerprint} revoked; run `consilium-server admit`, and the SuperLink refuses it"
 
 
 def check_provisioning(federation_file: Path, folder: Path) -> Iterator[CheckResult]:
-    """What is there, what expires, what does not fit."""
-    federation, coordinator = load_federation_file(federation_file), folder / "coordinator"
+    """Check what is there, what expires, and what does not fit."""
+    site = Provisioning(load_federation_file(federation_file), federation_file, folder)
     yield check_certificate_expiry(
         folder / "ca.crt", 365, "plan a new federation: every hospital needs the new ca.crt"
     )
-    yield check_certificate_expiry(
-        coordinator / "server.crt", federation.warn, "consilium-server provision ... --reissue coordinator"
+    yield check_certificate_expiry(site.coordinator / "server.crt", site.federation.warn, REISSUE_COMMAND)
+    yield from _check_certificate(site)
+    yield from _check_file_modes(site)
+    for centre in site.federation.centres:
+        yield _check_enrolment(site, centre)
+
+
+def _make_missing_certificates(site: Provisioning) -> Iterator[str]:
+    federation = site.federation
+    if not (site.folder / "ca.crt").exists():
+        make_authority(site.folder, federation.name)
+        yield f"ca.crt, ca.key: created; keep {site.folder / 'ca.key'} where no network reaches it"
+    if not (site.coordinator / "server.crt").exists():
+        make_certificate(site.coordinator, site.folder, federation.host, federation.sans, federation.days)
+        names = ", ".join(list_certificate_names(federation.host, federation.sans))
+        yield f"server.crt: created for {names}"
+
+
+def _make_missing_secrets(site: Provisioning) -> Iterator[str]:
+    for name in SECRET_FILES:
+        if not (site.coordinator / name).exists():
+            write_secret_file(site.coordinator / name, secrets.token_urlsafe(48).encode())
+            yield f"{name}: created"
+    if not (site.coordinator / "pgpass").exists():
+        password = (site.coordinator / "postgres.password").read_text()
+        write_secret_file(site.coordinator / "pgpass", f"postgres:5432:*:consilium:{password}\n".encode())
+
+
+def _enrol_centre(site: Provisioning, centre: str, reissued: bool) -> Iterator[str]:
+    """Enrol a centre's key. A revoked centre is enrolled again only where that is asked for (`reissued`)."""
+    public = site.public_key_path(centre)
+    own_key = site.own_key_path(centre)
+    if public.exists():
+        if own_key and read_public_key(own_key) != read_public_key(public):
+            raise ConsiliumError(
+                f"{own_key} is not the key that {centre} is enrolled with; use --reissue {centre} to "
+                "replace it"
+            )
+        return
+    revoked = {path.name for path in (site.folder / "revoked" / centre).glob("*")}
+    if revoked and not reissued:
+        yield f"{centre}: revoked; --reissue {centre} admits it again, with a new key"
+        return
+    line = read_public_key(own_key) if own_key else _make_public_key(site.private_key_path(centre))
+    fingerprint = key_fingerprint(line)
+    if fingerprint in revoked:
+        raise ConsiliumError(
+            f"{own_key} is a revoked key of {centre}; make a new one there with `consilium-centre key`"
+        )
+    public.write_text(f"{line} {centre}\n")
+    origin = "its own" if own_key else "a new"
+    yield (
+        f"{centre}: {origin} key {fingerprint}; run `consilium-server admit` to register it with the "
+        "SuperLink"
     )
-    certificate, ca = read_certificate(coordinator / "server.crt"), read_certificate(folder / "ca.crt")
+
+
+def _make_public_key(private_key: Path) -> str:
+    """Return the public part of a private key, which is made where it is missing."""
+    if not private_key.exists():
+        generate_key(private_key)
+    return extract_public_key(private_key)
+
+
+def _update_kit(site: Provisioning, centre: str) -> Iterator[str]:
+    """Write an enrolled centre's kit where it differs."""
+    if not site.public_key_path(centre).exists():
+        return
+    private_key = site.private_key_path(centre)
+    has_own_key = site.own_key_path(centre) is not None
+    if not has_own_key and not private_key.exists():
+        yield f"{centre}: its private key is no longer here, so its kit is not updated"
+        return
+    key = None if has_own_key else private_key.read_bytes()
+    authority = (site.folder / "ca.crt").read_bytes()
+    yield from write_kit(site.federation, centre, key, authority, site.folder / "kits")
+
+
+def _reissue(site: Provisioning, name: str) -> Iterator[str]:
+    """Make a new certificate for the coordinator, or revoke a centre's key so that a new one is enrolled."""
+    if name == "coordinator":
+        _replace_server_certificate(site)
+        yield (
+            "server.crt, server.key: replaced; restart proxy and SuperLink. The hospitals need not do "
+            "anything"
+        )
+        return
+    if name not in site.federation.centres:
+        choices = [*site.federation.centres, "coordinator"]
+        raise ConsiliumError(f"no centre '{name}' in the federation{suggest(name, choices)}")
+    public = site.public_key_path(name)
+    if not public.exists():
+        return
+    own_key = site.own_key_path(name)
+    if own_key and read_public_key(own_key) == read_public_key(public):
+        raise ConsiliumError(
+            f"{own_key} is the key that {name} has already; put the new public key there, then --reissue "
+            f"{name}"
+        )
+    yield revoke_centre(site.folder, name)
+
+
+def _replace_server_certificate(site: Provisioning) -> None:
+    federation = site.federation
+    with tempfile.TemporaryDirectory(dir=site.coordinator) as temporary:
+        make_certificate(Path(temporary), site.folder, federation.host, federation.sans, federation.days)
+        for file in ("server.key", "server.crt"):
+            (Path(temporary) / file).replace(site.coordinator / file)
+
+
+def _check_certificate(site: Provisioning) -> Iterator[CheckResult]:
+    """Check who signed the coordinator's certificate, and for which names."""
+    certificate = read_certificate(site.coordinator / "server.crt")
+    authority = read_certificate(site.folder / "ca.crt")
     try:
-        certificate.verify_directly_issued_by(ca)
+        certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        yield CheckResult(
-            "fault",
-            "server.crt was not signed by ca.crt",
-            "consilium-server provision ... --reissue coordinator",
-        )
-    if missing := set(list_certificate_names(federation.host, federation.sans)) - read_certificate_names(
-        certificate
-    ):
-        remedy = "consilium-server provision ... --reissue coordinator"
-        yield CheckResult(
-            "fault",
-            f"server.crt is not for {', '.join(sorted(missing))}, which {federation_file.name} names",
-            remedy,
-        )
-    private = [
-        folder / "ca.key",
-        *(coordinator / f for f in ("server.key", "superexec.secret", "postgres.password", "pgpass")),
-    ]
-    for secret in [*private, *(folder / "keys").glob("*"), *(folder / "kits").glob("*")]:
-        if secret.exists() and secret.stat().st_mode & 0o077:
-            yield CheckResult("fault", f"{secret} can be read by others", f"chmod 600 {secret}")
-    for centre in federation.centres:
-        public = coordinator / "centres" / f"{centre}.pub"
-        if public.exists():
-            kit = "kit ready" if (folder / "kits" / f"{centre}.tar.gz").exists() else "no kit here"
-            yield CheckResult(
-                "ok", f"{centre}: enrolled with key {key_fingerprint(public.read_text())}, {kit}"
-            )
-        else:
-            yield CheckResult(
-                "warning",
-                f"{centre}: not enrolled",
-                f"consilium-server provision, or --reissue {centre} if it was revoked",
-            )
+        yield CheckResult("fault", "server.crt was not signed by ca.crt", REISSUE_COMMAND)
+    needed = set(list_certificate_names(site.federation.host, site.federation.sans))
+    missing = needed - read_certificate_names(certificate)
+    if missing:
+        names = ", ".join(sorted(missing))
+        message = f"server.crt is not for {names}, which {site.federation_path.name} names"
+        yield CheckResult("fault", message, REISSUE_COMMAND)
+
+
+def _check_file_modes(site: Provisioning) -> Iterator[CheckResult]:
+    private_files = [site.folder / "ca.key"]
+    private_files += [site.coordinator / name for name in ("server.key", *SECRET_FILES, "pgpass")]
+    private_files += [*(site.folder / "keys").glob("*"), *(site.folder / "kits").glob("*")]
+    for path in private_files:
+        if path.exists() and path.stat().st_mode & 0o077:
+            yield CheckResult("fault", f"{path} can be read by others", f"chmod 600 {path}")
+
+
+def _check_enrolment(site: Provisioning, centre: str) -> CheckResult:
+    public = site.public_key_path(centre)
+    if not public.exists():
+        remedy = f"consilium-server provision, or --reissue {centre} if it was revoked"
+        return CheckResult("warning", f"{centre}: not enrolled", remedy)
+    has_kit = (site.folder / "kits" / f"{centre}.tar.gz").exists()
+    kit = "kit ready" if has_kit else "no kit here"
+    return CheckResult("ok", f"{centre}: enrolled with key {key_fingerprint(public.read_text())}, {kit}")
 
 
 def _write_or_offer(path: Path, content: str) -> Iterator[str]:
-    """A file that the operator may have edited: written where there is none; beside it, as .new, where this version's own has changed."""
-    new = path.with_name(f"{path.name}.new")
+    """Write a file that the operator may edit.
+
+    Where a different one exists, write the new text beside it, as .new.
+    """
     if not path.exists():
         path.write_text(content)
         yield f"{path.name}: written"
-    elif (
-        path.name != ".env"
-        and path.read_text() != content
-        and (not new.exists() or new.read_text() != content)
-    ):
-        new.write_text(content)
-        yield f"{path.name}: kept; what this version would write is {new}"
+        return
+    if path.name == ".env" or path.read_text() == content:
+        return
+    offered = path.with_name(f"{path.name}.new")
+    if offered.exists() and offered.read_text() == content:
+        return
+    offered.write_text(content)
+    yield f"{path.name}: kept; what this version would write is in {offered}"

@@ -1,4 +1,7 @@
-"""The archive that a hospital receives and the coordinator's files beside its secrets, from the plain files under deploy/ (string.Template)."""
+"""Build the archive that a hospital receives, and the coordinator's files beside its secrets.
+
+Both are made from the plain files under deploy/ (string.Template).
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,21 @@ from string import Template
 from common.utils.errors import ConsiliumError
 from server.operations.federation_file import FederationFile
 
-DEPLOY_FOLDER = Path(__file__).resolve().parent.parent / "deploy"
-EXECUTABLE_FILES, PRIVATE_FILES = ("start",), ("key",)
+DEPLOY_FOLDER = Path(__file__).resolve().parents[2] / "deploy"
+TEMPLATE_FILES = ("README.md", "site.yaml", "policy.yaml", "start", "settings.env")
+FILE_MODES = {"start": 0o755, "key": 0o600}  # all others 0644
+KEY_IN_ARCHIVE = "is in this archive"
+KEY_AT_CENTRE = "was made here and lies beside the public part you sent; copy it to `key` in this folder"
 
 
 def write_kit(
     federation: FederationFile, centre: str, key: bytes | None, authority: bytes, folder: Path
 ) -> Iterator[str]:
-    """`folder`/CENTRE.tar.gz (0600), written where it differs. `key`: None where the centre has its own."""
+    """Write `folder`/CENTRE.tar.gz (0600) where it differs. `key`: None where the centre made its own."""
     content = build_archive(centre, build_kit_files(federation, centre, key, authority))
     path = folder / f"{centre}.tar.gz"
-    before = path.read_bytes() if path.exists() else None
-    if before == content:
+    existed = path.exists()
+    if existed and path.read_bytes() == content:
         return
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -32,14 +38,15 @@ def write_kit(
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
     part.replace(path)
-    yield f"{path.name}: {'written' if before is None else 'differed, written anew'}"
+    yield f"{path.name}: {'replaced, because it differed' if existed else 'written'}"
 
 
 def build_kit_files(
     federation: FederationFile, centre: str, key: bytes | None, authority: bytes
 ) -> dict[str, bytes]:
-    """{name: content} of a hospital's kit."""
-    site = federation.centres[centre]
+    """Return the files of a hospital's kit: {name: content}."""
+    entry = federation.centres[centre]
+    compose_files = "compose.yaml" if entry.device == "cpu" else "compose.yaml:compose.gpu.yaml"
     values = {
         "centre": centre,
         "federation": federation.name,
@@ -47,42 +54,35 @@ def build_kit_files(
         "host": federation.host,
         "port": str(federation.port),
         "image": federation.image,
-        "device": site.device,
-        "data": site.data,
-        "state": site.state,
-        "compose": "compose.yaml" if site.device == "cpu" else "compose.yaml:compose.gpu.yaml",
-        "key": "was made here and lies beside the public part you sent; copy it to `key` in this folder"
-        if key is None
-        else "is in this archive",
+        "device": entry.device,
+        "data": entry.data,
+        "state": entry.state,
+        "compose": compose_files,
+        "key": KEY_AT_CENTRE if key is None else KEY_IN_ARCHIVE,
     }
-    files = {
-        name: _render_template(DEPLOY_FOLDER / "kit" / name, values)
-        for name in ("README.md", "site.yaml", "policy.yaml", "start", "settings.env")
-    }
-    files |= {
-        "compose.yaml": (DEPLOY_FOLDER / "compose.centre.yaml").read_bytes(),
-        "compose.gpu.yaml": (DEPLOY_FOLDER / "compose.gpu.yaml").read_bytes(),
-    }
-    files |= {"ca.crt": authority}
-    return files if key is None else files | {"key": key}
+    files = {name: _render_template(DEPLOY_FOLDER / "kit" / name, values) for name in TEMPLATE_FILES}
+    files["compose.yaml"] = (DEPLOY_FOLDER / "compose.centre.yaml").read_bytes()
+    files["compose.gpu.yaml"] = (DEPLOY_FOLDER / "compose.gpu.yaml").read_bytes()
+    files["ca.crt"] = authority
+    if key is not None:
+        files["key"] = key
+    return files
 
 
 def build_archive(folder: str, files: Mapping[str, bytes]) -> bytes:
-    """A .tar.gz of `folder`/name that is the same, byte for byte, whenever and by whomever it is made."""
+    """Build a .tar.gz of `folder`/name that is the same, byte for byte, whenever it is made."""
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as bundle:
         for name, content in sorted(files.items()):
-            entry = tarfile.TarInfo(f"{folder}/{name}")
-            entry.size, entry.mode = (
-                len(content),
-                0o755 if name in EXECUTABLE_FILES else 0o600 if name in PRIVATE_FILES else 0o644,
-            )
-            bundle.addfile(entry, io.BytesIO(content))  # TarInfo's own mtime, uid and gid are 0
+            entry = tarfile.TarInfo(f"{folder}/{name}")  # its default time, uid and gid are 0
+            entry.size = len(content)
+            entry.mode = FILE_MODES.get(name, 0o644)
+            bundle.addfile(entry, io.BytesIO(content))
     return gzip.compress(tar.getvalue(), compresslevel=9, mtime=0)
 
 
 def build_coordinator_files(federation: FederationFile) -> dict[str, str]:
-    """{name: content} of what stands beside the coordinator's secrets."""
+    """Return the files beside the coordinator's secrets: {name: content}."""
     values = {"port": str(federation.port), "host": federation.host, "federation": federation.name}
     return {
         "compose.yaml": (DEPLOY_FOLDER / "compose.coordinator.yaml").read_text(),
@@ -95,4 +95,4 @@ def _render_template(path: Path, values: Mapping[str, str]) -> bytes:
     try:
         return Template(path.read_text()).substitute(values).encode()
     except (KeyError, ValueError) as error:
-        raise ConsiliumError(f"template {path}: {error} is no value that a kit has") from error
+        raise ConsiliumError(f"template {path}: a kit has no value {error}") from error

@@ -1,4 +1,7 @@
-"""The hospital's command from a folder of DICOM to a table of predictions; for bad input one sentence and exit status 2."""
+"""The hospital's command from a folder of DICOM to a table of predictions.
+
+For bad input one sentence and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def consilium(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """The command's own entry point, in this process and in a folder of its own: (exit status, output, errors)."""
+    """The command's own entry point, in this process and in a folder of its own.
+
+    (exit status, output, errors).
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
 
@@ -80,7 +86,7 @@ def sentence(result: tuple[int, str, str]) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
+def test_cohort_preprocess_and_predict_from_a_folder_of_dicom(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
     own = shutil.copytree(folder, tmp_path / "scans")
     pd.DataFrame({"scan": sorted(p.name for p in own.iterdir()), "covid": [0, 1] * 10}).to_csv(
         own / "labels.csv", index=False
@@ -119,7 +125,7 @@ def test_from_a_folder_to_predictions(consilium: Command, folder: Path, model: P
     assert not [c for c in predictions.columns if c.startswith("source")]
 
 
-def test_a_worklist_with_masks(consilium: Command, folder: Path, tmp_path: Path) -> None:
+def test_predict_sorts_a_worklist_and_writes_masks(consilium: Command, folder: Path, tmp_path: Path) -> None:
     config = compose_config(
         ["recipe=triage", "backbone=small", "preprocess.image_size=32", "preprocess.num_slices=4"]
     )
@@ -141,7 +147,7 @@ def test_a_worklist_with_masks(consilium: Command, folder: Path, tmp_path: Path)
     assert len(table) == 3
 
 
-def test_the_made_up_federation_is_written_and_prepared(consilium: Command, tmp_path: Path) -> None:
+def test_phantom_is_written_and_preprocessed(consilium: Command, tmp_path: Path) -> None:
     tiny = [
         "federation.centres=[north]",
         "federation.phantom.scale=0.001",
@@ -158,12 +164,12 @@ def test_the_made_up_federation_is_written_and_prepared(consilium: Command, tmp_
     )
 
 
-def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_sentence(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.csv").write_text("scan,path,split,covid\n")
     (tmp_path / "text").write_text("no model")
     scan = folder / "north-0000"
-    ours = "is not a model of ours"
+    ours = "is not a Consilium model"
     expected = [
         (["cohort", "gone"], "gone is not there; check the path"),
         (
@@ -181,8 +187,8 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
             "centre 'this centre': its cohort table is empty; it must hold at least one scan",
         ),
         (
-            ["preprocess", folder.parent, "-s", "preprocess.sise=32"],
-            "unknown key 'preprocess.sise'; did you mean 'size'?",
+            ["preprocess", folder.parent, "-s", "preprocess.image_sise=32"],
+            "unknown key 'preprocess.image_sise'; did you mean 'image_size'?",
         ),
         (
             ["preprocess", folder.parent, "-s", "backbone=smal"],
@@ -198,15 +204,15 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
         ),
         (
             ["preprocess", folder.parent, "--state", "text", *SMALL, "--workers", 1],
-            "none of the 20 scans could be made ready",
+            "none of the 20 scans could be prepared",
         ),
         (["montage", "gone"], "gone does not exist"),
         (["montage", scan, "--out", "text/montage.png"], "the montage cannot be written to text/montage.png"),
         (
             ["predict", "gone.safetensors", folder],
-            f"gone.safetensors {ours} (FileNotFoundError); give the model.safetensors of a run",
+            f"gone.safetensors {ours} (FileNotFoundError); use the model.safetensors of a run",
         ),
-        (["predict", "text", folder], f"text {ours} (SafetensorError); give the model.safetensors of a run"),
+        (["predict", "text", folder], f"text {ours} (SafetensorError); use the model.safetensors of a run"),
         (
             ["predict", model, folder, "--sort", "covit"],
             "there is no column 'covit' to sort by; did you mean 'covid'?",
@@ -214,10 +220,13 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
         (["predict", model, folder, "--masks", "m"], f"{model} draws no masks (covid); leave --masks out"),
         (
             ["predict", model, folder, "--personal", "empty"],
-            "empty holds no own weights that a run was tested with (used.json: FileNot",
+            "empty has no layers that a run was tested with (used.json: FileNot",
         ),
         (["predict", model, "empty"], "empty holds no scan that can be read"),
-        (["predict", model, folder, "--device", "gpu"], "device 'gpu' is none that PyTorch knows"),
+        (
+            ["predict", model, folder, "--device", "gpu"],
+            "unknown device 'gpu'; use auto, cpu, cuda or cuda:1",
+        ),
         (["predict", model, scan, "--out", "text/predictions.csv"], "text cannot be used ("),
     ]
     for words, start in expected:
@@ -225,17 +234,17 @@ def test_bad_input_is_one_sentence(consilium: Command, folder: Path, model: Path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there(consilium: Command, folder: Path, model: Path) -> None:
-    assert "this machine shows no GPU" in sentence(consilium("predict", model, folder, "--device", "cuda"))
+def test_missing_device_is_refused(consilium: Command, folder: Path, model: Path) -> None:
+    assert "this machine has no GPU" in sentence(consilium("predict", model, folder, "--device", "cuda"))
 
 
-def test_help_does_not_wait_for_pytorch() -> None:
+def test_help_does_not_import_pytorch() -> None:
     code = "import sys, client.cli; print({'torch', 'pandas', 'pydicom', 'hydra'} & sys.modules.keys())"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.stdout.strip() == "set()"
 
 
-def test_the_installed_command_shows_no_stack_trace(tmp_path: Path) -> None:
+def test_installed_command_shows_no_stack_trace(tmp_path: Path) -> None:
     command = Path(sys.executable).parent / "consilium-centre"
     ended = subprocess.run(
         [command, "cohort", "gone"], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120

@@ -1,4 +1,8 @@
-"""Site kits: nothing secret where it does not belong, nothing replaced unasked, and what was made is what OpenSSL and OpenSSH understand."""
+"""Site kits.
+
+Nothing secret where it does not belong, nothing replaced unasked, and what was made is what OpenSSL and
+OpenSSH understand.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_made_once_and_kept(yaml: Path, tmp_path: Path) -> None:
-    """A second run changes no byte; private files are 0600, on disk and in the kit; a kit holds its own centre's key and nobody else's."""
+def test_existing_keys_and_secrets_are_kept(yaml: Path, tmp_path: Path) -> None:
+    """A second run changes no byte.
+
+    Private files are 0600, on disk and in the kit; a kit holds its own centre's key and nobody else's.
+    """
     out = tmp_path / "out"
     said = "\n".join(provision_federation(yaml, out))
     first = contents(out)
@@ -61,7 +68,7 @@ def test_made_once_and_kept(yaml: Path, tmp_path: Path) -> None:
     assert first["ca.key"] not in inside
 
 
-def test_a_kit_is_the_same_byte_for_byte(yaml: Path, tmp_path: Path) -> None:
+def test_kit_is_reproducible_byte_for_byte(yaml: Path, tmp_path: Path) -> None:
     """From the same keys, another day and in another folder."""
     list(provision_federation(yaml, tmp_path / "out"))
     shutil.copytree(tmp_path / "out", tmp_path / "again")
@@ -72,8 +79,11 @@ def test_a_kit_is_the_same_byte_for_byte(yaml: Path, tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_openssl_and_openssh_understand_it(yaml: Path, tmp_path: Path) -> None:
-    """A TLS handshake by the system's OpenSSL for each name, none for another; ssh-keygen derives the enrolled public key from the private one."""
+def test_openssl_and_openssh_accept_the_certificates_and_keys(yaml: Path, tmp_path: Path) -> None:
+    """A TLS handshake by the system's OpenSSL for each name, none for another.
+
+    Ssh-keygen derives the enrolled public key from the private one.
+    """
     out = tmp_path / "out"
     list(provision_federation(yaml, out))
     for host, good in {
@@ -118,7 +128,7 @@ def handshake(made: Path, authority: Path, host: str) -> bool:
     return not open_ends
 
 
-def test_revoked_and_reissued(yaml: Path, tmp_path: Path) -> None:
+def test_revoked_centre_is_admitted_again_with_a_new_key(yaml: Path, tmp_path: Path) -> None:
     """One centre's key changes; nobody else's anything does."""
     out = tmp_path / "out"
     list(provision_federation(yaml, out))
@@ -139,8 +149,11 @@ def test_revoked_and_reissued(yaml: Path, tmp_path: Path) -> None:
         list(provision_federation(yaml, out, reissue="souht"))
 
 
-def test_the_coordinator_anew(yaml: Path, tmp_path: Path) -> None:
-    """A new certificate is by the same authority, so that no kit changes; a new name in the file is a fault until then."""
+def test_coordinator_certificate_is_reissued(yaml: Path, tmp_path: Path) -> None:
+    """A new certificate is by the same authority, so that no kit changes.
+
+    A new name in the file is a fault until then.
+    """
     out = tmp_path / "out"
     list(provision_federation(yaml, out))
     kits = contents(out / "kits")
@@ -160,8 +173,10 @@ def test_the_coordinator_anew(yaml: Path, tmp_path: Path) -> None:
     assert "fault" not in {f.level for f in check_provisioning(yaml, out)}
 
 
-def test_a_centre_with_its_own_key(tmp_path: Path) -> None:
-    """Its private key is nowhere at the coordinator's, a private one sent by mistake is refused, and so is a second one unasked or a revoked one."""
+def test_centre_may_make_its_own_key(tmp_path: Path) -> None:
+    """Its private key is nowhere at the coordinator's, a private one sent by mistake is refused, and so is a
+    second one unasked or a revoked one.
+    """
     own = tmp_path / "own"
     generate_key(own)
     (tmp_path / "own.pub").write_text(extract_public_key(own) + "\n")
@@ -172,7 +187,7 @@ def test_a_centre_with_its_own_key(tmp_path: Path) -> None:
     assert not (out / "keys").exists()
     with tarfile.open(fileobj=io.BytesIO((out / "kits" / "west.tar.gz").read_bytes())) as kit:
         assert "west/key" not in kit.getnames()
-    with pytest.raises(ConsiliumError, match="never replaced"):
+    with pytest.raises(ConsiliumError, match="never overwritten"):
         generate_key(own)
     generate_key(tmp_path / "second")
     (tmp_path / "own.pub").write_text(extract_public_key(tmp_path / "second") + "\n")
@@ -191,7 +206,7 @@ def test_a_centre_with_its_own_key(tmp_path: Path) -> None:
         list(provision_federation(yaml, out, reissue="west"))
 
 
-def test_warned_before_expiry(tmp_path: Path) -> None:
+def test_expiry_is_reported_in_advance(tmp_path: Path) -> None:
     """Certificates of 400, 20 and no days; OpenSSL agrees about the last."""
     make_authority(tmp_path, "test")
     for days, level in {400: "ok", 20: "warning", 0: "fault"}.items():
@@ -214,14 +229,14 @@ def test_warned_before_expiry(tmp_path: Path) -> None:
         ("centres: {north: {}}", "address"),
         ("address: h\ncentres: {north: {}}", "host:port"),
         ("address: h:443\ncentres: {}", "names no centre"),
-        ("address: h:443\ncentres: {../x: {}}", "no name for a centre"),
-        ("address: h:443\ncentres: {coordinator: {}}", "no name for a centre"),
+        ("address: h:443\ncentres: {../x: {}}", "cannot be a name"),
+        ("address: h:443\ncentres: {coordinator: {}}", "cannot be a name"),
         ("address: h:443\ncentres: {north: {devise: cpu}}", "did you mean 'device'"),
         ("address: h:443\nadress: x\ncentres: {north: {}}", "did you mean 'address'"),
-        ("address: [", "no YAML"),
+        ("address: [", "not valid YAML"),
     ],
 )
-def test_what_is_wrong_is_said(text: str, sentence: str, tmp_path: Path) -> None:
+def test_invalid_federation_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text(text)
     with pytest.raises(ConsiliumError, match=sentence) as raised:
         load_federation_file(tmp_path / "f.yaml")

@@ -30,6 +30,13 @@ def command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "consilium-server"), *arguments]
 
 
+def draw_phantom(folder: Path) -> None:
+    """Draw the made-up hospitals that a simulation of TINY reads."""
+    settings = [part for override in TINY for part in ("-s", override)]
+    tool = str(Path(sys.executable).parent / "consilium-centre")
+    subprocess.run([tool, "phantom", *settings, "--no-prepare"], env=environment(folder), check=True)
+
+
 def environment(folder: Path) -> dict[str, str]:
     return os.environ | {
         "CONSILIUM_DATA": str(folder / "data"),
@@ -52,10 +59,14 @@ def left_running(folder: Path) -> list[str]:
 
 
 def test_simulate_killed_and_resumed(tmp_path: Path) -> None:
-    """`simulate` to the end from a folder with a decoy app; another, its whole session killed by kill -9 in a round, resumed to equal weights."""
+    """`simulate` to the end from a folder with a decoy app.
+
+    Another, its whole session killed by kill -9 in a round, resumed to equal weights.
+    """
     decoy = tmp_path / "work" / "client"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("raise SystemExit('the working directory was imported')")
+    draw_phantom(tmp_path)
     begin = command("simulate", *TINY, "stage.rounds=3")
     whole = subprocess.run(
         begin, cwd=tmp_path / "work", env=environment(tmp_path), capture_output=True, text=True, timeout=240
@@ -108,7 +119,10 @@ def test_simulate_killed_and_resumed(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_says_so(tmp_path: Path) -> None:
-    """The server's own failure: exit status 2, one sentence, no stack trace, nothing left running. `flwr run` itself would say 0."""
+    """The server's own failure.
+
+    Exit status 2, one sentence, no stack trace, nothing left running. `flwr run` itself would say 0.
+    """
     missing = command(
         "simulate",
         "federation=folder",
