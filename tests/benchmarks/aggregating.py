@@ -1,10 +1,14 @@
-"""The coordinator's weighted sum against Flower's own aggregation on EfficientNet-B7's shapes, interleaved: seconds, ratio, memory.
+"""The coordinator's weighted sum against Flower's own aggregation on EfficientNet-B7's shapes, interleaved.
+
+Seconds, ratio, memory.
 
     .venv/bin/python -m tests.benchmarks.aggregating [--centres 4,16] [--repeats 5] [--memory 4,16,64,256]
 
-Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours: server/aggregation/weighted_mean.py, `weighted_sum` of contributions spooled to
-disk as they came, and what it costs before that to receive one (`fault` and `spool`). "read" adds up every value of the same files and does nothing
-else: the floor. Memory is what the process holds of its own (RssAnon), the model itself not counted, in models of 256 MB.
+Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours:
+server/aggregation/weighted_mean.py, `weighted_sum` of contributions spooled to disk as they came, and what it
+costs before that to receive one (`fault` and `spool`). "read" adds up every value of the same files and does
+nothing else: the floor. Memory is what the process holds of its own (RssAnon), the model itself not counted,
+in models of 256 MB.
 """
 
 from __future__ import annotations
@@ -112,7 +116,10 @@ def compare(layout: Layout, centres: int, repeats: int, folder: Path) -> str:
     share = statistics.median(t[2] / t[1] for t in times)
     speed = f"{centres * layout.size * 4 / floor / 1e9:.0f} GB/s"
     received = statistics.median(receiving)
-    return f"| {centres} | {theirs:.2f} s | {mine:.3f} s | {ratio:.1f} | {floor:.3f} s ({speed}) | {share:.0%} | {received:.2f} s |"
+    return (
+        f"| {centres} | {theirs:.2f} s | {mine:.3f} s | {ratio:.1f} | {floor:.3f} s ({speed}) | {share:.0%} "
+        f"| {received:.2f} s |"
+    )
 
 
 def memory(layout: Layout, centres: int, folder: Path) -> str:

@@ -1,8 +1,12 @@
-"""What each defence buys against each attack, and what it costs: a hostile centre, membership inference, gradient inversion.
+"""What each defence buys against each attack, and what it costs.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.attacks [--only hostile|membership|inversion] [--out DIR] [--seeds 1]
+A hostile centre, membership inference, gradient inversion.
 
-Phantom hospitals in small (tests/attacks.py says how each attack goes); what is finished is kept in DIR and not done again. README.md has the tables.
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.attacks [--only hostile|membership|inversion]
+    [--out DIR] [--seeds 1]
+
+Phantom hospitals in small (tests/attacks.py says how each attack goes); what is finished is kept in DIR and
+not done again. README.md has the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from client.data.batch import Batch
 from client.data.dataset import ScanDataset, concat_datasets, iterate_batches, iterate_slices
 from client.data.loading import load_datasets
 from client.phantom.chest_ct import draw_chest
+from client.phantom.federation import write_federation
 from client.phantom.profiles import CENTRE_PROFILES
+from client.site.config import resolve_data_root
 from client.training.dp_sgd import DPParams, poisson_batches, rows_by_patient
 from client.training.trainer import TrainSpec, run_inference, train
 from common.config.compose import compose_config
@@ -38,12 +44,13 @@ from common.protocol.update_codec import decode_update, encode_update
 from common.utils.errors import ConsiliumError
 from server.rounds.run_lifecycle import open_ledger, start_run
 from server.run.initial_model import build_initial_model
-from tests.attacks import ATTACKS, Hostile, Tiny, damage, inverted, membership, psnr, ssim
+from tests.attacks import ATTACKS, Hostile, Tiny, infer_membership, invert_update, measure_damage, psnr, ssim
 from tests.benchmarks import real_ct
 from tests.in_process_federation import sites
 
 SMALL = [
-    "federation.phantom.scale=0.1", "stage.rounds=8", "stage.tasks=[covid]", "evaluation.checkpoint_selection=last", "aggregation.compression=fp32",
+    "federation.phantom.scale=0.1", "stage.rounds=8", "stage.tasks=[covid]",
+    "evaluation.checkpoint_selection=last", "aggregation.compression=fp32",
     "federation.round_retries=0", "federation.quorum=0.5",
 ]  # fmt: skip
 OPEN = "aggregation.max_norm_ratio=1e9"
@@ -93,14 +100,20 @@ def hostile(out: Path, seed: int, attack: str, defence: str) -> dict[str, Any]:
         )
     except ConsiliumError as error:  # the model is spoilt: no centre can score it
         return {"worst": None, "fooled": None, "why": str(error)[:120]}
-    worst, fooled = damage(out / "runs" / run / "model.safetensors", config)
-    return {"worst": worst, "fooled": fooled, "left out": sorted({o["centre"] for o in result["left_out"]})}
+    worst, fooled = measure_damage(out / "runs" / run / "model.safetensors", config)
+    return {
+        "worst": worst,
+        "fooled": fooled,
+        "left out": sorted({exclusion.centre for exclusion in result.left_out}),
+    }
 
 
 def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, ScanDataset]:
     """Scans of all centres, one a patient."""
     if data == "phantom":
         config = config_of(out)
+        assert config.federation.phantom is not None
+        write_federation(resolve_data_root(config), config.federation.phantom, config.federation.centres)
     else:
         weights = f"backbone.weights={real_ct.data_folder()}/weights/mobilenetv1_075_tfjs_imagenet.pth"
         config = compose_config(
@@ -124,8 +137,11 @@ def pool(out: Path, data: str, scans: int = 96) -> tuple[Config, ScanDataset]:
 def members(
     out: Path, data: str, seed: int, target: float, models: int = 8, epochs: int = 20
 ) -> dict[str, Any]:
-    """Likelihood-ratio attack on models of one half of the scans each; `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private
-    models alone. The real slices' models begin from ImageNet's weights."""
+    """Likelihood-ratio attack on models of one half of the scans each.
+
+    `target`: each patient's epsilon, 0 for none, < 0 for the norms of the private models alone. The real
+    slices' models begin from ImageNet's weights.
+    """
     config, scans = pool(out, data)
     backbone = replace(
         config.backbone, norm=("group" if data == "phantom" else "frozen") if target else "batch"
@@ -161,7 +177,7 @@ def members(
         )
         confidence[k] = np.where(y == 1, z, -z)
         right.append([np.mean(confidence[k][inside[k]] > 0), np.mean(confidence[k][~inside[k]] > 0)])
-    auc, found = membership(confidence, inside)
+    auc, found = infer_membership(confidence, inside)
     return {
         "auc": auc,
         "tpr": found,
@@ -174,7 +190,9 @@ MEMBERS = {"none": 0.0, "none, their norms": -1.0, "patient, epsilon 8": 8.0, "p
 
 
 def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 400) -> dict[str, Any]:
-    """One contribution of one picture (or eight) by one step of SGD, as it would leave the centre, and the picture that the attack makes of it."""
+    """One contribution of one picture (or eight) by one step of SGD, as it would leave the centre, and the
+    picture that the attack makes of it.
+    """
     tasks = {"covid": Task()}
     stage = Stage(
         batch_size=8,
@@ -214,7 +232,7 @@ def inversion(out: Path, seed: int, defence: str, size: int = 32, steps: int = 4
         codec: Compression = "int8" if defence == "int8" else "int4"
         delta = decode_update(encode_update(delta, layout, codec)[0], layout, codec)
     parts = [torch.from_numpy(delta[e.span].reshape(e.shape).copy()) for e in layout.floats]
-    found = inverted(model, parts, torch.ones(1), (1, 1, size, size), steps, seed)
+    found = invert_update(model, parts, torch.ones(1), (1, 1, size, size), steps, seed)
     true = max((p[0] / 255 for p in pictures), key=lambda p: psnr(found[0, 0], p))
     return {
         "psnr": psnr(found[0, 0], true),
@@ -300,7 +318,8 @@ def main() -> None:
             )
     if "membership" in parts:
         text.append(
-            "\n| membership | AUC | found at 5 % false | right inside | right outside |\n|---|---|---|---|---|"
+            "\n| membership | AUC | found at 5 % false | right inside | right outside "
+            "|\n|---|---|---|---|---|"
         )
         for data, (d, target) in itertools.product(("phantom", "ct_multisource"), MEMBERS.items()):
             some = [

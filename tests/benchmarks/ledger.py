@@ -1,10 +1,13 @@
-"""What a long run of many centres costs the ledger, the checkpoint's history and the report: seconds of every write and every read.
+"""What a long run of many centres costs the ledger, the checkpoint's history and the report.
+
+Seconds of every write and every read.
 
     .venv/bin/python -m tests.benchmarks.ledger [--rounds 1000] [--centres 100] [--runs 100] [--out FOLDER]
 
-Rounds are made up (two tasks, scores from histograms) and written as server/rounds/coordinator.py writes them at the end of a round: the ledger (SQLite),
-then the checkpoint with the run's history, here of a small model, so that what is timed is the history. Then everything is read as
-`consilium-server runs` and a report read it. `CPU` is user + system seconds of this process.
+Rounds are made up (two tasks, scores from histograms) and written as server/rounds/coordinator.py writes them
+at the end of a round: the ledger (SQLite), then the checkpoint with the run's history, here of a small model,
+so that what is timed is the history. Then everything is read as `consilium-server runs` and a report read it.
+`CPU` is user + system seconds of this process.
 """
 
 from __future__ import annotations
@@ -32,14 +35,18 @@ from server.analysis import score_tables
 from server.ledger.ledger import Ledger
 from server.reporting.report import write_report
 from server.reporting.terminal_tables import build_result_table
-from server.rounds.coordinator import checkpoint_run
-from server.run.run_state import Run
+from server.rounds.run_checkpoint import checkpoint_run
+from server.run.records import BestRound, CentreRound, RoundRecord, StageRecord
+from server.run.run_state import ModelState, Run
 
 RUN, STAGE = "20260101-000000-multisource-federated-0000", "main"
 
 
 def sums_of(draws: np.random.Generator, config: Config) -> Sums:
-    """What centres answer on validation: histograms of a binary task, confusions of a multiclass one, losses."""
+    """What centres answer on validation.
+
+    Histograms of a binary task, confusions of a multiclass one, losses.
+    """
     sums: Sums = {}
     for k, centre in enumerate(config.federation.centres):
         sums[f"{centre}/covid/hist"] = np.stack(
@@ -56,7 +63,7 @@ SHAPES = [np.exp(-((np.arange(256) - middle) ** 2) / 5000) for middle in (90, 16
 SHAPES = [shape / shape.sum() for shape in SHAPES]
 
 
-def entry_of(draws: np.random.Generator, config: Config, round: int) -> dict[str, Any]:
+def entry_of(draws: np.random.Generator, config: Config, round: int) -> RoundRecord:
     """A round as the coordinator keeps it."""
     centres = config.federation.centres
     share = draws.dirichlet(np.full(len(centres), 20.0))
@@ -65,17 +72,28 @@ def entry_of(draws: np.random.Generator, config: Config, round: int) -> dict[str
         for part in ("backbone", "decoder", "covid", "source")
     }
     replies = {
-        c: {
-            "accepted": True, "reason": "", "scans": 80, "steps": 20, "seconds": 30 * draws.random(), "loss": draws.random(),
-            "bytes_up": 6_000_000, "bytes_down": 24_000_000, "epsilon": None, "norm": draws.random(),
-        }
+        c: CentreRound(
+            accepted=True,
+            scans=80,
+            steps=20,
+            seconds=30 * draws.random(),
+            loss=draws.random(),
+            norm=draws.random(),
+            bytes_up=6_000_000,
+            bytes_down=24_000_000,
+        )
         for c in centres
-    }  # fmt: skip
-    return {
-        "round": round, "seconds": 31.0, "bytes_up": 6e6 * len(centres), "bytes_down": 24e6 * len(centres), "weights": weights,
-        "effective": {part: compute_effective_centres(w) for part, w in weights.items()}, "centres": replies,
-        "val": score_tables.compute_scores(sums_of(draws, config), config, list(config.tasks)),
-    }  # fmt: skip
+    }
+    return RoundRecord(
+        round=round,
+        seconds=31.0,
+        bytes_up=6_000_000 * len(centres),
+        bytes_down=24_000_000 * len(centres),
+        weights=weights,
+        effective_centres={part: compute_effective_centres(w) for part, w in weights.items()},
+        centres=replies,
+        validation=score_tables.compute_scores(sums_of(draws, config), config, list(config.tasks)),
+    )
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -123,10 +141,16 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
     for k in range(others):
         ledger.add_run(
-            f"other{k}", recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="0"
+            f"other{k}",
+            recipe="multisource",
+            mode="federated",
+            config=config_to_dict(config),
+            code_fingerprint="0",
         )
         ledger.log_event(f"other{k}", "finished")
-    ledger.add_run(RUN, recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="0")
+    ledger.add_run(
+        RUN, recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="0"
+    )
     counts: Sums = {
         f"{c}/{split}/covid": np.array([40.0, 40.0, 0.0]) for c in names for split in ("train", "val", "test")
     }
@@ -137,40 +161,40 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     joined = [
         timed(lambda c=c: ledger.add_centre(RUN, c, {"counts": {"covid": [40.0, 40.0]}})) for c in names
     ]  # type: ignore[misc]
-    place: dict[str, Any] = {"name": STAGE, "rounds": [], "best": {}, "personal": False, "finished": False}
-    result["stages"].append(place)
-    run = Run(RUN, config, folder, None, ledger, build_layout(torch.nn.Linear(1000, 100)), result=result)  # type: ignore[arg-type]
-    run.weights = Weights(np.zeros(run.layout.size, np.float32), np.empty(0, np.int64))
+    stage = StageRecord(STAGE)
+    result.stages.append(stage)
+    layout = build_layout(torch.nn.Linear(1000, 100))
+    model = ModelState(layout, Weights(np.zeros(layout.size, np.float32), np.empty(0, np.int64)))
+    run = Run(RUN, config, folder, None, ledger, model)  # type: ignore[arg-type]
+    run.result = result
     written, events, kept, made = [], [], [], []
     gc.freeze()
     for round in range(rounds):
         *spent, entry = timed(lambda round=round: entry_of(draws, config, round))  # type: ignore[misc]
         made.append(spent)
-        place["rounds"].append(entry)
-        facts = {"contributions": entry["centres"], "weights": entry["weights"], "scores": entry["val"]}
+        stage.rounds.append(entry)
         add = partial(
-            ledger.add_round,
-            RUN,
-            STAGE,
-            round,
-            started=datetime.now(UTC),
-            seconds=31.0,
-            closed_because="all replied",
-            **facts,
+            ledger.add_round, RUN, STAGE, entry, started=datetime.now(UTC), close_reason="all replied"
         )
         written.append(timed(add)[:2])
         events.append(
             timed(lambda: ledger.log_event(RUN, "left_out", "no reply within 3600 s", names[0]))[:2]
         )
-        place["best"] = {"stage": STAGE, "round": round, "value": 0.9}
-        run.weights.floats[0] = round
+        stage.best = BestRound(STAGE, round, 0.9)
+        model.weights.floats[0] = round
         kept.append(timed(lambda round=round: checkpoint_run(run, STAGE, round))[:2])  # type: ignore[misc]
-    result["test"] = score_tables.compute_scores(
+    result.test = score_tables.compute_scores(
         sums_of(draws, config), config, list(config.tasks), with_sums=True
     )
-    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", result["test"])
+    ledger.add_metrics(RUN, STAGE, rounds - 1, "test", result.test)
     ledger.log_event(RUN, "finished")
-    rows = {what: len(getattr(ledger, what)(RUN)) for what in ("rounds", "contributions", "shares", "scores")}
+    round_reads: dict[str, Callable[[str], Any]] = {
+        "rounds": ledger.read_rounds,
+        "contributions": ledger.read_contributions,
+        "group weights": ledger.read_group_weights,
+        "scores": ledger.read_scores,
+    }
+    rows = {name: len(read(RUN)) for name, read in round_reads.items()}
     per_round = sum(rows.values()) // rounds
     print(f"{rounds} rounds x {centres} centres, {per_round} rows a round, load {os.getloadavg()[0]:.1f}\n")
     print(f"| write, ms | median | 99th percentile | CPU | median a row |\n{'|---' * 5}|")
@@ -184,10 +208,10 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     size = (folder / "ledger.db").stat().st_size
     print(f"\nThe ledger has {size / 1e6:.0f} MB, {size / rounds / centres:.0f} bytes a centre and round.\n")
     print(f"| read | s | CPU | rows |\n{'|---' * 4}|")
-    reads: dict[str, Callable[[], Any]] = {"runs": ledger.read_runs} | {
-        what: lambda what=what: getattr(ledger, what)(RUN)  # type: ignore[misc]
-        for what in ("status", "events", "centres", "rounds", "contributions", "shares", "scores")
-    }
+    reads: dict[str, Callable[[], Any]] = {"runs": ledger.read_runs}
+    run_reads = {"status": ledger.read_status, "events": ledger.read_events, "centres": ledger.read_centres}
+    for name, read_run in (run_reads | round_reads).items():
+        reads[name] = partial(read_run, RUN)
     for what, read in (
         *reads.items(),
         ("scores, over all centres only", lambda: ledger.read_scores(RUN, include_centres=False)),
@@ -202,7 +226,8 @@ def bench(rounds: int, centres: int, others: int, folder: Path) -> None:
     ):
         wall, cpu, _ = timed(what)
         print(
-            f"| {'report.html' if size_of() else 'table of the terminal'} | {wall:.2f} | {cpu:.2f} | {size_of():.1f} |"
+            f"| {'report.html' if size_of() else 'table of the terminal'} | {wall:.2f} | {cpu:.2f} | "
+            f"{size_of():.1f} |"
         )
 
 

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.overhead [--steps 600] [--rounds 3] [overrides ...]
 
-The real centres (client/app.py) on two phantom hospitals, both at once on two cores, the real transport (server/app.py) and coordinator. A round is
-cut at the transport: asking for training, asking for scores, the rest (spool, sum, ledger, checkpoint). What centres say they worked
-(`Contribution.seconds`, `Answer.seconds`) is taken off; what is left is the federation's own.
+The real centres (client/app.py) on two phantom hospitals, both at once on two cores, the real transport
+(server/app.py) and coordinator. A round is cut at the transport: asking for training, asking for scores, the
+rest (spool, sum, ledger, checkpoint). What centres say they worked (`Contribution.seconds`, `Answer.seconds`)
+is taken off; what is left is the federation's own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from client.phantom.federation import write_federation
 from client.phantom.profiles import CENTRE_PROFILES
 from common.config.compose import compose_config, config_to_dict
 from common.protocol.messages import Request, StatisticsReply, TrainReply, TrainRequest
-from server.app import FlowerTransport
 from server.ledger.ledger import Ledger
 from server.rounds.coordinator import run_training
+from server.run.flower_transport import FlowerTransport
+from server.run.records import RunResult
 from server.run.run_state import Run
 from server.run.transport import ReceivedReply
 
@@ -75,7 +77,7 @@ def main() -> None:
         config = compose_config([*said, f"stage.rounds={given.rounds}", *given.overrides])
         assert config.federation.phantom
         write_federation(folder / "data", config.federation.phantom, CENTRES)
-        found: list[tuple[list[Asked], dict[str, Any]]] = []
+        found: list[tuple[list[Asked], RunResult]] = []
         server = ServerApp()
 
         @server.main()
@@ -96,21 +98,25 @@ def main() -> None:
     show(*found[0])
 
 
-def show(asked: list[Asked], result: dict[str, Any]) -> None:
+def show(asked: list[Asked], result: RunResult) -> None:
     """The table."""
-    rounds = [r for stage in result["stages"] for r in stage["rounds"] if r["round"]]
+    rounds = [record for stage in result.stages for record in stage.rounds if record.round]
     first = next(k for k, a in enumerate(asked) if a[0] == "train")
-    heads = "round, s | longest training | training's messages | scores at the centre | scores' messages | coordinator | beyond training"
+    heads = (
+        "round, s | longest training | training's messages | scores at the centre | scores' messages | "
+        "coordinator | beyond training"
+    )
     print(f"| round | {heads} |\n{'|---' * 8}|")
     beyond = []
     for r, train, query in zip(rounds, asked[first::2], asked[first + 1 :: 2], strict=False):
-        rest = r["seconds"] - train[1] - query[1]
-        beyond.append((r["seconds"] - train[3]) / train[3])
-        cells = [r["seconds"], train[3], train[1] - train[3], query[3], query[1] - query[3], rest]
-        print(f"| {r['round']} | {' | '.join(f'{value:.2f}' for value in cells)} | {beyond[-1]:.1%} |")
+        rest = r.seconds - train[1] - query[1]
+        beyond.append((r.seconds - train[3]) / train[3])
+        cells = [r.seconds, train[3], train[1] - train[3], query[3], query[1] - query[3], rest]
+        print(f"| {r.round} | {' | '.join(f'{value:.2f}' for value in cells)} | {beyond[-1]:.1%} |")
     cpu = statistics.median(a[2] for a in asked[first:])
     print(
-        f"\nmedian beyond training {statistics.median(beyond):.1%}; coordinator's CPU a question {cpu:.2f} s; load {os.getloadavg()[0]:.1f}"
+        f"\nmedian beyond training {statistics.median(beyond):.1%}; coordinator's CPU a question "
+        f"{cpu:.2f} s; load {os.getloadavg()[0]:.1f}"
     )
 
 

@@ -1,13 +1,17 @@
-"""Preprocessing, disk to stored slices: JPEG folders against paper 1's published code, DICOM against pydicom + scipy and the fastest decoders.
+"""Preprocessing, disk to stored slices.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.preprocessing --peer PEER [--data DATA] [--slices 100,300] [--repeats 5]
-        [--only jpeg|dicom|codecs|memory|lungs|auc]
+JPEG folders against the paper's published code, DICOM against pydicom + scipy and the fastest decoders.
 
-PEER is a clone of github.com/Purdue-M2/multisource-covid-ct; without it the JPEG table is left out. DATA (default: `$CONSILIUM_REAL_DATA`, else
-../shared/data) gives a real chest CT, read between its slices to as many as are asked for; without it a phantom's is taken. Our side is what
-`consilium-centre preprocess` runs for a scan (client/imaging/job_execution.py, `run_job`): hash of all files, look, selection, crop, store. Sides
-take turns within each repeat. "CPU" is processor time of one process, hence a ratio per core; "two cores" is the peer's wall time in its one process
-over ours by two processes that are running already, on the same machine at the same time. All files are in the page cache.
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.preprocessing --peer PEER [--data DATA] [--slices
+    100,300] [--repeats 5] [--only jpeg|dicom|codecs|memory|lungs|auc]
+
+PEER is a clone of github.com/Purdue-M2/multisource-covid-ct; without it the JPEG table is left out. DATA
+(default: `$CONSILIUM_REAL_DATA`, else ../shared/data) gives a real chest CT, read between its slices to as
+many as are asked for; without it a phantom's is taken. Our side is what `consilium-centre preprocess` runs
+for a scan (client/imaging/job_execution.py, `run_job`): hash of all files, look, selection, crop, store.
+Sides take turns within each repeat. "CPU" is processor time of one process, hence a ratio per core; "two
+cores" is the peer's wall time in its one process over ours by two processes that are running already, on the
+same machine at the same time. All files are in the page cache.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ def ours(folder: Path, settings: PreprocessConfig, store: Path) -> None:
 
 
 def theirs(peer: Any, folder: Path, out: Path) -> None:
-    """Paper 1's code on one scan; its progress bar and print go nowhere."""
+    """The multi-source paper's code on one scan, without its progress bar and output."""
     scan = {
         "scan_id": "s",
         "slices": [str(p) for p in sorted(folder.iterdir())],
@@ -76,8 +80,11 @@ def theirs(peer: Any, folder: Path, out: Path) -> None:
 
 
 def reference(folder: Path, out: Path) -> None:
-    """What one would write with pydicom and scipy for the same rule: read all, threshold, largest body, filled, air within in three dimensions,
-    KDS over the areas, crop, window, resize, save."""
+    """What one would write with pydicom and scipy for the same rule.
+
+    Read all, threshold, largest body, filled, air within in three dimensions, KDS over the areas, crop,
+    window, resize, save.
+    """
     files = [pydicom.dcmread(path) for path in folder.iterdir()]
     files.sort(key=lambda ds: float(ds.ImagePositionPatient[2]))
     hu = np.stack([ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for ds in files])
@@ -109,7 +116,10 @@ def reference(folder: Path, out: Path) -> None:
 
 
 def turns(sides: Sides, repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(CPU seconds, wall seconds) of each side, one after another in every repeat; a first round is not counted."""
+    """(CPU seconds, wall seconds) of each side, one after another in every repeat.
+
+    A first round is not counted.
+    """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -177,7 +187,8 @@ def jpeg(peer: Any, data: Path | None, slices: list[int], repeats: int, work: Pa
 
 def dicom(data: Path | None, slices: list[int], repeats: int, work: Path) -> None:
     print(
-        f"\n| uncompressed DICOM of | selection | pydicom + scipy, CPU | ours, CPU | per core |\n{'|---' * 5}|"
+        "\n| uncompressed DICOM of | selection | pydicom + scipy, CPU | ours, CPU | per core "
+        f"|\n{'|---' * 5}|"
     )
     for Z in slices:
         folder = write_dicom(volume_of(data, Z), work / f"plain{Z}")
@@ -203,10 +214,12 @@ def dicom(data: Path | None, slices: list[int], repeats: int, work: Path) -> Non
 def codecs(data: Path | None, repeats: int, work: Path) -> None:
     Z = 100
     print(
-        f"\n{Z} slices; decoding alone, every slice, by the fastest decoder that is installed, against ours from disk to stored slices"
+        f"\n{Z} slices; decoding alone, every slice, by the fastest decoder that is installed, against "
+        "ours from disk to stored slices"
     )
     print(
-        f"\n| codec | decoders, CPU a slice | all slices, fastest | selection | ours, CPU | ours / fastest |\n{'|---' * 6}|"
+        "\n| codec | decoders, CPU a slice | all slices, fastest | selection | ours, CPU | ours / "
+        f"fastest |\n{'|---' * 6}|"
     )
     voxels = volume_of(data, Z)
     for name, syntax in CODECS.items():
@@ -242,7 +255,10 @@ def _each(decode: Callable[[Path], NDArray[Any]], files: list[Path]) -> None:
 
 
 def _peak(folder: Path, few: Path, settings: PreprocessConfig, store: Path) -> tuple[float, float]:
-    """(seconds, MB that a scan adds to the peak of this process; Linux sets it back to the present on `clear_refs` 5)."""
+    """(seconds, MB that a scan adds to the peak of this process.
+
+    Linux sets it back to the present on `clear_refs` 5).
+    """
     cv2.setNumThreads(1)
     ours(few, settings, store)  # libraries are loaded
     Path("/proc/self/clear_refs").write_text("5")
@@ -257,7 +273,8 @@ def _peak(folder: Path, few: Path, settings: PreprocessConfig, store: Path) -> t
 def memory(data: Path | None, work: Path) -> None:
     voxels = volume_of(data, 300)
     print(
-        f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the libraries |\n{'|---' * 4}|"
+        f"\n| 300 slices of ({voxels.nbytes / 2**20:.0f} MB of HU) | selection | wall | peak beyond the "
+        f"libraries |\n{'|---' * 4}|"
     )
     for kind, wrote in {"JPEG": write_jpegs, "DICOM": write_dicom}.items():
         folder, few = wrote(voxels, work / f"{kind}m"), wrote(voxels[150:154], work / f"{kind}few")
@@ -268,9 +285,12 @@ def memory(data: Path | None, work: Path) -> None:
 
 
 def overlap() -> None:
-    """Dice of the lungs found and the lungs drawn, and how far apart the slices chosen by a look and by the full rule are, on four scanners."""
+    """Dice of the lungs found and the lungs drawn, and how far apart the slices chosen by a look and by the
+    full rule are, on four scanners.
+    """
     print(
-        f"\n| phantom, 96 slices of 256 px | Dice, full | Dice, look | kds: same of 8, shift | zquantile: same, shift |\n{'|---' * 5}|"
+        "\n| phantom, 96 slices of 256 px | Dice, full | Dice, look | kds: same of 8, shift | "
+        f"zquantile: same, shift |\n{'|---' * 5}|"
     )
     for centre, hospital in CENTRE_PROFILES.items():
         voxels, truth = draw_chest(
@@ -330,11 +350,10 @@ def auc(work: Path, scale: float, seeds: int) -> None:
                 [*few, "stage.tasks=[covid]", "stage.rounds=8", "evaluation.checkpoint_selection=last", *own]
             )
             run = f"{name.replace(', ', '-').replace('_', '-')}-{seed}"
-            scores = start_run(config, InProcess(sites()), work / "runs", open_ledger(work / "runs"), run)[
-                "test"
-            ]["covid"]
+            ledger = open_ledger(work / "runs")
+            scores = start_run(config, InProcess(sites()), work / "runs", ledger, run).test["covid"]
             print(
-                f"| {name} | {scores['macro']['auc']:.3f} | {scores['worst']['auc']['value']:.3f} | {seed} |",
+                f"| {name} | {scores.macro['auc']:.3f} | {scores.worst['auc'].value:.3f} | {seed} |",
                 flush=True,
             )
 
@@ -342,7 +361,7 @@ def auc(work: Path, scale: float, seeds: int) -> None:
 def main() -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(
-        description="Preprocessing against paper 1's code, pydicom + scipy, and the fastest decoders."
+        description="Preprocessing against the paper's code, pydicom + scipy, and the fastest decoders."
     )
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--data", type=Path)

@@ -1,11 +1,15 @@
-"""What privacy costs: time and memory of a step of `privacy=patient` against a plain one, the AUC on the phantom by epsilon, the error of a reported
-AUC under `privacy.query_noise_multiplier`, and how loud `privacy=central` is.
+"""What privacy costs.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc | --figures] [--repeats 15] [--scale .3] [--only epsilon]
+Time and memory of a step of `privacy=patient` against a plain one, the AUC on the phantom by epsilon, the
+error of a reported AUC under `privacy.query_noise_multiplier`, and how loud `privacy=central` is.
 
-A step is `client.training.trainer.train` on four patients of one scan of eight slices, on the same group-norm model either way; plain and private take turns,
-and the ratio is that of the medians. Memory is the peak of a process of its own less what it held before the step. The federations run in
-one process (tests/in_process_federation.py); `none, group norm` shows what the change of architecture alone does.
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.private [--steps | --auc | --figures] [--repeats
+    15] [--scale .3] [--only epsilon]
+
+A step is `client.training.trainer.train` on four patients of one scan of eight slices, on the same group-norm
+model either way; plain and private take turns, and the ratio is that of the medians. Memory is the peak of a
+process of its own less what it held before the step. The federations run in one process
+(tests/in_process_federation.py); `none, group norm` shows what the change of architecture alone does.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.federation.noisy_counts import add_noise
 from client.data.batch import Batch
+from client.federation.noisy_counts import add_noise
 from client.training.dp_sgd import DPParams
 from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
@@ -62,7 +66,9 @@ def step(model: Model, batch: Batch, private: bool) -> None:
 
 
 def peak(backbone: str, size: int, private: bool) -> int:
-    """Bytes that a step adds to the peak of this process (Linux counts it, and sets it back to the present on `clear_refs` 5)."""
+    """Bytes that a step adds to the peak of this process (Linux counts it, and sets it back to the present on
+    `clear_refs` 5).
+    """
     torch.set_num_threads(1)
     model, batch = made(backbone, size)
     step(*made(backbone, 32), private)  # libraries are loaded
@@ -75,7 +81,8 @@ def peak(backbone: str, size: int, private: bool) -> int:
 
 def steps(repeats: int) -> None:
     print(
-        f"{'backbone':24} {'px':>4} {'plain, ms':>10} {'private':>8} {'ratio':>6} {'plain, MB':>10} {'private':>8} {'ratio':>6}"
+        f"{'backbone':24} {'px':>4} {'plain, ms':>10} {'private':>8} {'ratio':>6} {'plain, MB':>10} "
+        f"{'private':>8} {'ratio':>6}"
     )
     fresh = multiprocessing.get_context("spawn")
     for backbone, size in MODELS:
@@ -98,13 +105,16 @@ def steps(repeats: int) -> None:
 
 
 def figures() -> None:
-    """How far a centre's reported AUC is off for the noise on its histogram, and the noise of `central` beside the clip: no training."""
+    """How far a centre's reported AUC is off for the noise on its histogram, and the noise of `central`
+    beside the clip: no training.
+    """
     rng, config = (
         np.random.default_rng(1),
         compose_config(["privacy=patient", "privacy.query_noise_multiplier=1", "stage.tasks=[covid]"]),
     )
     print(
-        "scans  bins  privacy.query_noise_multiplier  epsilon of 11 answers  true AUC  reported, mean and standard deviation"
+        "scans  bins  privacy.query_noise_multiplier  epsilon of 11 answers  true AUC  reported, mean "
+        "and standard deviation"
     )
     for n, bins, noise in itertools.product((100, 1000, 10_000), (16, 256), (5.0, 15.0)):
         y = np.arange(n) % 2
@@ -121,10 +131,12 @@ def figures() -> None:
             exact.append(compute_binary_metrics(hist)["auc"])
         cost = compute_epsilon(((noise, 1.0, 11),), 1e-5)
         print(
-            f"{n:5} {bins:5} {noise:10.0f} {cost:12.2f} {np.mean(exact):16.3f} {np.nanmean(found):12.3f} ± {np.nanstd(found):.3f}"
+            f"{n:5} {bins:5} {noise:10.0f} {cost:12.2f} {np.mean(exact):16.3f} {np.nanmean(found):12.3f} "
+            f"± {np.nanstd(found):.3f}"
         )
     print(
-        "\ncentres  epsilon  rounds  values  noise multiplier  norm of a round's noise, as a multiple of the clip"
+        "\ncentres  epsilon  rounds  values  noise multiplier  norm of a round's noise, as a multiple of "
+        "the clip"
     )
     for centres, target, values in itertools.product((4, 30, 1000), (8.0, 50.0), (380_000, 1_000)):
         noise = solve_noise_multiplier(target, 1e-5, ((1.0, 8),))
@@ -134,7 +146,10 @@ def figures() -> None:
 
 
 def federation_of(data: str, folder: Path, scale: float) -> list[str]:
-    """Overrides: made-up hospitals, or the three real sources (real_ct.py), either way from ImageNet weights."""
+    """Overrides.
+
+    Made-up hospitals, or the three real sources (real_ct.py), either way from ImageNet weights.
+    """
     weights = [f"backbone.weights={real_ct.data_folder()}/weights/mobilenetv1_075_tfjs_imagenet.pth"]
     if data == "phantom":
         small = [
@@ -152,7 +167,10 @@ def federation_of(data: str, folder: Path, scale: float) -> list[str]:
 
 
 def auc(data: str, scale: float, seeds: int, only: str, more: list[str]) -> None:
-    """Test AUC by epsilon. `more` comes last, and so says how: the whole network, or a head on a frozen one."""
+    """Test AUC by epsilon.
+
+    `more` comes last, and so says how: the whole network, or a head on a frozen one.
+    """
     settings = {"none": ["backbone.norm=frozen"], "none, batch norm": []}
     settings |= {
         f"epsilon {e}": ["privacy=patient", f"privacy.epsilon={e}", "backbone.norm=frozen"] for e in (8, 3, 1)
@@ -174,13 +192,14 @@ def auc(data: str, scale: float, seeds: int, only: str, more: list[str]) -> None
                     open_ledger(runs),
                     f"{name.replace(' ', '-').replace(',', '')}-{seed}",
                 )
-                scores, last = result["test"]["covid"], result["stages"][-1]["rounds"][-1]
-                spent = [c["epsilon"] for c in last["centres"].values() if c["epsilon"] is not None]
+                scores, last = result.test["covid"], result.stages[-1].rounds[-1]
+                spent = [centre.epsilon for centre in last.centres.values() if centre.epsilon is not None]
                 said = f"{min(spent):.2f} to {max(spent):.2f}" if spent else "–"
                 print(
-                    f"{name:18} {last['val']['covid']['macro']['auc']:6.3f} {scores['macro']['auc']:6.3f} {scores['worst']['auc']['value']:6.3f}  "
+                    f"{name:18} {last.validation['covid'].macro['auc']:6.3f} {scores.macro['auc']:6.3f} "
+                    f"{scores.worst['auc'].value:6.3f}  "
                     f"{said:14} {time.process_time() - began:6.0f}  seed {seed}  "
-                    + "  ".join(f"{c} {one['auc']:.3f}" for c, one in scores["centres"].items()),
+                    + "  ".join(f"{c} {one.metrics['auc']:.3f}" for c, one in scores.centres.items()),
                     flush=True,
                 )
 

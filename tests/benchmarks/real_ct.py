@@ -1,9 +1,13 @@
-"""Three real sources as three centres (3,810 CT slices): a table of settings x seeds, through the client and server code that a run uses.
+"""Three real sources as three centres (3,810 CT slices).
 
-    .venv/bin/python -m tests.benchmarks.real_ct [--configs 'central|tau 1'] [--seeds 1,2,3] [--workers 2] [--out DIR] [--speed]
+A table of settings x seeds, through the client and server code that a run uses.
 
-Every run trains on a centre's `train`, is chosen on `val` and touches `test` once at its end. What is finished is kept in DIR/results and
-not done again; a run that was interrupted is resumed. DIR/table.md is the table. What came out, and what it says: README.md here.
+    .venv/bin/python -m tests.benchmarks.real_ct [--configs 'central|tau 1'] [--seeds 1,2,3] [--workers 2]
+    [--out DIR] [--speed]
+
+Every run trains on a centre's `train`, is chosen on `val` and touches `test` once at its end. What is
+finished is kept in DIR/results and not done again; a run that was interrupted is resumed. DIR/table.md is the
+table. What came out, and what it says: README.md here.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -39,6 +44,7 @@ from common.modeling.model import make_model
 from common.utils.errors import ConsiliumError
 from server.ledger.ledger import Ledger
 from server.rounds.run_lifecycle import resume_run, start_run
+from server.run.records import CentreScores, RunResult, parse_result
 from tests.in_process_federation import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +66,8 @@ BASE = [
     f"preprocess.crop={PREPROCESS.crop}",
     "stage.batch_size=32",
     "stage.local_steps_mode=equal",  # 27 steps a round at every centre, 81 pooled
-    "evaluation.checkpoint_selection=last",  # 118 and 139 validation scans: an AUC's standard error is .05, choosing among rounds is choosing noise
+    # 118 and 139 validation scans: an AUC's standard error is .05, choosing among rounds is choosing noise
+    "evaluation.checkpoint_selection=last",
     "stage.optimiser.lr=3e-4",
 ]
 COVID = ["stage.tasks=[covid]"]  # the source head off
@@ -100,21 +107,29 @@ SETTINGS: dict[str, list[str]] = {
 
 
 def data_folder() -> Path:
-    """The real data: `$CONSILIUM_REAL_DATA`, else `../shared/data` beside the repository. Raises ConsiliumError when there are none."""
+    """The real data.
+
+    `$CONSILIUM_REAL_DATA`, else `../shared/data` beside the repository. Raises ConsiliumError when there are
+    none.
+    """
     folder = (
         Path(os.environ.get("CONSILIUM_REAL_DATA") or ROOT.parent / "shared" / "data").expanduser().resolve()
     )
     if not (folder / "ct_multisource" / "manifest.csv").is_file():
         raise ConsiliumError(
-            f"{folder} holds no ct_multisource/manifest.csv; set CONSILIUM_REAL_DATA to the folder of the real data"
+            f"{folder} holds no ct_multisource/manifest.csv; set CONSILIUM_REAL_DATA to the folder of "
+            "the real data"
         )
     return folder
 
 
 def write_federation(data: Path, out: Path) -> Path:
-    """One subfolder a source with its cohort.csv. Each slice gets a folder of its own, so that it is read as a CT of one slice, not as a
-    radiograph, and its body is found. UCSD keeps its official split; the others are divided by the hash of the patient (soares: of the
-    picture, for it names no patients, so that slices of one patient may stand on both sides)."""
+    """One subfolder a source with its cohort.csv.
+
+    Each slice gets a folder of its own, so that it is read as a CT of one slice, not as a radiograph, and its
+    body is found. UCSD keeps its official split; the others are divided by the hash of the patient (soares:
+    of the picture, for it names no patients, so that slices of one patient may stand on both sides).
+    """
     manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv", dtype=str)
     root = out / "federation"
     for centre, source in CENTRES.items():
@@ -194,7 +209,7 @@ def run_one(job: tuple[str, int, str, str]) -> str:
         ledger = Ledger(f"sqlite:///{runs}/{run}.db")
         try:
             if (runs / run / "metrics.json").exists():
-                result = json.loads((runs / run / "metrics.json").read_text())
+                result = parse_result(json.loads((runs / run / "metrics.json").read_text()))
             elif (runs / run).exists():
                 result = resume_run(run, transport, runs, ledger)
             else:
@@ -206,7 +221,7 @@ def run_one(job: tuple[str, int, str, str]) -> str:
             "setting": setting,
             "seed": seed,
             "val": val_of(result),
-            "test": auc_of(result["test"]),
+            "test": auc_of(result.test["covid"].centres),
             **spent,
         }
         kept.with_suffix(".part").write_text(json.dumps(facts, indent=1))
@@ -218,29 +233,31 @@ def run_one(job: tuple[str, int, str, str]) -> str:
     )
 
 
-def val_of(result: dict[str, Any]) -> dict[str, float]:
-    """The validation AUC of what was chosen: by all for all, or by each centre for itself."""
-    last = result["stages"][-1]
-    rounds = (
-        {c: last["best"].get(c, last["best"].get("pooled", {})).get("round") for c in CENTRES}
-        if last["personal"]
-        else {}
-    )
-    chosen = {
-        c: last["rounds"][rounds.get(c, last["best"].get("round"))]["val"]["covid"]["centres"][c]
-        for c in CENTRES
-    }
-    return auc_of({"covid": {"centres": chosen}})
+def val_of(result: RunResult) -> dict[str, float]:
+    """The validation AUC of the best rounds: of the shared model, or each centre's own."""
+    last = result.stages[-1]
+    scores = {}
+    for centre in CENTRES:
+        best = last.best
+        if last.local_only:
+            best = last.best_by_centre.get(centre, last.best_by_centre.get("pooled"))
+        assert best is not None
+        scores[centre] = last.rounds[best.round].validation["covid"].centres[centre]
+    return auc_of(scores)
 
 
-def auc_of(scores: dict[str, Any]) -> dict[str, float]:
-    """{centre: AUC} with macro and worst, of the covid task."""
-    own = {c: float(scores["covid"]["centres"][c]["auc"]) for c in CENTRES}
+def auc_of(scores: Mapping[str, CentreScores]) -> dict[str, float]:
+    """{centre: AUC} with macro and worst, from each centre's scores of the covid task."""
+    own = {centre: float(scores[centre].metrics["auc"] or 0.0) for centre in CENTRES}
     return {**own, "macro": float(np.mean(list(own.values()))), "worst": min(own.values())}
 
 
 def table(out: Path, settings: list[str], seeds: list[int]) -> str:
-    """The markdown table: test AUC, mean +- standard deviation over the seeds that are finished, and the validation macro that chose."""
+    """The markdown table.
+
+    Test AUC, mean +- standard deviation over the seeds that are finished, and the validation macro that
+    chose.
+    """
     columns = [*CENTRES, "macro", "worst"]
     lines = [f"| setting | {' | '.join(columns)} | val. macro | seeds |", "|---" * (len(columns) + 3) + "|"]
     for setting in settings:
@@ -263,7 +280,10 @@ def _cell(numbers: list[float]) -> str:
 
 
 def speed() -> None:
-    """Images a CPU-second of the training step on one thread, by size, precision and memory format: medians of three, interleaved."""
+    """Images a CPU-second of the training step on one thread, by size, precision and memory format.
+
+    Medians of three, interleaved.
+    """
     torch.set_num_threads(1)
     config, found = compose_config(BASE), dict[str, list[float]]()
     tasks = {"covid": config.tasks["covid"]}

@@ -1,9 +1,12 @@
-"""The other four papers' recipes on real data, each against pooled training and its paper's own baseline designs: a table of settings x seeds.
+"""The other four papers' recipes on real data, each against pooled training and its paper's own baseline
+designs: a table of settings x seeds.
 
-    .venv/bin/python -m tests.benchmarks.real_recipes [--recipes triage,transfer] [--seeds 1,2,3] [--workers 2] [--out DIR]
+    .venv/bin/python -m tests.benchmarks.real_recipes [--recipes triage,transfer] [--seeds 1,2,3] [--workers
+    2] [--out DIR]
 
-What is finished is kept in DIR/results and not done again. DIR/<recipe>.md are the tables. What came out, and what it says: README.md here.
-The data are found by `$CONSILIUM_REAL_DATA`, else `../shared/data`; derived pictures stay in DIR.
+What is finished is kept in DIR/results and not done again. DIR/<recipe>.md are the tables. What came out, and
+what it says: README.md here. The data are found by `$CONSILIUM_REAL_DATA`, else `../shared/data`; derived
+pictures stay in DIR.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from common.config.compose import compose_config
 from common.utils.errors import ConsiliumError
 from server.ledger.ledger import Ledger
 from server.rounds.cross_validation import start_run_or_folds
+from server.run.records import CrossValidationSummary
 from tests.benchmarks.real_ct import ROOT, _cell, data_folder, name_of
 from tests.benchmarks.real_sets import Rows, finegrained_data, prognosis_data, transfer_data, triage_data
 from tests.in_process_federation import InProcess
@@ -54,7 +58,8 @@ MOBILENET = [
     "stage.optimiser.schedule=cosine",
     "evaluation.checkpoint_selection=last",
 ]
-# A fixed number of steps a round at every centre (pooled: their sum), so that settings with fewer labelled scans do not train less.
+# A fixed number of steps a round at every centre (pooled: their sum), so that settings with fewer labelled
+# scans do not train less.
 CXR = [
     *MOBILENET,
     "preprocess.image_size=96",
@@ -226,18 +231,21 @@ def run_one(job: tuple[str, str, int, str, str]) -> str:
             [Site(index=i, threads=1, device="cpu") for i in range(len(config.federation.centres))]
         )
         try:
-            result = start_run_or_folds(config, transport, runs, Ledger(f"sqlite:///{runs}/{run}.db"), run)
+            outcome = start_run_or_folds(config, transport, runs, Ledger(f"sqlite:///{runs}/{run}.db"), run)
         except ConsiliumError as error:  # the others go on
             return f"{recipe}  {setting:44} seed {seed}  failed: {error}"
         spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
-        sums = ("hist", "confusion", "overlap", "regression", "joint")
-        test = {t: {k: v for k, v in views.items() if k not in sums} for t, views in result["test"].items()}
+        result = outcome.total if isinstance(outcome, CrossValidationSummary) else outcome
+        test = {}
+        for task, scores in result.test.items():
+            centres = {centre: centre_scores.metrics for centre, centre_scores in scores.centres.items()}
+            test[task] = {"macro": scores.macro, "pooled": scores.pooled, "centres": centres}
         facts = {
             "recipe": recipe,
             "setting": setting,
             "seed": seed,
             "test": test,
-            "classes": {t: len(c[0]) for t, c in result.get("filled", {}).items()},
+            "classes": {task: len(fitted.classes) for task, fitted in result.fitted_tasks.items()},
         }
         kept.with_suffix(".part").write_text(json.dumps({**facts, **spent}, indent=1))
         kept.with_suffix(".part").replace(kept)
@@ -321,7 +329,8 @@ def main() -> None:
                 )
                 if skipped:
                     print(
-                        f"{recipe} {centre}: {len(cohort)} scans, {len(skipped)} skipped: {skipped[0].reason}",
+                        f"{recipe} {centre}: {len(cohort)} scans, {len(skipped)} skipped: "
+                        f"{skipped[0].reason}",
                         flush=True,
                     )
         numbers = (

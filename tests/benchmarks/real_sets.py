@@ -1,4 +1,7 @@
-"""Four recipes' real data sets as cohorts of centres. Pictures stay where they are; those turned or linked lie in the benchmark's folder."""
+"""Four recipes' real data sets as cohorts of centres.
+
+Pictures stay where they are; those turned or linked lie in the benchmark's folder.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ Rows = dict[str, pd.DataFrame]  # {centre: its cohort}, paths absolute
 
 
 def prognosis_data(data: Path, out: Path) -> Rows:
-    """Frontal radiographs of the Cohen collection: three centres know outcomes (went to intensive care) only, two know Brixia scores only.
+    """Frontal radiographs of the Cohen collection.
 
-    Outcomes: the one real hospital, and publications by their publisher; a publisher's cases may all have ended the same way. No film is at
-    two centres: one with both labels (43) is where its source belongs.
+    Three centres know outcomes (went to intensive care) only, two know Brixia scores only.
+
+    Outcomes: the one real hospital, and publications by their publisher; a publisher's cases may all have
+    ended the same way. No film is at two centres: one with both labels (43) is where its source belongs.
     """
     films, table = _films(data)
     zones = [f"brixia_{z}" for z in "abcdef"]
@@ -70,7 +75,10 @@ FINDINGS = {
 
 
 def finegrained_data(data: Path, out: Path) -> Rows:
-    """The same films with their finding in four classes, and lung masks where there are any (166). Centres by publisher."""
+    """The same films with their finding in four classes, and lung masks where there are any (166).
+
+    Centres by publisher.
+    """
     films, table = _films(data)
     of = {finding: name for name, findings in FINDINGS.items() for finding in findings}
     table["finding"] = films["finding"].map(of).to_numpy()
@@ -90,8 +98,11 @@ def finegrained_data(data: Path, out: Path) -> Rows:
 
 
 def triage_data(data: Path, out: Path) -> Rows:
-    """COVID-SemiSeg (98 slices, all infected, all with expert masks; its official test split; turned upright) and MosMed (924 studies' middle
-    slices; infected or not, severity CT-0 to 2, 50 with masks) as two centres by the hash of the study."""
+    """COVID-SemiSeg (98 slices, all infected, all with expert masks.
+
+    Its official test split; turned upright) and MosMed (924 studies' middle slices; infected or not, severity
+    CT-0 to 2, 50 with masks) as two centres by the hash of the study.
+    """
     semi = data / "covid_semiseg"
     upright = out / "upright"
     rows = []
@@ -184,7 +195,7 @@ def transfer_data(data: Path, out: Path) -> Rows:
 
 
 def _films(data: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The Cohen collection's manifest without lateral views, and a cohort of it without labels, row by row."""
+    """The Cohen collection without lateral views: its manifest, and a cohort of it without labels."""
     films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
     films = films[films["view"] != "L"].reset_index(drop=True)
     paths = [str(data / "cxr_cohen" / f) for f in films["file"]]

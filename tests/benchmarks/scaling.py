@@ -1,12 +1,17 @@
-"""How a round's time and the coordinator's memory grow with the number of centres: 4, 16, 64, 256; a table and a picture (HTML).
+"""How a round's time and the coordinator's memory grow with the number of centres.
 
-    .venv/bin/python -m tests.benchmarks.scaling [--centres 4,16,64,256] [--flower 4,16] [--backbone tf_efficientnet_b0] [--out FOLDER]
+4, 16, 64, 256; a table and a picture (HTML).
 
-The coordinator's own `conduct` with every request packed and every reply unpacked as server/app.py does, and centres that answer at once with valid
-counts, scores and coded contributions, so that what is timed is the federation's own cost. `--centres` calls them in this process; `--flower` has
-them behind Flower's simulation (Ray actors) and server/app.py's transport. Each size is a process of its own. Time is between the beginnings of
-two rounds, the median of several; CPU is this process's; memory is what it holds of its own (RssAnon) beyond what it held before the first round,
-in models. Contributions are spooled to a temporary folder: give a disk with room for one model a centre by TMPDIR.
+    .venv/bin/python -m tests.benchmarks.scaling [--centres 4,16,64,256] [--flower 4,16] [--backbone
+    tf_efficientnet_b0] [--out FOLDER]
+
+The coordinator's own `conduct` with every request packed and every reply unpacked as server/app.py does, and
+centres that answer at once with valid counts, scores and coded contributions, so that what is timed is the
+federation's own cost. `--centres` calls them in this process; `--flower` has them behind Flower's simulation
+(Ray actors) and server/app.py's transport. Each size is a process of its own. Time is between the beginnings
+of two rounds, the median of several; CPU is this process's; memory is what it holds of its own (RssAnon)
+beyond what it held before the first round, in models. Contributions are spooled to a temporary folder: give a
+disk with room for one model a centre by TMPDIR.
 """
 
 from __future__ import annotations
@@ -54,9 +59,9 @@ from common.protocol.messages import (
     TrainRequest,
 )
 from common.protocol.update_codec import encode_update, select_codec
-from server import app as flower
 from server.ledger.ledger import Ledger
 from server.rounds.coordinator import run_training
+from server.run.flower_transport import FlowerTransport
 from server.run.run_state import Run
 from server.run.transport import ReceivedReply
 from tests.benchmarks.aggregating import Peak
@@ -77,7 +82,7 @@ def config_for(centres: int, backbone: str) -> Config:
     return compose_config([*said, f"backbone.name={backbone}", "evaluation.checkpoint_selection=last"])
 
 
-# --- centres that answer at once ------------------------------------------------------------------------------------------------------
+# --- centres that answer at once ---
 
 
 @functools.lru_cache(1)
@@ -125,7 +130,10 @@ def answer_at_once(index: int, request: Request) -> Reply:
 
 
 class AtOnce:
-    """server/run/transport.py in this process: requests and replies go through the records that travel, one at a time."""
+    """server/run/transport.py in this process.
+
+    Requests and replies go through the records that travel, one at a time.
+    """
 
     def discover(self, request: Request, expected: list[str], timeout: float) -> Iterator[ReceivedReply]:
         for k, centre in enumerate(expected):
@@ -142,36 +150,43 @@ class AtOnce:
             yield ReceivedReply(centre, reply, sum(a.nbytes for a in pack_message(reply)[0].values()), down)  # type: ignore[arg-type]
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------------------------
+# --- a run ---
 
 
 def carry_out(transport: Any, centres: int, backbone: str, folder: Path) -> dict[str, Any]:
     """One run of ROUNDS rounds; what it cost."""
     config = config_for(centres, backbone)
     ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
-    ledger.add_run("r", recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint="")
+    ledger.add_run(
+        "r", recipe="multisource", mode="federated", config=config_to_dict(config), code_fingerprint=""
+    )
     run = Run("r", config, folder, transport, ledger)
     began: list[tuple[float, float]] = []
-    ask = transport.ask
+    ask = transport.send_and_receive
 
     def watched(requests: Mapping[str, Request], deadline: float) -> Iterator[ReceivedReply]:
         if isinstance(next(iter(requests.values())), TrainRequest):
             began.append((time.perf_counter(), time.process_time()))
         yield from ask(requests, deadline)
 
-    transport.ask = watched
+    transport.send_and_receive = watched
     make_model(config.backbone, config.tasks, 0)  # what is imported and allocated once
     coded(backbone)
     with Peak() as peak:
         result = run_training(run)
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(began)]
-    entry = result["stages"][0]["rounds"][-1]
-    assert sum(said["accepted"] for said in entry["centres"].values()) == centres, entry["centres"]
-    model = 4 * layout_size(run.layout)
+    entry = result.stages[0].rounds[-1]
+    assert sum(centre.accepted for centre in entry.centres.values()) == centres, entry.centres
+    model = 4 * layout_size(run.model.layout)
     return {
-        "centres": centres, "seconds": statistics.median(s for s, _ in steps), "cpu": statistics.median(c for _, c in steps),
-        "memory": peak.most / model, "model": model, "up": entry["bytes_up"], "down": entry["bytes_down"],
-    }  # fmt: skip
+        "centres": centres,
+        "seconds": statistics.median(s for s, _ in steps),
+        "cpu": statistics.median(c for _, c in steps),
+        "memory": peak.most / model,
+        "model": model,
+        "up": entry.bytes_up,
+        "down": entry.bytes_down,
+    }
 
 
 def layout_size(layout: Layout) -> int:
@@ -190,7 +205,7 @@ def behind_flower(centres: int, backbone: str, folder: Path) -> dict[str, Any]:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        found.append(carry_out(flower.FlowerTransport(grid), centres, backbone, folder))
+        found.append(carry_out(FlowerTransport(grid), centres, backbone, folder))
 
     one: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, centres, backend_config=one)
@@ -212,7 +227,7 @@ client.query()(_reply)
 client.train()(_reply)
 
 
-# --- table and picture ----------------------------------------------------------------------------------------------------------------
+# --- table and picture ---
 
 
 def measured(way: str, centres: int, backbone: str) -> dict[str, Any]:
@@ -254,7 +269,10 @@ def one(way: str, centres: int, backbone: str) -> None:
 
 
 def picture(rows: dict[str, list[dict[str, Any]]]) -> go.Figure:
-    """Time a round and memory over the number of centres, both axes of time logarithmic: a line of slope one is linear."""
+    """Time a round and memory over the number of centres, both axes of time logarithmic.
+
+    A line of slope one is linear.
+    """
     figure = go.Figure()
     for way, of in rows.items():
         x = [row["centres"] for row in of]
@@ -272,15 +290,24 @@ def picture(rows: dict[str, list[dict[str, Any]]]) -> go.Figure:
     first = next(iter(rows.values()))
     last = first[-1]
     figure.add_scatter(
-        x=[row["centres"] for row in first], y=[last["seconds"] * row["centres"] / last["centres"] for row in first], name="linear",
-        mode="lines", line={"color": "lightgrey"},
-    )  # fmt: skip
+        x=[row["centres"] for row in first],
+        y=[last["seconds"] * row["centres"] / last["centres"] for row in first],
+        name="linear",
+        mode="lines",
+        line={"color": "lightgrey"},
+    )
     figure.update_layout(
-        title="The federation's own cost by number of centres", xaxis={"type": "log", "title": "centres"},
+        title="The federation's own cost by number of centres",
+        xaxis={"type": "log", "title": "centres"},
         yaxis={"type": "log", "title": "s a round"},
-        yaxis2={"title": "memory beyond the start, in models", "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        yaxis2={
+            "title": "memory beyond the start, in models",
+            "overlaying": "y",
+            "side": "right",
+            "rangemode": "tozero",
+        },
         legend={"orientation": "h", "y": -0.2},
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -299,7 +326,8 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     path = Path(given.out) / "scaling.html"
     print(
-        f"| centres | between | s a round | ms a centre | CPU s | memory, models | MB up | MB down |\n{'|---' * 8}|"
+        "| centres | between | s a round | ms a centre | CPU s | memory, models | MB up | MB down "
+        f"|\n{'|---' * 8}|"
     )
     for way, of in sizes.items():
         for centres in [int(n) for n in of.split(",") if n]:
@@ -308,7 +336,8 @@ def main() -> None:
             )
             if (free := shutil.disk_usage(tempfile.gettempdir()).free) < 5 * centres * layout.size:
                 print(
-                    f"{centres} centres: {free / 1e9:.0f} GB free in {tempfile.gettempdir()} are too few; set TMPDIR",
+                    f"{centres} centres: {free / 1e9:.0f} GB free in {tempfile.gettempdir()} are too "
+                    "few; set TMPDIR",
                     file=sys.stderr,
                 )
                 continue
@@ -321,13 +350,15 @@ def main() -> None:
                 f"{row['memory']:.1f}",
             ]
             print(
-                f"| {centres} | {way} | {' | '.join(cells)} | {row['up'] / 1e6:.0f} | {row['down'] / 1e6:.0f} |",
+                f"| {centres} | {way} | {' | '.join(cells)} | {row['up'] / 1e6:.0f} | "
+                f"{row['down'] / 1e6:.0f} |",
                 flush=True,
             )
         if rows:
             picture(rows).write_html(path, include_plotlyjs=True)
     print(
-        f"\n{next(iter(rows.values()))[0]['model'] / 4e6:.1f} M values; load {os.getloadavg()[0]:.1f}; picture: {path}"
+        f"\n{next(iter(rows.values()))[0]['model'] / 4e6:.1f} M values; load {os.getloadavg()[0]:.1f}; "
+        f"picture: {path}"
     )
 
 

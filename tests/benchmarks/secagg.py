@@ -1,10 +1,12 @@
-"""Secure aggregation against the open: bytes and seconds of a round's sum at 4, 16 and 64 centres, and of the masks of a big model.
+"""Secure aggregation against the open.
+
+Bytes and seconds of a round's sum at 4, 16 and 64 centres, and of the masks of a big model.
 
 python -m tests.benchmarks.secagg
 
-The centres' and the coordinator's own code in one process (tests/secure_sums.py); changes are drawn instead of trained. A centre's seconds are of all its
-steps together; in a federation the centres work side by side, and each message costs what a message costs there. CPU-seconds, one thread: the machine
-is shared.
+The centres' and the coordinator's own code in one process (tests/secure_sums.py); changes are drawn instead
+of trained. A centre's seconds are of all its steps together; in a federation the centres work side by side,
+and each message costs what a message costs there. CPU-seconds, one thread: the machine is shared.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ def secret(config: Config, layout: Layout, folder: Path, lost: int = 0) -> Cost:
         found.values, found.sums, layout, secure_aggregation.require_secagg_config(config)
     )
     server = time.process_time() - began - wire.seconds
-    bytes_up, bytes_down = (sum(way) for way in zip(*run.traffic.values(), strict=True))
+    bytes_up, bytes_down = run.traffic.sum_up()
     return (
         (up + bytes_up) / len(names),
         bytes_down / len(names),
@@ -158,7 +160,10 @@ def big() -> str:
     total += secure_aggregation.unpack_ring_values(secure_aggregation.pack_ring_values(values, width), width)
     spent.append(time.process_time())
     on_grid, masked, added = np.diff(spent)
-    return f"16 M parameters, CPU-seconds: weighed and put on the grid {on_grid:.2f}, one mask {masked:.3f}, one reply added {added:.3f}"
+    return (
+        f"16 M parameters, CPU-seconds: weighed and put on the grid {on_grid:.2f}, one mask {masked:.3f}, "
+        f"one reply added {added:.3f}"
+    )
 
 
 def main() -> None:
@@ -182,7 +187,8 @@ def main() -> None:
                 )
             )
     print(
-        f"| centres | a round's change, {layout.size / 1e6:.2f} M values | up, MB | down, MB | a centre, CPU s | coordinator, CPU s |"
+        f"| centres | a round's change, {layout.size / 1e6:.2f} M values | up, MB | down, MB | a centre, "
+        "CPU s | coordinator, CPU s |"
     )
     print("|---|---|---|---|---|---|")
     for count_, how, (up, down, centre, server) in rows:

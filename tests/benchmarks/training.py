@@ -1,10 +1,14 @@
-"""A training step of ours against paper 1's own model class and loop, interleaved in one process: images a CPU-second, and their ratio.
+"""A training step of ours against the paper's own model class and loop, interleaved in one process.
+
+Images a CPU-second, and their ratio.
 
     git clone https://github.com/Purdue-M2/multisource-covid-ct PEER
-    .venv/bin/python -m tests.benchmarks.training --peer PEER [--backbones resnet18:224,tf_efficientnet_b0:64] [--repeats 7] [--threads 1]
+    .venv/bin/python -m tests.benchmarks.training --peer PEER [--backbones resnet18:224,tf_efficientnet_b0:64]
+    [--repeats 7] [--threads 1]
 
-Theirs: eight passes of the backbone, one a slice, in the data type and memory format of its code (on a CPU fp32), on slices ready in memory. Ours:
-client/training/trainer.py, its augmentation included, with what `stage.autotune=true` chooses. Weights are random: only time is looked at.
+Theirs: eight passes of the backbone, one a slice, in the data type and memory format of its code (on a CPU
+fp32), on slices ready in memory. Ours: client/training/trainer.py, its augmentation included, with what
+`stage.autotune=true` chooses. Weights are random: only time is looked at.
 """
 
 from __future__ import annotations
@@ -38,7 +42,10 @@ SCANS, SLICES = 4, 8
 
 
 def peers(folder: Path, name: str) -> ModuleType:
-    """A module of the peer's package, on its own: its package wants albumentations. Raises ConsiliumError where it is not there."""
+    """A module of the peer's package, on its own.
+
+    Its package wants albumentations. Raises ConsiliumError where it is not there.
+    """
     path = folder / "source code" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -96,7 +103,9 @@ def our_step(backbone: str, size: int, threads: int) -> tuple[Callable[[], objec
     stage = replace(stage, precision=choice.precision, channels_last=choice.channels_last)
     model = make_model(config.backbone, tasks, 1, stage.channels_last)
     (batch,) = iterate_batches(scans, tasks, stage, 1, 0)
-    return lambda: train(model, [batch], TrainSpec(stage, tasks)), f"{choice.precision}{', channels-last' * choice.channels_last}"
+    return lambda: train(
+        model, [batch], TrainSpec(stage, tasks)
+    ), f"{choice.precision}{', channels-last' * choice.channels_last}"
 
 
 def cpu_seconds(step: Callable[[], object]) -> float:
@@ -108,7 +117,7 @@ def cpu_seconds(step: Callable[[], object]) -> float:
 
 def main() -> None:
     """The command; see the module docstring."""
-    parser = argparse.ArgumentParser(description="A training step against paper 1's.")
+    parser = argparse.ArgumentParser(description="A training step against the multi-source paper's.")
     parser.add_argument(
         "--peer", type=Path, required=True, help="clone of github.com/Purdue-M2/multisource-covid-ct"
     )

@@ -1,11 +1,16 @@
-"""What a change of weights costs on the wire, by codec: bytes, CPU seconds, error, for EfficientNet-B7's shapes (63.8 M parameters, 256 MB).
+"""What a change of weights costs on the wire, by codec.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.wire [--backbone tf_efficientnet_b7] [--rounds 5] [--like adam|gaussian]
+Bytes, CPU seconds, error, for EfficientNet-B7's shapes (63.8 M parameters, 256 MB).
 
-What changes look like: `changes`. Errors are L2 over parameters, relative to the true change: of one round, and of the sum of all rounds with
-error feedback. Then the way that a run goes, Flower's records in memory but no network: up from a centre's change (client/federation/error_feedback.py) to the
-server's (server/aggregation/screening.py), residual on disk; down from the server's step (server/run/broadcast.py) to the weights that a centre trains from
-(client/federation/parameter_cache.py), which it keeps on disk. The last line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.wire [--backbone tf_efficientnet_b7] [--rounds 5]
+    [--like adam|gaussian]
+
+What changes look like: `changes`. Errors are L2 over parameters, relative to the true change: of one round,
+and of the sum of all rounds with error feedback. Then the way that a run goes, Flower's records in memory but
+no network: up from a centre's change (client/federation/error_feedback.py) to the server's
+(server/aggregation/screening.py), residual on disk; down from the server's step (server/run/broadcast.py) to
+the weights that a centre trains from (client/federation/parameter_cache.py), which it keeps on disk. The last
+line is a peer's: Flower's ArrayRecord of the same tensors, packed and unpacked.
 """
 
 from __future__ import annotations
@@ -31,13 +36,16 @@ from common.protocol.update_codec import decode_update, encode_update
 from server.aggregation.screening import decode_reply
 from server.ledger.ledger import Ledger
 from server.run.broadcast import as_delta_request, quantize_server_step
-from server.run.run_state import Run
+from server.run.run_state import ModelState, Run
 from server.run.transport import Transport
 
 
 def changes(layout: Layout, rounds: int, like: str, seed: int = 1) -> list[np.ndarray]:
-    """`rounds` changes [P] of one run, each tensor with a learning rate of its own. adam: five steps a round of a fresh Adam (as client/training/trainer.py
-    makes it) on gradients that are half drift, half noise; gaussian: half drift, half noise."""
+    """`rounds` changes [P] of one run, each tensor with a learning rate of its own.
+
+    Adam: five steps a round of a fresh Adam (as client/training/trainer.py makes it) on gradients that are
+    half drift, half noise; gaussian: half drift, half noise.
+    """
     rng = np.random.default_rng(seed)
     size = np.concatenate(
         [np.full(e.stop - e.start, 10 ** rng.uniform(-5, -3), np.float32) for e in layout.floats]
@@ -63,24 +71,29 @@ def carried(message: Request | Reply) -> tuple[Request | Reply, int]:
 
 
 def both_ways(config: Config, layout: Layout, deltas: list[np.ndarray], folder: Path) -> None:
-    """Prints bytes and CPU seconds of a round's change up and down, medians over the rounds but the first, which goes down whole."""
-    run = Run("r", config, folder, Transport, Ledger(f"sqlite:///{folder}/ledger.db"), layout)  # type: ignore[arg-type]
-    run.weights = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
-    request, held, rows = TrainRequest("r", config_to_dict(config), "main", 1, run.weights), "", []
+    """Prints bytes and CPU seconds of a round's change up and down, medians over the rounds but the first,
+    which goes down whole.
+    """
+    start = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
+    model = ModelState(layout, start)
+    run = Run("r", config, folder, Transport, Ledger(f"sqlite:///{folder}/ledger.db"), model)  # type: ignore[arg-type]
+    request, held, rows = TrainRequest("r", config_to_dict(config), "main", 1, model.weights), "", []
     for number, delta in enumerate(deltas, 1):
         began, clock = time.process_time(), time.perf_counter()
         arrays = error_feedback.encode_with_feedback(
             folder, replace(request, round=number), delta, layout, config.aggregation.compression
         )
         reply, up = carried(
-            TrainReply("c", np.empty(0, np.float32), run.weights.int_buffers, 1, 1, {}, 0.0, arrays)
+            TrainReply("c", np.empty(0, np.float32), model.weights.int_buffers, 1, 1, {}, 0.0, arrays)
         )
         update = decode_reply(reply, layout, config.aggregation.compression).delta  # type: ignore[arg-type]
         there, there_clock = time.process_time(), time.perf_counter()
-        run.weights = quantize_server_step(run, Weights(run.weights.floats + update, run.weights.int_buffers))
-        digest = run.weights.digest
+        model.weights = quantize_server_step(
+            run, Weights(model.weights.floats + update, model.weights.int_buffers)
+        )
+        digest = model.weights.digest
         short, down = carried(
-            as_delta_request(run, replace(request, round=number, weights=run.weights), held, digest)
+            as_delta_request(run, replace(request, round=number, weights=model.weights), held, digest)
         )
         arrived = parameter_cache.restore_parameters(folder, config, short)  # type: ignore[arg-type]
         back, back_clock = time.process_time(), time.perf_counter()
@@ -93,7 +106,8 @@ def both_ways(config: Config, layout: Layout, deltas: list[np.ndarray], folder: 
         statistics.median(column[1:]) for column in zip(*rows, strict=True)
     )
     print(
-        f"up   {whole / up:5.2f}x fewer bytes  {cpu:6.2f} CPU s {wall:6.2f} s   down {whole / down:5.2f}x {cpu_back:6.2f} CPU s {wall_back:6.2f} s"
+        f"up   {whole / up:5.2f}x fewer bytes  {cpu:6.2f} CPU s {wall:6.2f} s   down "
+        f"{whole / down:5.2f}x {cpu_back:6.2f} CPU s {wall_back:6.2f} s"
     )
 
 
@@ -111,10 +125,12 @@ def main() -> None:
         return float(np.linalg.norm(x[mask]))
 
     print(
-        f"{given.backbone}: {layout.size / 1e6:.1f} M values in {len(layout.floats)} tensors, {4 * layout.size / 1e6:.0f} MB"
+        f"{given.backbone}: {layout.size / 1e6:.1f} M values in {len(layout.floats)} tensors, "
+        f"{4 * layout.size / 1e6:.0f} MB"
     )
     print(
-        f"{'':6} {'fewer bytes':>11} {'encode':>8} {'decode':>8}  CPU s   {'error':>8} {'of ' + str(given.rounds) + ' rounds':>12}"
+        f"{'':6} {'fewer bytes':>11} {'encode':>8} {'decode':>8}  CPU s   {'error':>8} "
+        f"{'of ' + str(given.rounds) + ' rounds':>12}"
     )
     for codec in ("fp32", "fp16", "int8", "int4"):
         residual, error, seconds, single = None, np.zeros(layout.size, np.float32), [], 0.0
@@ -130,7 +146,8 @@ def main() -> None:
         ratio = 4 * layout.size / sum(a.nbytes for a in arrays.values())
         encoding, decoding = (statistics.median(s) for s in zip(*seconds, strict=True))
         print(
-            f"{codec:6} {ratio:10.2f}x {encoding:8.3f} {decoding:8.3f}          {single:8.5f} {norm(error) / norm(total):12.5f}",
+            f"{codec:6} {ratio:10.2f}x {encoding:8.3f} {decoding:8.3f}          {single:8.5f} "
+            f"{norm(error) / norm(total):12.5f}",
             flush=True,
         )
     codecs: tuple[Compression, ...] = ("int8", "int4")
@@ -151,7 +168,8 @@ def main() -> None:
     packed_at = time.process_time()
     [a.numpy() for a in record.values()]
     print(
-        f"Flower {1.0:10.2f}x {packed_at - began:8.3f} {time.process_time() - packed_at:8.3f}          (1 record a tensor, no wire)"
+        f"Flower {1.0:10.2f}x {packed_at - began:8.3f} {time.process_time() - packed_at:8.3f}          "
+        "(1 record a tensor, no wire)"
     )
 
 
