@@ -1,4 +1,7 @@
-"""Flower's ClientApp: records to a request, the answer back to records. All else is in client/federation/handlers.py."""
+"""Connect the centre to Flower: records become a request, and the reply becomes records.
+
+Everything else is in client/federation/handlers.py.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,32 @@ from client.federation.handlers import handle_request
 from client.site.config import parse_site
 from common.protocol.flower_records import from_records, to_records
 from common.protocol.messages import Refusal, Reply, Request
-from common.utils.errors import ConsiliumError
+from common.utils.errors import ConsiliumError, RefusalCode
 from common.utils.log_setup import configure_logging
 
 log = logging.getLogger("consilium.centre")
 app = ClientApp()
-if os.environ.get("CONSILIUM_LOG"):  # in a simulation only what is wrong is said
+if os.environ.get("CONSILIUM_LOG"):  # not set in a simulation, which shows warnings only
     configure_logging()
 
 
 def _handle_message(message: Message, context: Context) -> Message:
     request = from_records(message.content)
-    reply: Reply
-    if not isinstance(request, Request):
-        reply = Refusal("", f"{type(request).__name__} is not a request")
+    if isinstance(request, Request):
+        reply = _handle(request, context)
     else:
-        try:
-            reply = handle_request(parse_site(context.node_config), request)
-        except ConsiliumError as error:  # of the site's settings, which may name a file: that stays here
-            log.error("%s", error)
-            reply = Refusal("", "its site settings are wrong; the sentence is in the centre's log")
+        reason = f"{type(request).__name__} is not a request"
+        reply = Refusal("", reason, code=RefusalCode.BAD_REQUEST)
     return Message(content=to_records(reply), reply_to=message)
+
+
+def _handle(request: Request, context: Context) -> Reply:
+    try:
+        site = parse_site(context.node_config)
+    except ConsiliumError as error:  # the error may name a file, so its text stays in the centre's log
+        log.error("%s", error)
+        return Refusal("", "the centre's site settings are wrong; see the centre's log")
+    return handle_request(site, request)
 
 
 app.query()(_handle_message)

@@ -1,4 +1,4 @@
-"""A federation in one process: the coordinator's transport calls the centres' answers directly, through the same packing as the wire."""
+"""A federation in one process: the transport calls the centres' code directly, through the wire's packing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from client.federation.handlers import handle_request
+from client.phantom.federation import write_federation
 from client.site.config import Site
 from common.config.compose import compose_config
+from common.config.parse import parse_config
 from common.config.schema import Config
-from common.protocol.messages import Refusal, Reply, Request, pack_message, unpack_message
+from common.protocol.message_packing import pack_message, unpack_message
+from common.protocol.messages import Refusal, Reply, Request
+from common.utils.errors import RefusalCode
 from server.run.transport import ReceivedReply
 
 
 class InProcess:
-    """`sites` by the name they answer under; `hook(centre, request, reply)` may change or drop (None) a reply, as an accident would."""
+    """A transport to `sites`, by the name under which each answers.
+
+    `hook(centre, request, reply)` may change a reply, or drop it by returning None, as a fault would.
+    """
 
     def __init__(
         self, sites: list[Site], hook: Callable[[str, Request, Reply], Reply | None] | None = None
@@ -24,6 +31,7 @@ class InProcess:
         self.by_name: dict[str, Site] = {}
 
     def discover(self, request: Request, expected: list[str], timeout: float) -> Iterator[ReceivedReply]:
+        self._write_phantoms(request)
         for site in self.sites:
             reply = self._call(site, request)
             if reply.centre:
@@ -33,26 +41,34 @@ class InProcess:
     def send_and_receive(self, requests: Mapping[str, Request], timeout: float) -> Iterator[ReceivedReply]:
         for centre, request in requests.items():
             if centre not in self.by_name:
-                yield ReceivedReply(centre, Refusal(centre, "not connected"))
+                yield ReceivedReply(centre, Refusal(centre, "not connected", code=RefusalCode.OFFLINE))
                 continue
             reply: Reply | None = self._call(self.by_name[centre], request)
             if self.hook:
                 reply = self.hook(centre, request, reply)  # type: ignore[arg-type]
-            up, down = (
-                sum(a.nbytes for a in pack_message(message)[0].values()) if message else 0
-                for message in (reply, request)
-            )
-            yield ReceivedReply(
-                centre, reply or Refusal(centre, f"no reply within {timeout:.0f} s"), up, down
-            )
+            bytes_up = count_bytes(reply) if reply else 0
+            if reply is None:
+                reply = Refusal(centre, f"no reply within {timeout:.0f} s", code=RefusalCode.OFFLINE)
+            yield ReceivedReply(centre, reply, bytes_up, count_bytes(request))
+
+    def _write_phantoms(self, request: Request) -> None:
+        """Write the phantom federation's scans, as `consilium-centre phantom` does before a simulation."""
+        federation = parse_config(request.config).federation
+        if federation.phantom and any(not site.centre for site in self.sites):
+            write_federation(Path(federation.data_root), federation.phantom, federation.centres)
 
     def _call(self, site: Site, request: Request) -> Reply:
         reply = handle_request(site, unpack_message(*pack_message(request)))  # type: ignore[arg-type]
         return unpack_message(*pack_message(reply))  # type: ignore[return-value]
 
 
+def count_bytes(message: Request | Reply) -> int:
+    """The bytes of a message's arrays."""
+    return sum(array.nbytes for array in pack_message(message)[0].values())
+
+
 def phantom_config(root: Path, *overrides: str) -> Config:
-    """A tiny phantom federation: four centres of about a dozen scans."""
+    """The configuration of a tiny phantom federation: four centres of about a dozen scans."""
     tiny = [
         "federation.phantom.scale=0.03",
         "federation.phantom.num_slices=12",

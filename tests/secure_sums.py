@@ -1,4 +1,4 @@
-"""Centres that take part in secure sums with given numbers in place of trained ones: their own code, behind the packing of the wire."""
+"""Centres that take part in secure sums with given numbers in place of trained ones."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from typing import Any, cast
 
 from client.federation import secure_aggregation
 from client.site.policy import Policy
-from common.config.compose import config_to_dict
+from common.config.parse import config_to_dict
 from common.config.schema import Config
 from common.modeling.parameters import Layout
-from common.protocol.messages import Refusal, Reply, Request, pack_message, unpack_message
-from common.utils.errors import Refused
+from common.protocol.message_packing import pack_message, unpack_message
+from common.protocol.messages import Refusal, Reply, Request
+from common.utils.errors import RefusalCode, Refused
 from server.rounds.run_lifecycle import open_ledger
-from server.run.run_state import Run
+from server.run.run_state import ModelState, Run
 from server.run.transport import ReceivedReply
+from tests.in_process_federation import count_bytes
 
 
 @dataclass
 class Wire:
-    """`lost`: (kind of request, centre) that never answers. `seen`, `asked`: all that came and went."""
+    """A transport to the centres' half of secure sums.
+
+    `lost` holds the (type of request, centre) that are never answered; `seen` and `asked` are all replies and
+    requests.
+    """
 
     folder: Path
     config: Config
@@ -35,33 +41,32 @@ class Wire:
         for centre, request in requests.items():
             self.asked.append(request)
             if (type(request), centre) in self.lost:
-                yield ReceivedReply(centre, Refusal(centre, "no reply"))
+                yield ReceivedReply(centre, Refusal(centre, "no reply", code=RefusalCode.OFFLINE))
                 continue
             try:
                 reply: Reply = secure_aggregation.handle_step(
-                    self.folder / centre, self.config, centre, cast(Any, travelled(request)), self.policy
+                    self.folder / centre, self.config, centre, cast(Any, send_over_wire(request)), self.policy
                 )
             except Refused as refused:
-                reply = Refusal(centre, str(refused))
+                reply = Refusal(centre, str(refused), code=refused.code)
             self.seen.append(reply)
-            up, down = (
-                sum(array.nbytes for array in pack_message(message)[0].values())
-                for message in (reply, request)
-            )
-            yield ReceivedReply(centre, cast(Reply, travelled(reply)), up, down)
+            received = cast(Reply, send_over_wire(reply))
+            yield ReceivedReply(centre, received, count_bytes(reply), count_bytes(request))
 
 
-def travelled(message: Request | Reply) -> Request | Reply:
-    """The message as it arrives."""
-    arrays, facts = pack_message(message)
-    return unpack_message(arrays, json.loads(json.dumps(facts)))
+def send_over_wire(message: Request | Reply) -> Request | Reply:
+    """The message as it arrives: its arrays, and its other fields by way of JSON."""
+    arrays, metadata = pack_message(message)
+    return unpack_message(arrays, json.loads(json.dumps(metadata)))
 
 
 def run_over(wire: Wire, layout: Layout) -> Run:
-    """A run that asks these centres, all of them present."""
+    """A run that asks these centres, all of them members."""
     ledger = open_ledger(wire.folder)
     if ledger.read_status("r") is None:
-        ledger.add_run("r", recipe="", mode="federated", config=config_to_dict(wire.config), code="")
-    run = Run("r", wire.config, wire.folder, cast(Any, wire), ledger, layout)
-    run.members = dict.fromkeys(wire.config.federation.centres, cast(Any, None))
+        ledger.add_run(
+            "r", recipe="", mode="federated", config=config_to_dict(wire.config), code_fingerprint=""
+        )
+    run = Run("r", wire.config, wire.folder, cast(Any, wire), ledger, ModelState(layout))
+    run.membership.members = dict.fromkeys(wire.config.federation.centres, cast(Any, None))
     return run

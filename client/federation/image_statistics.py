@@ -1,10 +1,11 @@
-"""What the centre's data look like, as sums over scans: where slices were kept, how much lung they show, how bright they are.
+"""Describe a centre's images by sums over scans: position of the slices, area of the lungs, intensity.
 
 A scan adds 1 to a histogram, divided among the bins that its slices or pixels fall into.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,49 +13,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.dataset import ScanDataset
+from client.federation.query_context import QueryContext
 from client.imaging.slice_store import SliceStore
+from client.site.small_cells import suppress_small_bins
 from common.protocol.image_statistics import IMAGE_STATISTICS
 from common.protocol.messages import Sums
+from common.protocol.sum_key import SumKey
 
 Floats = NDArray[np.float64]
+STATISTICS_TASK = "quality"  # in the place of a task in the sums' keys
+PIXELS_PER_BIN = 8  # grey values that share a bin of the intensity histogram
+
+
+def sum_image_statistics(context: QueryContext) -> Sums:
+    """Sum the histograms of the scans of all splits."""
+    return compute_image_statistics(context.datasets, context.slice_stores, context.min_cell_count)
 
 
 def compute_image_statistics(
     datasets: Mapping[str, ScanDataset], stores: Mapping[str, SliceStore], min_cell_count: int
 ) -> Sums:
-    """`cohort/quality/measure` -> [bins] over the scans of all splits; a measure that too few scans have is left out."""
-    shares: dict[str, list[Floats]] = {}
-    for scans in datasets.values():
-        for cohort, key, slices in zip(scans.centres, scans.store_keys, scans.slices, strict=True):
-            for measure, share in scan_statistics(slices, stores[cohort].read_metadata(key)).items():
-                shares.setdefault(f"{cohort}/quality/{measure}", []).append(share)
-    return {
-        key: suppress_small_bins(np.stack(rows), min_cell_count)
-        for key, rows in sorted(shares.items())
-        if len(rows) >= min_cell_count
-    }
+    """Return {SumKey: [bins]} over all scans, without statistics of fewer than `min_cell_count` scans."""
+    histograms: defaultdict[SumKey, list[Floats]] = defaultdict(list)
+    for dataset in datasets.values():
+        for cohort, key, slices in zip(dataset.centres, dataset.store_keys, dataset.slices, strict=True):
+            metadata = stores[cohort].read_metadata(key)
+            for name, histogram in scan_statistics(slices, metadata).items():
+                histograms[SumKey(cohort, STATISTICS_TASK, name)].append(histogram)
+    sums: Sums = {}
+    for sum_key in sorted(histograms):
+        rows = histograms[sum_key]
+        if len(rows) >= min_cell_count:
+            sums[str(sum_key)] = suppress_small_bins(np.stack(rows), min_cell_count)
+    return sums
 
 
 def scan_statistics(slices: NDArray[np.uint8], metadata: Mapping[str, Any]) -> dict[str, Floats]:
-    """{measure: [bins], sum 1} of slices [S, H, W] and what the store noted beside them; a radiograph has neither areas nor places."""
-    pixels = np.bincount(slices.ravel() >> 3, minlength=len(IMAGE_STATISTICS["intensity"].bin_edges) - 1)
-    found = {"intensity": pixels / pixels.sum()}
+    """Return {statistic: [bins] that sum to 1} of slices [S, H, W] and what the slice store noted of them.
+
+    A radiograph has an intensity only. A store of an early version has no lung areas.
+    """
+    num_bins = len(IMAGE_STATISTICS["intensity"].bin_edges) - 1
+    pixels = np.bincount(slices.ravel() // PIXELS_PER_BIN, minlength=num_bins)
+    statistics = {"intensity": pixels / pixels.sum()}
     if metadata.get("modality") == "CT":
-        found["position"] = _normalised_histogram(
-            "position", np.array(metadata["indices"]) / max(1, metadata["scan"][0] - 1)
-        )
-        if "areas" in metadata:  # an earlier version did not note them
-            found["area"] = _normalised_histogram("area", np.array(metadata["areas"]) / 100)
-    return found
+        last_slice = max(1, metadata["scan"][0] - 1)
+        positions = np.array(metadata["indices"]) / last_slice
+        statistics["position"] = _normalised_histogram("position", positions)
+        if "areas" in metadata:
+            square_centimetres = np.array(metadata["areas"]) / 100
+            statistics["area"] = _normalised_histogram("area", square_centimetres)
+    return statistics
 
 
-def _normalised_histogram(measure: str, values: Floats) -> Floats:
-    edges = IMAGE_STATISTICS[measure].bin_edges
-    return np.asarray(np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values))
-
-
-def suppress_small_bins(rows: Floats, min_count: int) -> Floats:
-    """The sum [bins] of scans' shares [N, bins] without bins that fewer than `least` scans fall into. What is left is scaled to a multiple of
-    `least`: neither the bins left out nor the number of scans can be told from it."""
-    bins = np.where((rows > 0).sum(0) >= min_count, rows.sum(0), 0.0)
-    return bins * (len(rows) // min_count * min_count / bins.sum()) if bins.any() else bins
+def _normalised_histogram(statistic: str, values: Floats) -> Floats:
+    edges = IMAGE_STATISTICS[statistic].bin_edges
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return np.asarray(counts / len(values))

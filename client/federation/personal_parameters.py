@@ -1,123 +1,167 @@
-"""Weights that a centre keeps as its own, on its own disk, by run, stage and round: batch norms (FedBN), heads, or all."""
+"""Keep the layers that stay at a centre, by run, stage and round: batch norms (FedBN), heads, or all.
+
+`personal/<run>/<stage>/<round>.safetensors` in the state folder holds them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 from safetensors.numpy import load_file, save_file
 
 from client.site.config import safe_filename
 from common.config.schema import LocalLayerGroup, Stage
-from common.modeling.parameters import Layout, Weights
+from common.modeling.parameters import Layout, TensorSlot, Weights
 from common.utils.atomic_files import atomic_path, atomic_write
 from common.utils.errors import ConsiliumError
 
-TEST_STATE_FILENAME = "used.json"  # beside the stages' folders: which weights the run was tested with here
+TEST_STATE_FILENAME = "used.json"  # beside the stages' folders: the layers with which the run was tested here
+
+PersonalRounds = list[tuple[str, int]]  # (stage, round) of layers to overlay, in this order
+
+
+@dataclass(frozen=True)
+class RecordedTestState:
+    """What a run was tested with at this centre. The field names are the keys in the file."""
+
+    personal: PersonalRounds
+    common: str  # hash of the run's common weights
+    own: str  # hash of those with the centre's own layers overlaid
+
+
+_TEST_STATE_ADAPTER = TypeAdapter(RecordedTestState)
 
 
 def personal_mask(layout: Layout, local_layers: list[LocalLayerGroup]) -> NDArray[np.bool_]:
-    """True [P] where a float weight is personal (Li et al., "FedBN", ICLR 2021, for batch norms)."""
+    """Return [P]: True where a float weight stays at the centre.
+
+    For batch norms this is FedBN (Li et al., "FedBN", ICLR 2021).
+    """
     mask = np.zeros(layout.size, dtype=bool)
-    for e in layout.floats:
-        norm, head = (
-            "batch_norm" in local_layers and e.is_batch_norm,
-            "heads" in local_layers and e.group not in ("backbone", "decoder"),
-        )
-        mask[e.span] = norm or head or "all" in local_layers
+    for slot in layout.floats:
+        mask[slot.span] = _is_local(slot, local_layers)
     return mask
+
+
+def _is_local(slot: TensorSlot, local_layers: list[LocalLayerGroup]) -> bool:
+    if "all" in local_layers:
+        return True
+    if slot.is_batch_norm and "batch_norm" in local_layers:
+        return True
+    is_head = slot.group not in ("backbone", "decoder")
+    return is_head and "heads" in local_layers
 
 
 def save_parameters(
     folder: Path, run_id: str, stage: str, round_number: int, weights: Weights, mask: NDArray[np.bool_]
 ) -> None:
-    """Keep the personal part of the weights after a round; written whole or not at all."""
-    path = folder / safe_filename(run_id) / safe_filename(stage) / f"{round_number:05d}.safetensors"
+    """Store the layers of a round that the mask selects; the file is complete or does not exist."""
+    path = _stage_dir(folder, run_id, stage) / f"{round_number:05d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, NDArray[Any]] = {
+        "where": np.packbits(mask),
+        "floats": weights.floats[mask],
+        "integers": weights.int_buffers,
+    }
     with atomic_path(path) as part:
-        save_file(
-            {"where": np.packbits(mask), "floats": weights.floats[mask], "integers": weights.int_buffers},
-            part,
-        )
+        save_file(arrays, part)
 
 
 def overlay_parameters(
-    folder: Path, run_id: str, personal_rounds: list[tuple[str, int]], weights: Weights
+    folder: Path, run_id: str, personal_rounds: PersonalRounds, weights: Weights
 ) -> Weights:
-    """The received weights with the centre's own laid over: for each (stage, round) the newest kept up to that round."""
+    """Return the weights with the centre's own layers laid over.
+
+    For each (stage, round) these are the newest ones stored up to that round.
+    """
     merged = weights.copy()
-    for stage, last in personal_rounds:
-        kept = sorted((folder / safe_filename(run_id) / safe_filename(stage)).glob("*.safetensors"))
-        due = [path for path in kept if int(path.stem) <= last]
-        if due:
-            own = load_file(due[-1])
-            mask = np.unpackbits(own["where"], count=merged.floats.size).astype(bool)
-            merged.floats[mask], merged.int_buffers[:] = own["floats"], own["integers"]
+    for stage, last_round in personal_rounds:
+        stored = sorted(_stage_dir(folder, run_id, stage).glob("*.safetensors"))
+        usable = [path for path in stored if int(path.stem) <= last_round]
+        if usable:
+            layers = load_file(usable[-1])
+            mask = np.unpackbits(layers["where"], count=merged.floats.size).astype(bool)
+            merged.floats[mask] = layers["floats"]
+            merged.int_buffers[:] = layers["integers"]
     return merged
 
 
 def prune_parameters(
     folder: Path, run_id: str, stage: Stage, stage_name: str, rounds_to_keep: list[int]
 ) -> None:
-    """Delete the stage's personal weights of rounds that nobody will ask for again."""
-    if stage.local_layers:
-        for path in (folder / safe_filename(run_id) / safe_filename(stage_name)).glob("*.safetensors"):
-            if int(path.stem) not in rounds_to_keep:
-                path.unlink(missing_ok=True)
+    """Delete the stage's layers of all rounds but those given."""
+    if not stage.local_layers:
+        return
+    for path in _stage_dir(folder, run_id, stage_name).glob("*.safetensors"):
+        if int(path.stem) not in rounds_to_keep:
+            path.unlink(missing_ok=True)
+
+
+def _stage_dir(folder: Path, run_id: str, stage: str) -> Path:
+    return folder / safe_filename(run_id) / safe_filename(stage)
+
+
+# --- the layers that a run was tested with --------------------------------------------------------
 
 
 def hash_weights(weights: Weights) -> str:
-    """Equal for equal weights."""
+    """Return a short hash of all values."""
     return hashlib.sha256(weights.floats.tobytes() + weights.int_buffers.tobytes()).hexdigest()[:16]
 
 
 def record_test_state(
-    folder: Path, run_id: str, personal_rounds: list[tuple[str, int]], common_weights: Weights
+    folder: Path, run_id: str, personal_rounds: PersonalRounds, common_weights: Weights
 ) -> None:
-    """Remember what a run is tested with here, so that `as_tested` finds the same again; written whole or not at all.
+    """Note what a run is tested with here, so that `load_as_tested` finds the same again.
 
-    Only the coordinator knows each stage's best round, and it says so with its question for the test split.
+    Only the coordinator knows the best round of each stage; it names them when it asks for the test scores.
     """
-    known = {
-        "personal": personal_rounds,
-        "common": hash_weights(common_weights),
-        "own": hash_weights(overlay_parameters(folder, run_id, personal_rounds, common_weights)),
-    }
+    merged = overlay_parameters(folder, run_id, personal_rounds, common_weights)
+    state = RecordedTestState(
+        personal=personal_rounds, common=hash_weights(common_weights), own=hash_weights(merged)
+    )
     path = folder / safe_filename(run_id) / TEST_STATE_FILENAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(known).encode())
+    atomic_write(path, _TEST_STATE_ADAPTER.dump_json(state))
 
 
 def load_as_tested(folder: Path, common_weights: Weights) -> Weights:
-    """A run's common weights with this centre's own of `folder` (`<state>/personal/<run>`) laid over, as the run was tested here.
+    """Return a run's common weights with this centre's own layers laid over, as the run was tested here.
 
-    Raises ConsiliumError where the run was not tested, where the common weights are another run's, and where own ones are gone or damaged.
+    `folder` is `<state>/personal/<run>`. Raises ConsiliumError where the run was not tested, where the common
+    weights are another run's, and where layers are missing or damaged.
     """
-    try:
-        known = json.loads((folder / TEST_STATE_FILENAME).read_text())
-        personal, model, own = (
-            [(str(stage), int(round)) for stage, round in known["personal"]],
-            known["common"],
-            known["own"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    state = _read_test_state(folder)
+    if state.common != hash_weights(common_weights):
         raise ConsiliumError(
-            f"{folder} holds no own weights that a run was tested with ({TEST_STATE_FILENAME}: {type(error).__name__}); give <state>/personal/<run> of a "
-            "finished run whose stages keep some"
-        ) from None
-    if model != hash_weights(common_weights):
-        raise ConsiliumError(
-            f"the own weights in {folder} belong to another model; give the model.safetensors of run '{folder.resolve().name}'"
+            f"the layers in {folder} belong to another model; "
+            f"give the model.safetensors of run '{folder.resolve().name}'"
         )
+    run_dir = folder.resolve()
     try:
-        merged = overlay_parameters(folder.resolve().parent, folder.resolve().name, personal, common_weights)
+        merged = overlay_parameters(run_dir.parent, run_dir.name, state.personal, common_weights)
     except Exception:  # a damaged file fails in many ways
         merged = common_weights
-    if own != hash_weights(merged):
+    if state.own != hash_weights(merged):
         raise ConsiliumError(
-            f"some of the own weights in {folder} are gone or damaged; restore the folder, or predict without --personal"
+            f"some layers in {folder} are missing or damaged; "
+            "restore the folder, or predict without --personal"
         )
     return merged
+
+
+def _read_test_state(folder: Path) -> RecordedTestState:
+    try:
+        return _TEST_STATE_ADAPTER.validate_json((folder / TEST_STATE_FILENAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConsiliumError(
+            f"{folder} has no layers that a run was tested with "
+            f"({TEST_STATE_FILENAME}: {type(error).__name__}); "
+            "give <state>/personal/<run> of a finished run that has local layers"
+        ) from None

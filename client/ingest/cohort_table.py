@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 from pydicom.datadict import tag_for_keyword
 
-from client.data.cohort import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, assign_split
+from client.data.cohort import assign_split
+from client.data.columns import OPTIONAL_COLUMNS, REQUIRED_COLUMNS
 from client.ingest.pseudonyms import make_pseudonym
 from client.ingest.selection import IDENTIFIER_KEYWORDS, read_identifier_table
 from common.utils.errors import ConsiliumError

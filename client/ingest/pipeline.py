@@ -28,7 +28,7 @@ from pydicom.dataset import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from client.data.discovery import SkippedItem
+from client.imaging.skipped import SkippedItem
 from client.imaging.readers.dicom_series import choose_series, find_series
 from client.ingest.cohort_table import (
     join_labels,

@@ -1,145 +1,168 @@
-"""What is this centre's own: its name, data, device, state folder and smallest reportable cell. The coordinator cannot set any of it."""
+"""Read the centre's own settings: name, data, device, state folder. The coordinator can set none of them."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import yaml
+from pydantic import ConfigDict
 
+from client.site.yaml_records import check_keys, field_names, parse_record, read_yaml_mapping
 from common.config.schema import Config
-from common.utils.errors import ConsiliumError, Refused, suggest
+from common.utils.errors import RefusalCode, Refused
 
 FLOWER_KEYS = (
     "site",
     "partition-id",
     "num-partitions",
-)  # of a node configuration, beside a Site's own fields
+)  # keys of a node configuration that are no field of a Site
+RENAMED_SITE_KEYS = {
+    "smallest_cell": "min_cell_count",
+    "workers": "num_workers",
+}  # {key of 0.1.0: its name now}
 
 
 @dataclass(frozen=True)
 class Site:
-    """`site.yaml`, or Flower's node configuration. In simulation `centre` is empty and `index` says which of the federation's centres this is."""
+    """The settings of `site.yaml` or of Flower's node configuration.
+
+    In simulation `centre` is empty, and `index` selects one of the federation's centres.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(coerce_numbers_to_str=True)
 
     centre: str = ""
-    data: str = ""  # folder with cohort.csv, or a cohort table
-    state: str = ""  # folder for slices and personal weights; empty: `.consilium` beside the data
+    data: str = ""  # a folder with cohort.csv, or a cohort table
+    state: str = ""  # the folder for slices, budget and local weights; empty: `.consilium` beside the data
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     num_workers: int = 1  # processes that read scans
-    threads: int = 0  # of PyTorch; 0: its own choice
-    min_cell_count: int = 1  # counts below this are reported as this; the policy's own comes on top
-    pacs: str = ""  # where `consilium-centre ingest` takes studies from: https://..., dicom://AET@host:port or a folder
-    policy: str = ""  # policy.yaml: what may leave (client/site/policy.py); empty: no limits of its own
-    index: int = 0
+    threads: int = 0  # of PyTorch; 0: PyTorch's own choice
+    min_cell_count: int = 1  # a smaller count is reported as this; the policy may ask for more
+    pacs: str = (
+        ""  # where `consilium-centre ingest` gets studies: https://..., dicom://AET@host:port or a folder
+    )
+    policy: str = ""  # path of policy.yaml (client/site/policy.py); empty: everything is allowed
+    index: int = 0  # in simulation: the number of the node
 
     def resolve_device(self) -> torch.device:
-        """The device to train on. Raises Refused when the named one is not there."""
+        """Return the device to train on. Raises Refused when this machine does not have it."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
-            raise Refused(
-                f"device '{self.device}' is none that PyTorch knows; set device: auto, cpu, cuda or cuda:1"
-            ) from error
+            reason = f"unknown device '{self.device}'; use auto, cpu, cuda or cuda:1"
+            raise Refused(reason, RefusalCode.ERROR) from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise Refused(
-                f"device '{self.device}' is asked for, but this machine shows {_describe_gpus()}; set device: cpu or auto"
-            )
+            reason = f"device '{self.device}' is not available: this machine has {_describe_gpus()}"
+            raise Refused(f"{reason}; set device: cpu or auto", RefusalCode.ERROR)
         return device
 
 
 def _describe_gpus() -> str:
     count = torch.cuda.device_count()
-    return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU"
+    if count == 0:
+        return "no GPU"
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def parse_site(values: Mapping[str, Any]) -> Site:
-    """From Flower's node configuration, which may name a `site` file; what is set directly comes first.
+    """Build a Site from Flower's node configuration.
 
-    Raises ConsiliumError for an unknown key or a wrong type.
+    The configuration may name a site file under `site`; a value that it sets itself takes precedence over the
+    file's. Raises ConsiliumError for a file that cannot be read, an unknown key or a wrong value.
     """
-    known: dict[str, type] = {f.name: type(getattr(Site, f.name)) for f in fields(Site)}
-    given: dict[str, Any] = {}
+    valid_keys = field_names(Site)
+    settings: dict[str, Any] = {}
     if "site" in values:
-        path = Path(str(values["site"]))
-        try:
-            given = {
-                k: v for k, v in dict(yaml.safe_load(path.read_text()) or {}).items() if v is not None
-            }  # `data:` alone says nothing
-        except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
-            raise ConsiliumError(
-                f"site file {path} cannot be read ({type(error).__name__}); it is YAML with keys {', '.join(known)}"
-            ) from error
-        for key in given:
-            if key not in known:
-                raise ConsiliumError(f"site file {path}: unknown key '{key}'{suggest(str(key), known)}")
-    for key in values:
-        if key not in known and key not in FLOWER_KEYS:
-            raise ConsiliumError(f"node config: unknown key '{key}'{suggest(key, [*known, 'site'])}")
-    given.update({k: v for k, v in values.items() if k in known})
+        settings = _read_site_file(Path(str(values["site"])), valid_keys)
+    check_keys(values, [*valid_keys, *FLOWER_KEYS], "node config", RENAMED_SITE_KEYS)
+    for key, value in values.items():
+        if key in valid_keys:
+            settings[key] = value
     if "partition-id" in values:
-        given["index"] = values["partition-id"]
-    try:
-        return Site(**{k: known[k](v) for k, v in given.items()})
-    except (TypeError, ValueError) as error:
-        raise ConsiliumError(
-            f"site settings: {error}; expected types: {', '.join(f'{k} {t.__name__}' for k, t in known.items())}"
-        ) from error
+        settings["index"] = values["partition-id"]
+    return parse_record(Site, settings, "site settings")
+
+
+def _read_site_file(path: Path, valid_keys: list[str]) -> dict[str, Any]:
+    remedy = f"write it as YAML with the keys {', '.join(valid_keys)}"
+    settings = read_yaml_mapping(path, "site file", remedy)
+    check_keys(settings, valid_keys, f"site file {path}", RENAMED_SITE_KEYS)
+    return {key: value for key, value in settings.items() if value is not None}  # `data:` alone sets nothing
 
 
 def resolve_data_root(config: Config) -> Path:
-    """The federation's folder in simulation: `federation.data_root`, else `$CONSILIUM_DATA/<name>`, else `~/.cache/consilium/<name>`."""
+    """Return a simulated federation's folder.
+
+    It is `federation.data_root`, else `$CONSILIUM_DATA/<federation>`, else `~/.cache/consilium/<federation>`.
+    """
     if config.federation.data_root:
         return Path(config.federation.data_root).expanduser().resolve()
-    base = os.environ.get("CONSILIUM_DATA") or str(Path.home() / ".cache" / "consilium")
-    return Path(base).resolve() / config.federation.name
+    parent = os.environ.get("CONSILIUM_DATA") or Path.home() / ".cache" / "consilium"
+    return Path(parent).resolve() / config.federation.name
 
 
 def local_cohorts(site: Site, config: Config) -> dict[str, Path]:
-    """{centre: its data} that this site answers for: its own cohort, or in simulation's central mode all of them at the first node.
+    """Return {centre: its data} of the cohorts that this node holds in the run.
 
-    Empty for a node that has no part in this run. Raises Refused when a hospital is asked to pool.
+    A hospital holds its own. In simulation a node holds that of the centre at its index; with
+    `federation.mode=central` the first node holds all. A node that takes no part in the run holds none.
+
+    Raises Refused when a hospital is asked to pool its data or its site file names no data.
     """
+    is_central = config.federation.mode == "central"
     if site.centre:
-        if config.federation.mode == "central":
-            raise Refused(
-                "mode 'central' pools patients' data and is for simulation only; use federation.mode=federated"
-            )
+        if is_central:
+            reason = "mode 'central' pools patients' data and is for simulation only"
+            raise Refused(f"{reason}; use federation.mode=federated")
         if not site.data:
-            raise Refused(f"centre '{site.centre}' has no data path; set `data` in site.yaml")
+            reason = f"centre '{site.centre}' has no data path; set `data` in site.yaml"
+            raise Refused(reason, RefusalCode.NO_DATA)
         return {site.centre: Path(site.data)}
-    centres, root = config.federation.centres, resolve_data_root(config)
-    if config.federation.mode == "central":
-        return {c: root / c for c in centres} if site.index == 0 else {}
-    return {c: root / c for c in centres[site.index : site.index + 1]}
+    centres = config.federation.centres[site.index : site.index + 1]
+    if is_central:
+        centres = config.federation.centres if site.index == 0 else []
+    root = resolve_data_root(config)
+    return {centre: root / centre for centre in centres}
 
 
 def reply_name(site: Site, config: Config) -> str:
-    """The name this site answers under: its centre's, or `pooled` in central mode; empty for a node that has no part in this run."""
-    own = local_cohorts(site, config)
-    return "pooled" if own and config.federation.mode == "central" else next(iter(own), "")
+    """Return the name in this node's replies.
+
+    It is the centre's, or `pooled` in central mode; a node that takes no part in the run has none.
+    """
+    cohorts = local_cohorts(site, config)
+    if cohorts and config.federation.mode == "central":
+        return "pooled"
+    return next(iter(cohorts), "")
 
 
 def cohort_state_dir(site: Site, data: Path) -> Path:
-    """Where this site keeps slices and personal weights."""
-    return Path(site.state) if site.state else (data if data.is_dir() else data.parent) / ".consilium"
+    """Return the state folder of a cohort, for its slices, budget, log and local weights."""
+    if site.state:
+        return Path(site.state)
+    folder = data if data.is_dir() else data.parent
+    return folder / ".consilium"
 
 
 def state_dir(site: Site, config: Config) -> Path:
-    """The state folder for what belongs to the site rather than to one cohort; that of the first where data are pooled."""
-    return cohort_state_dir(site, next(iter(local_cohorts(site, config).values())))
+    """Return the state folder of the node; where it pools several cohorts, that of the first."""
+    first_cohort = next(iter(local_cohorts(site, config).values()))
+    return cohort_state_dir(site, first_cohort)
 
 
 def safe_filename(name: str) -> str:
-    """A run's or stage's name as a file name; the coordinator chooses it, so it must not reach out of the state folder."""
+    """Return the name of a run, stage or digest, checked to be a plain file name.
+
+    The coordinator chooses it, so it must not lead out of the state folder. Raises Refused otherwise.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise Refused(
-            f"'{name[:40]}' is not a name for a run or a stage: letters, digits, '.', '_' and '-', at most 100"
-        )
+        rule = "use letters, digits, '.', '_' and '-', at most 100"
+        raise Refused(f"{name[:40]!r} is not a valid name of a run or stage; {rule}")
     return name

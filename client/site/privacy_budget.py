@@ -1,13 +1,18 @@
-"""How much of its patients' privacy a centre has spent, on its own disk: `budget/` in its state folder, for all runs, never reset.
+"""Keep the privacy budget: what the hospital's patients have lost of their privacy in all runs.
 
-`spent.json` holds a line for every round that left (noise multiplier, odds, steps: what Opacus's accountants count by) and whose patients took part.
-To a cohort is charged every round in which any of its patients had a part, so that adding a scan, or leaving some out, begins no new budget.
-A round is charged before it leaves, and once more when it is trained once more; only the last one (`last.safetensors`) is sent again for nothing.
+`budget/spent.json` in the state folder holds a line for every charge (noise multiplier, sampling rate and
+steps, which is what Opacus's accountants count by) and the patients of each cohort that was charged. A cohort
+is charged for every round that any of its patients took part in, so that adding or leaving out a scan does
+not open a new budget.
+
+A round is charged before its reply leaves, and again when it is trained again. Only the last reply
+(`last.safetensors`) may be sent again without a charge.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,160 +20,188 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from client.site.egress_log import hash_message
 from common.privacy.accountant import Charge, compute_epsilon
-from common.protocol.messages import (
-    StatisticsRequest,
-    TrainReply,
-    TrainRequest,
-    metadata_to_json,
-    pack_message,
-    unpack_message,
-)
+from common.protocol.message_packing import metadata_to_json, pack_message, unpack_message
+from common.protocol.messages import StatisticsRequest, TrainReply, TrainRequest
 from common.utils.atomic_files import atomic_write
-from common.utils.errors import PermanentlyRefused, Refused
+from common.utils.errors import PermanentlyRefused, RefusalCode, Refused
+
+BUDGET_FILENAME = "spent.json"
+REPLY_FILENAME = "last.safetensors"
 
 
 @dataclass(frozen=True)
 class PrivacyAccount:
-    """Where a cohort's charges are kept, who is in it (`marks`: a digest of each patient), and the hospital's limit (0: none) at its delta."""
+    """A cohort's account: where charges are kept, who is in the cohort, and the hospital's limit."""
 
     folder: Path
-    patient_hashes: frozenset[str]
-    max_epsilon: float = 0.0
-    delta: float = 1e-5
+    patient_hashes: frozenset[str]  # as by `hash_patients`
+    max_epsilon: float = 0.0  # 0: no limit
+    delta: float = 1e-5  # at which the limit holds
 
     @property
     def cohort_id(self) -> str:
-        """The fingerprint of its patients."""
+        """Return a digest of the cohort's patients."""
         return hashlib.sha256("".join(sorted(self.patient_hashes)).encode()).hexdigest()[:16]
 
 
+@dataclass
+class SpentCharge:
+    """A charge in `spent.json`. Its field names are the keys in the file, and no other key is read."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    cohort: str  # `PrivacyAccount.cohort_id`
+    run: str
+    stage: str
+    round: int
+    noise: float  # noise multiplier
+    odds: float  # sampling rate: each patient's probability to take part in a step
+    steps: int
+    time: str  # ISO 8601, UTC
+
+
+@dataclass
+class SpentBudget:
+    """The content of `spent.json`. Its field names are the keys in the file, and no other key is read."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    cohorts: dict[str, list[str]]  # {cohort: hashes of its patients}
+    charges: list[SpentCharge]
+
+    def select_charges(self, patient_hashes: frozenset[str]) -> tuple[Charge, ...]:
+        """Return the charges of all cohorts that share a patient with those given."""
+        shared = set()
+        for cohort, hashes in self.cohorts.items():
+            if not patient_hashes.isdisjoint(hashes):
+                shared.add(cohort)
+        return tuple(Charge(c.noise, c.odds, c.steps) for c in self.charges if c.cohort in shared)
+
+
+_BUDGET_ADAPTER = TypeAdapter(SpentBudget)
+
+
 def hash_patients(patient_ids: Iterable[str]) -> frozenset[str]:
-    """A digest of each patient: the budget need not spell out what the cohort's table does."""
+    """Return a digest of each patient, so that the budget holds no identifier of the cohort's table."""
     return frozenset(hashlib.sha256(patient.encode()).hexdigest()[:16] for patient in patient_ids)
 
 
 def read_charges(account: PrivacyAccount) -> tuple[Charge, ...]:
-    """All that was charged to any patient of the cohort."""
-    return _select_charges(account, _read_spent(account.folder))
+    """Return what was charged to any patient of the cohort."""
+    return _read_budget(account.folder).select_charges(account.patient_hashes)
 
 
 def check_affordable(account: PrivacyAccount, new_charge: Charge) -> None:
-    """Raises Declined when the hospital's limit does not allow the price on top of what is spent."""
+    """Raise PermanentlyRefused when a charge on top of those made would exceed the hospital's limit."""
     _check_limit(account, read_charges(account), new_charge)
 
 
 def record_charge(
     account: PrivacyAccount, new_charge: Charge, request: TrainRequest | StatisticsRequest
 ) -> tuple[Charge, ...]:
-    """Write the price down before what it paid for leaves; returns all that is charged now. Raises Declined; Refused where it cannot be written."""
+    """Write a charge before its reply leaves, and return all charges of the cohort.
+
+    Raises PermanentlyRefused when it exceeds the hospital's limit, Refused when it cannot be written.
+    """
     with _exclusive_lock(account.folder):
-        book = _read_spent(account.folder)
-        before = _select_charges(account, book)
-        _check_limit(account, before, new_charge)  # another run may have spent meanwhile
-        book["cohorts"][account.cohort_id] = sorted(account.patient_hashes)
-        noise, odds, steps = new_charge
-        line = {
-            "cohort": account.cohort_id,
-            "run": request.run_id,
-            "stage": request.stage,
-            "round": getattr(request, "round", 0),
-        }
-        line |= {
-            "noise": noise,
-            "odds": odds,
-            "steps": steps,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        book["charges"].append(line)
-        _write_file(account.folder / "spent.json", json.dumps(book, indent=1).encode())
-    return (*before, new_charge)
+        budget = _read_budget(account.folder)
+        earlier_charges = budget.select_charges(account.patient_hashes)
+        _check_limit(account, earlier_charges, new_charge)  # another run may have spent since the first check
+        charge = SpentCharge(
+            cohort=account.cohort_id,
+            run=request.run_id,
+            stage=request.stage,
+            round=getattr(request, "round", 0),
+            noise=new_charge.noise_multiplier,
+            odds=new_charge.sampling_rate,
+            steps=new_charge.steps,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        budget.cohorts[account.cohort_id] = sorted(account.patient_hashes)
+        budget.charges.append(charge)
+        text = json.dumps(dataclasses.asdict(budget), indent=1)
+        _write_file(account.folder / BUDGET_FILENAME, text.encode())
+    return (*earlier_charges, new_charge)
 
 
 def cache_reply(account: PrivacyAccount, request: TrainRequest, reply: TrainReply) -> None:
-    """Keep what was charged, in place of the last, for the coordinator that asks again."""
-    arrays, facts = pack_message(reply)
-    _write_file(
-        account.folder / "last.safetensors",
-        save(arrays, {"request": hash_message(request), "facts": metadata_to_json(facts)}),
-    )
+    """Keep a reply that was charged, in place of the last one, in case the coordinator asks again."""
+    arrays, metadata = pack_message(reply)
+    header = {"request": hash_message(request), "facts": metadata_to_json(metadata)}
+    _write_file(account.folder / REPLY_FILENAME, save(arrays, header))
 
 
 def cached_reply(account: PrivacyAccount, request: TrainRequest) -> TrainReply | None:
-    """The same answer to the very same request, at no further price."""
-    path = account.folder / "last.safetensors"
+    """Return the reply to the very same request, if it was the last: it costs nothing more."""
+    path = account.folder / REPLY_FILENAME
     try:
         with safe_open(path, framework="np") as file:
-            said = file.metadata()
-        if said["request"] != hash_message(request):
+            header = file.metadata()
+        if header["request"] != hash_message(request):
             return None
-        found = unpack_message(load_file(path), json.loads(said["facts"]))
-    except Exception:  # none, or a damaged one, fails in many ways: the round is trained and charged again
+        reply = unpack_message(load_file(path), json.loads(header["facts"]))
+    except Exception:  # a missing or damaged file fails in many ways: the round is trained and charged again
         return None
-    return found if isinstance(found, TrainReply) else None
+    return reply if isinstance(reply, TrainReply) else None
 
 
-def _check_limit(account: PrivacyAccount, spent: Sequence[Charge], new_charge: Charge) -> None:
-    if (
-        account.max_epsilon
-        and (after := compute_epsilon((*spent, new_charge), account.delta)) > account.max_epsilon
-    ):
-        raise PermanentlyRefused(
-            f"this hospital's policy allows its patients a privacy loss (epsilon) of {account.max_epsilon:g}: "
-            f"{compute_epsilon(tuple(spent), account.delta):.2f} is spent, and this round would make it {after:.2f}"
-        )
-
-
-def _select_charges(account: PrivacyAccount, spent: dict[str, Any]) -> tuple[Charge, ...]:
-    shared = {
-        cohort for cohort, marks in spent["cohorts"].items() if not account.patient_hashes.isdisjoint(marks)
-    }
-    return tuple(
-        (float(c["noise"]), float(c["odds"]), int(c["steps"]))
-        for c in spent["charges"]
-        if c["cohort"] in shared
+def _check_limit(account: PrivacyAccount, charges: Sequence[Charge], new_charge: Charge) -> None:
+    if not account.max_epsilon:
+        return
+    epsilon_after = compute_epsilon((*charges, new_charge), account.delta)
+    if epsilon_after <= account.max_epsilon:
+        return
+    epsilon_before = compute_epsilon(tuple(charges), account.delta)
+    raise PermanentlyRefused(
+        f"this hospital's policy allows its patients a privacy loss (epsilon) of {account.max_epsilon:g}: "
+        f"{epsilon_before:.2f} is spent, and this round would make it {epsilon_after:.2f}",
+        RefusalCode.POLICY,
     )
 
 
-def _read_spent(folder: Path) -> dict[str, Any]:
-    """The book; an empty one where nothing was ever charged. Raises Refused when it cannot be read: a lost book is no full purse."""
+def _read_budget(folder: Path) -> SpentBudget:
+    """Return the budget; an empty one when nothing was charged yet. Raises Refused for an unreadable file."""
     try:
-        book = json.loads((folder / "spent.json").read_text())
-        return {"cohorts": dict(book["cohorts"]), "charges": list(book["charges"])}
+        return _BUDGET_ADAPTER.validate_json((folder / BUDGET_FILENAME).read_bytes())
     except FileNotFoundError:
-        return {"cohorts": {}, "charges": []}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return SpentBudget(cohorts={}, charges=[])
+    except (OSError, ValueError) as error:
         raise Refused(
-            f"its privacy budget cannot be read ({type(error).__name__}), so that nothing may be spent; restore it there"
+            f"the centre's privacy budget cannot be read ({type(error).__name__}), so nothing may be spent; "
+            "restore it from a backup at the centre",
+            RefusalCode.POLICY,
         ) from error
 
 
 @contextlib.contextmanager
 def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """Nobody else of this machine writes meanwhile."""
+    """Keep every other process of this machine from changing the budget."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise Refused(
-            f"its privacy budget cannot be written ({type(error).__name__}), and what is not charged does not leave"
-        ) from error
+        raise _not_writable(error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    """All of it under this name, or nothing, even when the power fails. Raises Refused."""
+    """Write a file completely or not at all, even when the power fails. Raises Refused."""
     try:
         atomic_write(path, data)
     except OSError as error:
-        raise Refused(
-            f"its privacy budget cannot be written ({type(error).__name__}), and what is not charged does not leave"
-        ) from error
+        raise _not_writable(error) from error
+
+
+def _not_writable(error: OSError) -> Refused:
+    reason = f"the centre's privacy budget cannot be written ({type(error).__name__})"
+    return Refused(f"{reason}, and nothing leaves uncharged", RefusalCode.ERROR)

@@ -1,3 +1,4 @@
-"""What a hospital runs by hand: predictions with a finished model, a self-check, a metrics endpoint.
+"""What a hospital runs by hand: predictions with a finished model, a self-check, metrics for its Prometheus.
 
-Not part of a federation's round."""
+No part of a federation's round.
+"""

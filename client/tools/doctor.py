@@ -1,4 +1,7 @@
-"""`consilium-centre doctor`: whatever would stop this hospital's part in a run, found before it. For the centre's eyes: it may name files."""
+"""`consilium-centre doctor`: find whatever would stop this hospital's part in a run before the run does.
+
+The results are for the centre's own staff and may name files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import torch
@@ -24,14 +28,23 @@ from common.utils.node_keys import extract_public_key, key_fingerprint
 from common.utils.tls_checks import check_clock_skew, check_expiry, https_client, read_certificate_expiry
 
 MIN_FREE_BYTES = 20e9  # bytes of disk: slices of some ten thousand scans
+CRITICAL_FREE_BYTES = MIN_FREE_BYTES / 20
+MIN_FREE_GPU_BYTES = 4e9
+CERTIFICATE_WARNING_DAYS = 30
+
+
+class HealthResponse(NamedTuple):
+    """What the coordinator's health page says."""
+
+    status_code: int
+    certificate_expires_at: datetime
+    date: str  # the `date` header; empty without one
 
 
 def run_checks(site_file: Path, coordinator: str, ca_file: Path, key_file: Path) -> Iterator[CheckResult]:
-    """All checks, each a finding or a few; one that fails does not keep the next from being made."""
-    yield CheckResult(
-        "ok",
-        f"versions: Flower {version('flwr')}, PyTorch {torch.__version__}, our code {fingerprint_code()}",
-    )
+    """Yield the results of all checks; one that fails does not prevent the next."""
+    versions = f"Flower {version('flwr')}, PyTorch {torch.__version__}, our code {fingerprint_code()}"
+    yield CheckResult("ok", f"versions: {versions}")
     yield from _check_key(key_file)
     yield from _check_coordinator(coordinator, ca_file)
     try:
@@ -39,118 +52,112 @@ def run_checks(site_file: Path, coordinator: str, ca_file: Path, key_file: Path)
     except ConsiliumError as error:
         yield CheckResult("fault", str(error))
         return
-    yield from _check_device(site)
-    yield from _check_policy(site)
+    yield _check_device(site)
+    yield _check_policy(site)
     yield from _check_data(site)
     yield from _check_state(site)
 
 
 def _check_key(path: Path) -> Iterator[CheckResult]:
     try:
-        public = extract_public_key(path)
+        public_key = extract_public_key(path)
     except (ConsiliumError, OSError) as error:
-        yield CheckResult(
-            "fault",
-            f"key: {error}",
-            "it comes with the kit, or from `consilium-centre key`, and is this user's to read",
-        )
+        remedy = "take it from the kit or make it with `consilium-centre key`, readable for this user"
+        yield CheckResult("fault", f"key: {error}", remedy)
         return
-    yield CheckResult("ok", f"key: {key_fingerprint(public)}; the coordinator's list must show the same")
+    fingerprint = key_fingerprint(public_key)
+    yield CheckResult("ok", f"key: {fingerprint}; the coordinator's list must show the same")
     if path.stat().st_mode & 0o077:
         yield CheckResult("warning", f"key: {path} can be read by others", f"chmod 600 {path}")
 
 
 def _check_coordinator(address: str, ca_file: Path) -> Iterator[CheckResult]:
-    """One request by the way that Flower takes, proxy and all: certificate, reachability, clock."""
+    """Check certificate, reachability and clock by one request that takes Flower's way, proxy included."""
     if not address:
-        yield CheckResult(
-            "fault", "coordinator: no address", "give --coordinator host:port, or set CONSILIUM_COORDINATOR"
-        )
+        remedy = "give --coordinator host:port, or set CONSILIUM_COORDINATOR"
+        yield CheckResult("fault", "coordinator: no address", remedy)
         return
-    proxy = f" through the proxy {os.environ['HTTPS_PROXY']}" if os.environ.get("HTTPS_PROXY") else ""
+    proxy = os.environ.get("HTTPS_PROXY", "")
+    route = f" through the proxy {proxy}" if proxy else ""
     try:
-        with https_client(ca_file) as client, client.stream("GET", f"https://{address}/health") as answer:
-            until, date, status = (
-                read_certificate_expiry(answer),
-                answer.headers.get("date", ""),
-                answer.status_code,
-            )
+        response = _request_health(address, ca_file)
     except (httpx.HTTPError, OSError) as error:
-        remedy = "firewall, proxy (HTTPS_PROXY), name, port?"
+        remedy = "check firewall, proxy (HTTPS_PROXY), name and port"
         if "certificate" in str(error):
             remedy = "the certificate is not from ca.crt, or not for this name: ask the coordinator"
-        yield CheckResult("fault", f"coordinator: {address} cannot be reached{proxy} ({error})", remedy)
+        yield CheckResult("fault", f"coordinator: {address} cannot be reached{route} ({error})", remedy)
         return
-    yield CheckResult(
-        "ok" if status == 200 else "warning", f"coordinator: {address} answers{proxy} ({status})"
+    level: CheckLevel = "ok" if response.status_code == 200 else "warning"
+    yield CheckResult(level, f"coordinator: {address} answers{route} ({response.status_code})")
+    yield check_expiry(
+        "coordinator's certificate",
+        response.certificate_expires_at,
+        CERTIFICATE_WARNING_DAYS,
+        "ask the coordinator for a new one",
     )
-    yield check_expiry("coordinator's certificate", until, 30, "ask the coordinator for a new one")
-    if date:
-        yield check_clock_skew((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds())
+    if response.date:
+        clock_skew = datetime.now(UTC) - parsedate_to_datetime(response.date)
+        yield check_clock_skew(clock_skew.total_seconds())
 
 
-def _check_device(site: Site) -> Iterator[CheckResult]:
+def _request_health(address: str, ca_file: Path) -> HealthResponse:
+    with https_client(ca_file) as client, client.stream("GET", f"https://{address}/health") as response:
+        expires_at = read_certificate_expiry(response)
+        return HealthResponse(response.status_code, expires_at, response.headers.get("date", ""))
+
+
+def _check_device(site: Site) -> CheckResult:
     try:
         device = site.resolve_device()
     except ConsiliumError as error:
-        yield CheckResult(
-            "fault",
-            f"device: {error}",
-            "does the container see the GPU (NVIDIA container toolkit, compose.gpu.yaml)?",
-        )
-        return
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        room = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        yield CheckResult(
-            "ok" if free > 4e9 else "warning", f"device: {torch.cuda.get_device_name(device)}, {room}"
-        )
-    else:
-        yield CheckResult("ok", f"device: CPU, {len(os.sched_getaffinity(0))} cores")
+        remedy = "check that the container sees the GPU (NVIDIA container toolkit, compose.gpu.yaml)"
+        return CheckResult("fault", f"device: {error}", remedy)
+    if device.type != "cuda":
+        return CheckResult("ok", f"device: CPU, {len(os.sched_getaffinity(0))} cores")
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    level: CheckLevel = "ok" if free_bytes > MIN_FREE_GPU_BYTES else "warning"
+    memory = f"{free_bytes / 2**30:.0f} of {total_bytes / 2**30:.0f} GiB free"
+    return CheckResult(level, f"device: {torch.cuda.get_device_name(device)}, {memory}")
 
 
-def _check_policy(site: Site) -> Iterator[CheckResult]:
+def _check_policy(site: Site) -> CheckResult:
     try:
         policy = load_policy(site.policy)
     except ConsiliumError as error:
-        yield CheckResult("fault", f"policy: {error}")
-        return
+        return CheckResult("fault", f"policy: {error}")
     rules = ", ".join(f"{rule} {value}" for rule, value in describe_policy(policy).items())
     if not rules:
-        yield CheckResult(
-            "warning",
-            "policy: it allows everything",
-            "set `policy` in site.yaml, and in that file what may leave",
-        )
-    elif policy.fingerprints and fingerprint_code() not in policy.fingerprints:
-        unknown = f"policy: it does not allow the code installed here, {fingerprint_code()}"
-        yield CheckResult("fault", unknown, "approve it, or install what is approved")
-    else:
-        yield CheckResult("ok", f"policy: {rules}")
+        remedy = "set `policy` in site.yaml, and in that file what may leave"
+        return CheckResult("warning", "policy: it allows everything", remedy)
+    fingerprint = fingerprint_code()
+    if policy.fingerprints and fingerprint not in policy.fingerprints:
+        message = f"policy: it does not allow the code installed here, {fingerprint}"
+        return CheckResult("fault", message, "approve it, or install what is approved")
+    return CheckResult("ok", f"policy: {rules}")
 
 
 def _check_data(site: Site) -> Iterator[CheckResult]:
     if not site.data:
-        yield CheckResult(
-            "fault",
-            "data: site.yaml names none",
-            "set `data` to a folder with cohort.csv, or to a cohort table",
-        )
+        remedy = "set `data` to a folder with cohort.csv, or to a cohort table"
+        yield CheckResult("fault", "data: site.yaml names none", remedy)
         return
     path = Path(site.data)
     try:
-        table = load_cohort(path, site.centre)
+        cohort = load_cohort(path, site.centre)
     except (ConsiliumError, OSError) as error:
         yield CheckResult("fault", f"data: {error}")
         return
+    splits = ", ".join(f"{count} {split}" for split, count in cohort["split"].value_counts().items())
+    num_patients = cohort["patient"].nunique()
+    yield CheckResult("ok", f"data: {len(cohort)} scans of {num_patients} patients ({splits})")
     base = path if path.is_dir() else path.parent
-    gone = [scan for scan in table["path"] if not os.access(base / str(scan), os.R_OK)]
-    splits = ", ".join(f"{n} {split}" for split, n in table["split"].value_counts().items())
-    yield CheckResult("ok", f"data: {len(table)} scans of {table['patient'].nunique()} patients ({splits})")
-    if gone:
-        level: CheckLevel = "fault" if len(gone) == len(table) else "warning"
-        first = f"data: {len(gone)} of them cannot be read, the first at {base / str(gone[0])}"
-        yield CheckResult(level, first, "is the folder mounted, and this user's to read?")
+    scan_paths = cohort["path"].map(lambda scan_path: base / str(scan_path))
+    is_readable = scan_paths.map(lambda scan_path: os.access(scan_path, os.R_OK)).astype(bool)
+    unreadable = scan_paths[~is_readable].tolist()
+    if unreadable:
+        level: CheckLevel = "fault" if len(unreadable) == len(cohort) else "warning"
+        message = f"data: {len(unreadable)} of them cannot be read, the first at {unreadable[0]}"
+        yield CheckResult(level, message, "mount the folder, readable for this user")
 
 
 def _check_state(site: Site) -> Iterator[CheckResult]:
@@ -161,25 +168,29 @@ def _check_state(site: Site) -> Iterator[CheckResult]:
         probe.write_bytes(b"1")
         probe.unlink()
     except OSError as error:
-        yield CheckResult(
-            "fault",
-            f"state: {folder} cannot be written ({error.strerror})",
-            "it must belong to the user of the container",
-        )
+        remedy = "it must belong to the user of the container"
+        yield CheckResult("fault", f"state: {folder} cannot be written ({error.strerror})", remedy)
         return
-    free = shutil.disk_usage(folder).free
-    level: CheckLevel = (
-        "ok" if free > MIN_FREE_BYTES else "warning" if free > MIN_FREE_BYTES / 20 else "fault"
-    )
-    remedy = "" if level == "ok" else "make room: a full disk ends this centre's part in a run"
-    yield CheckResult(level, f"state: {folder}, {free / 1e9:.0f} GB free", remedy)
+    yield _check_free_space(folder)
+    yield _check_egress_log(folder)
+
+
+def _check_free_space(folder: Path) -> CheckResult:
+    free_bytes = shutil.disk_usage(folder).free
+    message = f"state: {folder}, {free_bytes / 1e9:.0f} GB free"
+    if free_bytes > MIN_FREE_BYTES:
+        return CheckResult("ok", message)
+    level: CheckLevel = "warning" if free_bytes > CRITICAL_FREE_BYTES else "fault"
+    return CheckResult(level, message, "make room: a full disk ends this centre's part in a run")
+
+
+def _check_egress_log(folder: Path) -> CheckResult:
     if not (folder / egress_log.LOG_FILENAME).exists():
-        yield CheckResult("ok", "egress log: none yet; if anything ever left from here, it was removed")
-        return
-    try:
-        yield CheckResult(
-            "ok",
-            f"egress log: {sum(1 for _ in egress_log.read_entries(folder))} messages, the chain is whole",
+        return CheckResult(
+            "ok", "egress log: none yet; if a message ever left this centre, the log was removed"
         )
+    try:
+        num_messages = sum(1 for _ in egress_log.read_entries(folder))
     except ConsiliumError as error:
-        yield CheckResult("fault", f"egress log: {error}", "compare it with a back-up")
+        return CheckResult("fault", f"egress log: {error}", "compare it with a backup")
+    return CheckResult("ok", f"egress log: {num_messages} messages, the chain is intact")

@@ -1,233 +1,292 @@
-"""A trained model on new scans: a table with one row a scan, and masks. Heads that serve training only (the source head) are dropped.
+"""Apply a trained model to new scans.
 
-| kind | columns |
-|---|---|
-| binary | `<task>`: its probability |
-| multiclass | `<task>_<class>`: their probabilities |
-| regression | `<task>_<column>`, or `<task>` of a single one: in the label's units |
-| segmentation with `burden` | `<task>_right`, `<task>_left`: affected per cent of each lung; `<task>_severity`: the larger (client/imaging/severity.py) |
-| segmentation | `<task>_share`: affected per cent of the kept slices |
+The result is a table with one row a scan (columns: client/tools/prediction_values.py), and masks. Heads that
+serve training only (the source head) are dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from rich.progress import track
+from torch import Tensor
 
 from client.data.cohort import filter_modality
 from client.data.dataset import stack_batch
-from client.data.discovery import SkippedItem, discover_scans
+from client.data.discovery import discover_scans
 from client.federation import personal_parameters
-from client.imaging.lung_segmentation import Box
-from client.imaging.masks import write_nifti_mask
-from client.imaging.preprocess import LUNGS_COLUMN, load_masks, preprocess_cohort
+from client.imaging.jobs import LUNGS_COLUMN
+from client.imaging.mask_files import write_nifti_mask
+from client.imaging.preprocess import load_masks, preprocess_cohort
 from client.imaging.readers import read_scan
-from client.imaging.severity import compute_affected_fractions, compute_severity
-from client.imaging.slice_pipeline import letterbox_box
-from client.imaging.slice_store import SliceStore
+from client.imaging.skipped import SkippedItem
+from client.imaging.slice_metadata import ScanGeometry, SliceMetadata
+from client.imaging.slice_store import KEY_NAMES, SliceStore
+from client.tools.mask_filenames import make_mask_filename
+from client.tools.prediction_values import compute_output_values, list_output_columns
 from client.training.trainer import run_inference
-from common.config.schema import Config, Task
+from common.config.schema import Config, PreprocessConfig
 from common.modeling import model_file
 from common.modeling.model import Model, make_model
 from common.modeling.parameters import build_layout, set_model_weights
 from common.utils.errors import ConsiliumError, suggest
 
 
-def load_model(path: Path, personal_dir: Path | None = None) -> tuple[Model, Config, str]:
-    """(model, its run's configuration, identity) from a `model.safetensors`; only heads for inference.
+class LoadedModel(NamedTuple):
+    """A model with its run's configuration, only tasks for inference, and the identity of its weights."""
 
-    `own` is the folder of this centre's own weights of that run (client/federation/personal_parameters.py), which are laid over. Raises ConsiliumError.
+    model: Model
+    config: Config
+    identity: str
+
+    @property
+    def segmentation_tasks(self) -> list[str]:
+        """List the tasks that predict masks."""
+        return [name for name, task in self.config.tasks.items() if task.type == "segmentation"]
+
+    @property
+    def needs_lungs(self) -> bool:
+        """Tell whether a task's values refer to the lungs."""
+        return any(task.severity_column for task in self.config.tasks.values())
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How to predict, and what beside the table.
+
+    Attributes:
+        device: Where to compute.
+        num_workers: Processes that read scans.
+        personal_dir: This centre's own weights of the model's run, which replace the common ones.
+        masks_dir: Folder for masks; None writes none.
+        sort_column: Column to sort the table by, the largest first; empty keeps the order of discovery.
     """
-    named, config = model_file.load_model_file(path)
+
+    device: str = "cpu"
+    num_workers: int = 1
+    personal_dir: Path | None = None
+    masks_dir: Path | None = None
+    sort_column: str = ""
+
+
+DEFAULT_OPTIONS = PredictOptions()
+
+
+def load_model(path: Path, personal_dir: Path | None = None) -> LoadedModel:
+    """Load a `model.safetensors` with its heads for inference only.
+
+    `personal_dir` holds this centre's own weights of the model's run
+    (client/federation/personal_parameters.py), which replace the common ones. Raises ConsiliumError when a
+    file is wrong or the model predicts nothing.
+    """
+    tensors, config = model_file.load_model_file(path)
     identity = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     tasks = model_file.inference_tasks(path, config)
     if personal_dir:
-        whole = build_layout(
-            make_model(config.backbone, config.tasks, 0)
-        )  # own weights lie in the layout of all the run's heads
-        weights = personal_parameters.load_as_tested(personal_dir, whole.from_state_dict(named))
-        named, identity = (
-            dict(whole.to_state_dict(weights)),
-            f"{identity}+{personal_parameters.hash_weights(weights)}",
-        )
+        # own weights have the layout of the run's model, with all heads
+        run_layout = build_layout(make_model(config.backbone, config.tasks, 0))
+        weights = personal_parameters.load_as_tested(personal_dir, run_layout.from_state_dict(tensors))
+        tensors = dict(run_layout.to_state_dict(weights))
+        identity = f"{identity}+{personal_parameters.hash_weights(weights)}"
     model = make_model(config.backbone, tasks, 0)
     layout = build_layout(model)
-    set_model_weights(model, layout, layout.from_state_dict(named))
-    return model, replace(config, tasks=tasks), identity
+    set_model_weights(model, layout, layout.from_state_dict(tensors))
+    return LoadedModel(model, replace(config, tasks=tasks), identity)
 
 
 def predict_folder(
-    model_path: Path,
-    folder: Path,
-    store_dir: Path,
-    device: str = "cpu",
-    num_workers: int = 1,
-    personal_dir: Path | None = None,
-    masks_dir: Path | None = None,
-    sort_column: str = "",
+    model_path: Path, folder: Path, store_dir: Path, options: PredictOptions = DEFAULT_OPTIONS
 ) -> tuple[pd.DataFrame, list[SkippedItem]]:
-    """Predictions for every scan in a folder, and the scans that could not be read with the reason.
+    """Predict every scan in a folder; one scan is in memory at a time.
 
-    Columns: scan, path; each task's (module docstring), with `masks` also `<task>_mask`, the file in that folder; the chosen slices; model
-    and preprocessing identity; notes of the reader. Rows as they were found, or by the column `sort`, the largest first. One scan is in
-    memory at a time. Raises ConsiliumError when the folder holds no scan or the model has no such column.
+    Returns:
+        A table with the columns scan, path, those of each task, with masks also `<task>_mask` (the file),
+        the chosen slices, identities of model and preprocessing, and the reader's notes; and the scans that
+        were skipped.
+
+    Raises:
+        ConsiliumError: The folder holds no scan, or the model has no such column or no masks.
     """
-    model, config, identity = load_model(model_path, personal_dir)
-    drawn = [name for name, task in config.tasks.items() if task.type == "segmentation"] if masks_dir else []
-    outputs = [
-        c
-        for name, task in config.tasks.items()
-        for c in list_output_columns(name, task) + [f"{name}_mask"] * (name in drawn)
-    ]
-    header = ["scan", "path", *outputs, "slices", "model", "preprocessing", "notes"]
-    if sort_column and sort_column not in header:
-        raise ConsiliumError(f"there is no column '{sort_column}' to sort by{suggest(sort_column, header)}")
-    if masks_dir and not drawn:
-        raise ConsiliumError(f"{model_path} draws no masks ({', '.join(config.tasks)}); leave --masks out")
-    table, skipped = find_matching_scans(folder, config.preprocess.modality)
-    if masks_dir:
-        masks_dir.mkdir(parents=True, exist_ok=True)
-    base, kept = folder if folder.is_dir() else folder.parent, SliceStore(store_dir)
-    burden = any(task.severity_column for task in config.tasks.values())
-    keys, failed = preprocess_cohort(
-        table, base, config.preprocess, kept, num_workers, mask_columns=[LUNGS_COLUMN] if burden else []
-    )
-    settings = hashlib.sha256(
-        json.dumps(vars(config.preprocess), sort_keys=True, default=str).encode()
-    ).hexdigest()[:16]
+    loaded = load_model(model_path, options.personal_dir)
+    columns = _list_columns(loaded, options)
+    if options.sort_column and options.sort_column not in columns:
+        raise ConsiliumError(
+            f"there is no column '{options.sort_column}' to sort by{suggest(options.sort_column, columns)}"
+        )
+    if options.masks_dir and not loaded.segmentation_tasks:
+        raise ConsiliumError(
+            f"{model_path} draws no masks ({', '.join(loaded.config.tasks)}); leave --masks out"
+        )
+    table, skipped = find_matching_scans(folder, loaded.config.preprocess.modality)
+    if options.masks_dir:
+        options.masks_dir.mkdir(parents=True, exist_ok=True)
+    base = folder if folder.is_dir() else folder.parent
+    predictor = ScanPredictor(loaded, SliceStore(store_dir), base, options)
+    keys, unreadable = predictor.preprocess(table)
     rows: list[dict[str, Any]] = []
-    for i in track([i for i, key in enumerate(keys) if key], "predict   ", transient=True):
-        scan, key = table.iloc[i], keys[i]
-        slices, facts = kept.get(key), kept.read_metadata(key)
-        if slices is None or not facts:
-            failed.append(
-                SkippedItem(
-                    str(scan["path"]), "its slices were removed from the store meanwhile; predict again"
-                )
-            )
+    for index, key in enumerate(track(keys, "predict   ", transient=True)):
+        if not key:
             continue
-        outcome = run_inference(model, [stack_batch([slices])], lambda m, x: m(x), device=device)
-        lungs = (
-            load_masks(kept, table.iloc[[i]], base, [key], LUNGS_COLUMN, config.preprocess)[0]
-            if burden
-            else None
+        row = predictor.predict(table.iloc[[index]], key)
+        if row is None:
+            reason = "its slices were removed from the store meanwhile; predict again"
+            unreadable.append(SkippedItem(str(table["path"].iloc[index]), reason))
+        else:
+            rows.append(row)
+    predictions = pd.DataFrame(rows, columns=columns)
+    if options.sort_column:
+        predictions = predictions.sort_values(
+            options.sort_column, ascending=False, kind="stable", na_position="last", ignore_index=True
         )
+    return predictions, skipped + unreadable
+
+
+def _list_columns(loaded: LoadedModel, options: PredictOptions) -> list[str]:
+    """List the columns of the table of predictions."""
+    columns = ["scan", "path"]
+    for name, task in loaded.config.tasks.items():
+        columns += list_output_columns(name, task)
+        if options.masks_dir and task.type == "segmentation":
+            columns.append(f"{name}_mask")
+    return [*columns, "slices", "model", "preprocessing", "notes"]
+
+
+class ScanPredictor:
+    """Predicts scan after scan of one table with one model."""
+
+    def __init__(self, loaded: LoadedModel, store: SliceStore, base: Path, options: PredictOptions) -> None:
+        """Predict with a model; relative paths of the table start from `base`."""
+        self.loaded = loaded
+        self.store = store
+        self.base = base
+        self.options = options
+        self.preprocess_identity = _hash_settings(loaded.config.preprocess)
+
+    def preprocess(self, table: pd.DataFrame) -> tuple[list[str], list[SkippedItem]]:
+        """Bring the scans' slices into the store.
+
+        Returns their keys, empty for a scan that cannot be read, and what was skipped.
+        """
+        mask_columns = [LUNGS_COLUMN] if self.loaded.needs_lungs else []
+        return preprocess_cohort(
+            table,
+            self.base,
+            self.loaded.config.preprocess,
+            self.store,
+            self.options.num_workers,
+            mask_columns=mask_columns,
+        )
+
+    def predict(self, one_scan: pd.DataFrame, key: str) -> dict[str, Any] | None:
+        """Predict the scan of a table with one row; returns None when its slices have left the store."""
+        scan = one_scan.iloc[0]
+        slices = self.store.get(key)
+        document = self.store.read_metadata(key)
+        if slices is None or not document:
+            return None
+        metadata = SliceMetadata.from_json(document)
+        outputs = run_inference(
+            self.loaded.model,
+            [stack_batch([slices])],
+            lambda model, batch: model(batch),
+            device=self.options.device,
+        )
+        lung_mask = self._load_lung_mask(one_scan, key)
         row: dict[str, Any] = {"scan": scan["scan"], "path": scan["path"]}
-        for name, task in config.tasks.items():
-            row |= dict(
-                zip(
-                    list_output_columns(name, task),
-                    compute_output_values(task, outcome[name][0], facts["box"], lungs),
-                    strict=True,
-                )
-            )
-        if masks_dir:
-            volume = read_scan(
-                Path(scan["path"]),
-                series if isinstance(series := scan.get("series"), str) and series else None,
-            )
-            for name in drawn:
-                out = masks_dir.resolve() / make_mask_filename(str(scan["scan"]), name)
-                probability = outcome[name][0].sigmoid().numpy()
-                write_nifti_mask(
-                    out, probability, facts["indices"], facts["box"], volume, config.tasks[name].threshold
-                )
-                row[f"{name}_mask"] = str(out)
-        notes = list(facts["notes"])
-        if burden and lungs is None:
+        for name, task in self.loaded.config.tasks.items():
+            columns = list_output_columns(name, task)
+            values = compute_output_values(task, outputs[name][0], metadata.crop_box, lung_mask)
+            row.update(zip(columns, values, strict=True))
+        if self.options.masks_dir:
+            row |= self._write_masks(scan, outputs, metadata, self.options.masks_dir)
+        notes = [*metadata.notes]
+        if self.loaded.needs_lungs and lung_mask is None:
             notes.append("Its lungs were not found: how much of each is affected is not known.")
-        looks, wanted = facts.get("modality", ""), config.preprocess.modality
-        if wanted not in ("any", looks) and looks and not isinstance(scan.get("modality"), str):
-            notes.append(f"It was read as {looks}, the model was made for {wanted}.")
-        row |= {
-            "slices": " ".join(map(str, facts["indices"])),
-            "model": identity,
-            "preprocessing": settings,
-            "notes": "; ".join(notes),
-        }
-        rows.append(row)
-    found = pd.DataFrame(rows, columns=header)
-    if sort_column:
-        found = found.sort_values(
-            sort_column, ascending=False, kind="stable", na_position="last", ignore_index=True
-        )
-    return found, skipped + failed
+        notes += self._note_modality(scan, metadata.geometry)
+        row["slices"] = " ".join(map(str, metadata.indices))
+        row["model"] = self.loaded.identity
+        row["preprocessing"] = self.preprocess_identity
+        row["notes"] = "; ".join(notes)
+        return row
+
+    def _load_lung_mask(self, one_scan: pd.DataFrame, key: str) -> NDArray[np.uint8] | None:
+        if not self.loaded.needs_lungs:
+            return None
+        settings = self.loaded.config.preprocess
+        (lung_mask,) = load_masks(self.store, one_scan, self.base, [key], LUNGS_COLUMN, settings)
+        return lung_mask
+
+    def _write_masks(
+        self, scan: pd.Series, outputs: dict[str, Tensor], metadata: SliceMetadata, masks_dir: Path
+    ) -> dict[str, str]:
+        """Write the scan's masks in its own geometry; returns {column: file}."""
+        series = scan.get("series")
+        if not isinstance(series, str) or not series:
+            series = None
+        volume = read_scan(Path(scan["path"]), series)
+        files: dict[str, str] = {}
+        for name in self.loaded.segmentation_tasks:
+            path = masks_dir.resolve() / make_mask_filename(str(scan["scan"]), name)
+            write_nifti_mask(
+                path,
+                outputs[name][0].sigmoid().numpy(),
+                metadata.indices,
+                metadata.crop_box,
+                volume,
+                self.loaded.config.tasks[name].threshold,
+            )
+            files[f"{name}_mask"] = str(path)
+        return files
+
+    def _note_modality(self, scan: pd.Series, geometry: ScanGeometry | None) -> list[str]:
+        """Note a scan that seems to be of another modality, unless the hospital's table names its own."""
+        model_modality = self.loaded.config.preprocess.modality
+        if geometry is None or isinstance(scan.get("modality"), str):
+            return []
+        if model_modality in ("any", geometry.modality):
+            return []
+        return [f"It was read as {geometry.modality}, the model was made for {model_modality}."]
+
+
+def _hash_settings(settings: PreprocessConfig) -> str:
+    """Return the identity of preprocessing settings, the same as under their names in version 0.1.0."""
+    values = {KEY_NAMES.get(name, name): value for name, value in asdict(settings).items()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def find_matching_scans(folder: Path, modality: str) -> tuple[pd.DataFrame, list[SkippedItem]]:
-    """The folder's scans, and what was passed over, also those of another modality where its table says so. Raises ConsiliumError for none."""
+    """Find the folder's scans of a modality, and those whose modality is not known.
+
+    Returns:
+        The scans, and what was skipped.
+
+    Raises:
+        ConsiliumError: There is no such scan.
+    """
     table, skipped = discover_scans(folder)
     if "modality" in table:
-        table["modality"] = [m.strip().upper() if isinstance(m, str) else np.nan for m in table["modality"]]
-    fit = filter_modality(table, modality)
-    if len(fit) < len(table):
-        others = table.loc[~table["scan"].isin(fit["scan"]), "path"]
-        skipped = skipped + [
-            SkippedItem(str(path), f"it is no {modality}, for which the model was made") for path in others
-        ]
-    if fit.empty:
-        why = (
-            f"; {len(skipped)} files were skipped, the first because: {skipped[0].reason}" if skipped else ""
-        )
-        raise ConsiliumError(f"{folder} holds no scan that can be read{why}")
-    return fit, skipped
+        table["modality"] = table["modality"].map(_normalise_modality)
+    matching = filter_modality(table, modality)
+    if len(matching) < len(table):
+        other_paths = table.loc[~table["scan"].isin(matching["scan"]), "path"]
+        reason = f"it is no {modality}, for which the model was made"
+        skipped = skipped + [SkippedItem(str(path), reason) for path in other_paths]
+    if matching.empty:
+        first_reason = ""
+        if skipped:
+            first_reason = f"; {len(skipped)} files were skipped, the first because: {skipped[0].reason}"
+        raise ConsiliumError(f"{folder} holds no scan that can be read{first_reason}")
+    return matching, skipped
 
 
-def list_output_columns(task_name: str, task: Task) -> list[str]:
-    """A task's columns of the table (module docstring)."""
-    if task.type == "binary":
-        return [task_name]
-    if task.type == "multiclass":
-        return [f"{task_name}_{c}" for c in task.classes]
-    if task.type == "regression":
-        return [f"{task_name}_{c}" for c in task.label_columns] or [task_name]
-    return [
-        f"{task_name}_{what}"
-        for what in (("right", "left", "severity") if task.severity_column else ("share",))
-    ]
-
-
-def compute_output_values(
-    task: Task, output: torch.Tensor, box: Box, lungs: NDArray[np.uint8] | None = None
-) -> list[float]:
-    """What stands in a task's columns, from one scan's raw output (no prior is added at inference), its crop's box and its lungs [S, H, W].
-
-    NaN where a lung is not seen. Lungs whose sides are not told apart (a radiograph's) have a severity only.
-    """
-    if task.type == "binary":
-        return [round(torch.sigmoid(output[0]).item(), 6)]
-    if task.type in ("multiclass", "regression"):
-        return [
-            round(v, 6) for v in (torch.softmax(output, 0) if task.type == "multiclass" else output).tolist()
-        ]
-    lesion = (output.sigmoid() >= task.threshold).numpy()
-    if not task.severity_column:
-        y0, y1, x0, x1 = box
-        top, bottom, left, right = letterbox_box(y1 - y0, x1 - x0, lesion.shape[-1])
-        return [
-            round(100 * float(lesion[:, top:bottom, left:right].mean()), 2)
-        ]  # what was padded to a square is no part of the scan
-    if lungs is None:
-        return [np.nan] * 3
-    sides = compute_affected_fractions(lesion, lungs) if (lungs == 2).any() else (np.nan, np.nan)
-    return [round(100 * share, 2) for share in (*sides, compute_severity(lesion, lungs))]
-
-
-def make_mask_filename(scan: str, task: str) -> str:
-    """A file name for a scan's mask; no two pairs share one, whatever characters they hold ('/' and the like become %2F ...)."""
-    name = quote(scan, safe="")
-    if len(name) > 150:
-        name = (
-            f"{name[:120]}%-{hashlib.sha256(scan.encode()).hexdigest()[:24]}"  # "%-" stands in no quoted name
-        )
-    return f"{name}_{quote(task, safe='').replace('_', '%5F')}.nii.gz"
+def _normalise_modality(value: object) -> object:
+    if isinstance(value, str):
+        return value.strip().upper()
+    return np.nan

@@ -1,11 +1,12 @@
-"""Random changes of training slices, each slice on its own (paper 1's augmentation), on tensors: the same code on CPU and GPU.
+"""Random augmentation of training slices, each slice on its own, with the same operations on CPU and GPU.
 
-Masks go along with whatever moves pixels; what changes grey values, or covers, leaves them.
+Masks follow whatever moves pixels; what changes grey values, or covers them, leaves masks as they are.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -15,7 +16,37 @@ from torch import Tensor
 from common.config.schema import AugmentConfig
 from common.learning.losses import IGNORE_INDEX
 
-ELASTIC_KNOTS = 5  # each way, of the coarse grid that an elastic deformation is drawn on
+ELASTIC_KNOTS = 5  # along each side, of the coarse grid that an elastic deformation is drawn on
+
+
+@dataclass
+class RandomSource:
+    """Random numbers from a CPU generator, moved to the slices' device."""
+
+    generator: torch.Generator
+    device: torch.device
+
+    def draw(self, *shape: int) -> Tensor:
+        """Draw uniform numbers in [0, 1)."""
+        return torch.rand(*shape, generator=self.generator).to(self.device)
+
+    def draw_symmetric(self, limit: float, *shape: int) -> Tensor:
+        """Draw uniform numbers in [-limit, limit)."""
+        return (2 * self.draw(*shape) - 1) * limit
+
+
+@dataclass
+class Images:
+    """Slices [N, H, W], and their masks where there are any."""
+
+    slices: Tensor
+    masks: Tensor | None
+
+    def resample(self, rows: Tensor, grid: Tensor) -> None:
+        """Read the slices of `rows`, and their masks, at the positions of `grid` [len(rows), H, W, 2]."""
+        self.slices = resample_images(self.slices, rows, grid, "bilinear")
+        if self.masks is not None:
+            self.masks = resample_images(self.masks, rows, grid, "nearest")
 
 
 @overload
@@ -29,94 +60,123 @@ def augment_slices(
 def augment_slices(
     slices: Tensor, settings: AugmentConfig, generator: torch.Generator, masks: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Slices [N, H, W] in [0, 1], changed; the draw depends on `generator` (a CPU generator, so that every device draws alike).
+    """Augment slices at random, and their masks by the same movements.
 
-    With `masks` uint8 [N, H, W] both: a mask moves as its slice does, by the nearest pixel; what comes in from outside is 0, and a mask that
-    is UNKNOWN throughout stays so.
+    Args:
+        slices: [N, H, W] in [0, 1].
+        settings: Probabilities and sizes of the changes.
+        generator: CPU generator; masks change nothing in what is drawn.
+        masks: uint8 [N, H, W]. Read at the nearest pixel; what enters from outside is 0, and a mask that is
+            IGNORE_INDEX throughout stays so.
+
+    Returns:
+        The augmented slices, or (slices, masks) when there are masks.
     """
-    n, h, w = slices.shape
-    device = slices.device
-    unknown = None if masks is None else (masks == IGNORE_INDEX).flatten(1).all(1)
+    random = RandomSource(generator, slices.device)
+    images = Images(slices, masks)
+    _flip(images, settings, random)
+    _apply_affine(images, settings, random)
+    if settings.p_elastic > 0:  # otherwise it draws nothing, and later draws stay what they are without it
+        _deform(images, settings, random)
+    augmented = _change_brightness(images.slices, settings, random)
+    augmented = _cut_holes(augmented, settings, random)
+    if masks is None or images.masks is None:
+        return augmented
+    is_unknown = (masks == IGNORE_INDEX).flatten(1).all(1)
+    return augmented, images.masks.masked_fill(is_unknown[:, None, None], IGNORE_INDEX)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device)
 
-    def uniform(width: float, *shape: int) -> Tensor:
-        return (2 * draw(*shape) - 1) * width
+def _flip(images: Images, settings: AugmentConfig, random: RandomSource) -> None:
+    """Mirror some slices left to right."""
+    is_flipped = (random.draw(len(images.slices)) < settings.p_flip)[:, None, None]
+    images.slices = torch.where(is_flipped, images.slices.flip(-1), images.slices)
+    if images.masks is not None:
+        images.masks = torch.where(is_flipped, images.masks.flip(-1), images.masks)
 
-    flip = draw(n) < settings.p_flip
-    slices = torch.where(flip[:, None, None], slices.flip(-1), slices)
-    if masks is not None:
-        masks = torch.where(flip[:, None, None], masks.flip(-1), masks)
 
-    moved = draw(n) < settings.p_affine
-    angle, scale = uniform(math.radians(settings.rotate), n), 1 + uniform(settings.scale, n)
-    shift = uniform(2 * settings.translate, n, 2)  # affine_grid's side is 2
-    rows = moved.nonzero().squeeze(1)
+def _apply_affine(images: Images, settings: AugmentConfig, random: RandomSource) -> None:
+    """Rotate, scale and translate some slices."""
+    num_slices, height, width = images.slices.shape
+    is_moved = random.draw(num_slices) < settings.p_affine
+    angle = random.draw_symmetric(math.radians(settings.rotate), num_slices)
+    scale = 1 + random.draw_symmetric(settings.scale, num_slices)
+    shift = random.draw_symmetric(2 * settings.translate, num_slices, 2)  # in affine_grid the side is 2 long
+    rows = is_moved.nonzero().squeeze(1)
+    if not len(rows):
+        return
+    cos = torch.cos(angle) / scale
+    sin = torch.sin(angle) / scale
+    x_row = torch.stack([cos, -sin, shift[:, 0]], 1)
+    y_row = torch.stack([sin, cos, shift[:, 1]], 1)
+    matrices = torch.stack([x_row, y_row], 1)[rows]
+    grid = F.affine_grid(matrices, [len(rows), 1, height, width], align_corners=False)
+    images.resample(rows, grid)
+
+
+def _deform(images: Images, settings: AugmentConfig, random: RandomSource) -> None:
+    """Deform some slices elastically."""
+    num_slices, height, width = images.slices.shape
+    rows = (random.draw(num_slices) < settings.p_elastic).nonzero().squeeze(1)
+    knots = random.draw_symmetric(1.0, num_slices, 2, ELASTIC_KNOTS, ELASTIC_KNOTS)[rows]
     if len(rows):
-        cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-        theta = torch.stack(
-            [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
-        )[rows]
-        grid = F.affine_grid(theta, [len(rows), 1, h, w], align_corners=False)
-        slices, masks = (
-            resample_images(slices, rows, grid, "bilinear"),
-            None if masks is None else resample_images(masks, rows, grid, "nearest"),
-        )
+        images.resample(rows, make_elastic_grid(knots, settings.elastic_displacement, height, width))
 
-    if (
-        settings.p_elastic > 0
-    ):  # drawn only where it is wanted: the other changes draw as they did before there was this one
-        rows = (draw(n) < settings.p_elastic).nonzero().squeeze(1)
-        knots = uniform(1.0, n, 2, ELASTIC_KNOTS, ELASTIC_KNOTS)[rows]
-        if len(rows):
-            grid = make_elastic_grid(knots, settings.elastic_displacement, h, w)
-            slices, masks = (
-                resample_images(slices, rows, grid, "bilinear"),
-                None if masks is None else resample_images(masks, rows, grid, "nearest"),
-            )
 
-    changed = (draw(n) < settings.p_brightness).float()
-    contrast, brightness = (
-        1 + changed * uniform(settings.contrast, n),
-        changed * uniform(settings.brightness, n),
-    )
-    brightness = brightness + (draw(n) < settings.p_hsv_value).float() * uniform(settings.hsv_value_shift, n)
-    slices = (slices * contrast[:, None, None] + brightness[:, None, None]).clamp(0, 1)
+def _change_brightness(slices: Tensor, settings: AugmentConfig, random: RandomSource) -> Tensor:
+    """Change contrast and brightness of some slices."""
+    num_slices = len(slices)
+    is_changed = (random.draw(num_slices) < settings.p_brightness).float()
+    contrast = 1 + is_changed * random.draw_symmetric(settings.contrast, num_slices)
+    brightness = is_changed * random.draw_symmetric(settings.brightness, num_slices)
+    is_shifted = (random.draw(num_slices) < settings.p_hsv_value).float()
+    brightness = brightness + is_shifted * random.draw_symmetric(settings.hsv_value_shift, num_slices)
+    return (slices * contrast[:, None, None] + brightness[:, None, None]).clamp(0, 1)
 
-    holed = draw(n) < settings.p_cutout
-    centres = draw(n, settings.cutout_num_holes, 2)
-    if settings.cutout_num_holes and bool(holed.any()):
-        half = settings.cutout_hole_size / 2
-        y = (torch.arange(h, device=device) + 0.5) / h
-        x = (torch.arange(w, device=device) + 0.5) / w
-        inside_y = (y - centres[..., 0, None]).abs() < half  # [N, holes, H]
-        inside_x = (x - centres[..., 1, None]).abs() < half
-        hole = torch.einsum("nky,nkx->nyx", inside_y.float(), inside_x.float()) > 0
-        slices = slices.masked_fill(hole & holed[:, None, None], 0.0)
-    if masks is None or unknown is None:
+
+def _cut_holes(slices: Tensor, settings: AugmentConfig, random: RandomSource) -> Tensor:
+    """Cover square holes of some slices with black."""
+    num_slices, height, width = slices.shape
+    is_cut = random.draw(num_slices) < settings.p_cutout
+    centres = random.draw(num_slices, settings.cutout_num_holes, 2)  # (y, x) as shares of the side
+    if not settings.cutout_num_holes or not bool(is_cut.any()):
         return slices
-    return slices, masks.masked_fill(unknown[:, None, None], IGNORE_INDEX)
+    half_side = settings.cutout_hole_size / 2
+    y = (torch.arange(height, device=slices.device) + 0.5) / height
+    x = (torch.arange(width, device=slices.device) + 0.5) / width
+    is_inside_y = (y - centres[..., 0, None]).abs() < half_side  # [N, holes, H]
+    is_inside_x = (x - centres[..., 1, None]).abs() < half_side  # [N, holes, W]
+    is_hole = torch.einsum("nky,nkx->nyx", is_inside_y.float(), is_inside_x.float()) > 0
+    return slices.masked_fill(is_hole & is_cut[:, None, None], 0.0)
 
 
 def resample_images(images: Tensor, rows: Tensor, grid: Tensor, mode: str) -> Tensor:
-    """Pictures [N, H, W] with those of `rows` read at `grid` [len(rows), H, W, 2]; outside is 0. The input stays as it was."""
-    images = images.clone()
-    found = F.grid_sample(
-        images[rows, None].to(grid.dtype), grid, mode=mode, padding_mode="zeros", align_corners=False
-    )
-    images[rows] = found[:, 0].to(images.dtype)
-    return images
+    """Return a copy of images [N, H, W] in which those of `rows` are read at `grid` [len(rows), H, W, 2].
 
-
-def make_elastic_grid(knots: Tensor, max_displacement: float, h: int, w: int) -> Tensor:
-    """Where each pixel is read from, [n, h, w, 2], for displacements at `knots` [n, 2, k, k] in [-1, 1] times `largest` (of the side).
-
-    Smooth random displacement (Simard et al., "Best practices for convolutional neural networks", ICDAR 2003); cubic between knots instead of
-    a Gaussian filter over a field of noise.
+    Positions outside the image read 0.
     """
-    field = F.interpolate(knots, (h, w), mode="bicubic", align_corners=True).clamp(-1, 1)
-    still = torch.eye(2, 3, device=knots.device).expand(len(knots), 2, 3)
-    return F.affine_grid(
-        still, [len(knots), 1, h, w], align_corners=False
-    ) + 2 * max_displacement * field.permute(0, 2, 3, 1)
+    selected = images[rows, None].to(grid.dtype)
+    sampled = F.grid_sample(selected, grid, mode=mode, padding_mode="zeros", align_corners=False)
+    resampled = images.clone()
+    resampled[rows] = sampled[:, 0].to(images.dtype)
+    return resampled
+
+
+def make_elastic_grid(knots: Tensor, max_displacement: float, height: int, width: int) -> Tensor:
+    """Make the sampling grid of a smooth random deformation (Simard et al., ICDAR 2003).
+
+    Displacements are interpolated between knots by a cubic instead of smoothing a noise field with a
+    Gaussian.
+
+    Args:
+        knots: [n, 2, k, k] displacements in [-1, 1].
+        max_displacement: What 1 means, as a share of the side.
+        height: H of the image.
+        width: W of the image.
+
+    Returns:
+        [n, height, width, 2], where each pixel is read from.
+    """
+    displacement = F.interpolate(knots, (height, width), mode="bicubic", align_corners=True).clamp(-1, 1)
+    identity = torch.eye(2, 3, device=knots.device).expand(len(knots), 2, 3)
+    grid = F.affine_grid(identity, [len(knots), 1, height, width], align_corners=False)
+    return grid + 2 * max_displacement * displacement.permute(0, 2, 3, 1)

@@ -1,37 +1,29 @@
-"""What a batch is trained for: the losses of its tasks on randomly changed slices. Its one subclass is momentum contrast (client/training/moco.py)."""
+"""What a batch is trained for: the losses of its tasks on augmented slices.
+
+Momentum contrast (client/training/moco.py) is the only subclass.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from client.data.batch import Batch
 from client.training.augment import augment_slices
 from common.config.schema import Stage, Task
-from common.learning.losses import BatchLoss, compute_stage_loss
+from common.learning.losses import BatchLoss, compute_stage_loss, find_labelled_rows
 from common.modeling.model import Model
 
 
-@dataclass
-class Batch:
-    """`slices` uint8 [B, S, H, W]; `targets` {task: as in common/learning/losses.py}; `rows` [B] which scans of the cohort they are."""
-
-    slices: Tensor
-    targets: dict[str, Tensor]
-    rows: Tensor | None = None
-
-    def split_into(self, num_parts: int) -> Iterator[Batch]:
-        """The batch cut into at most `count` parts of nearly equal size."""
-        for some in torch.arange(len(self.slices)).tensor_split(min(num_parts, len(self.slices))):
-            rows = None if self.rows is None else self.rows[some]
-            yield Batch(self.slices[some], {t: y[some] for t, y in self.targets.items()}, rows)
-
-
 class Objective:
-    """The tasks' losses (common/learning/losses.py). `draws` decides every random change, so that a seed gives the same training on every device."""
+    """The losses of a stage's tasks (common/learning/losses.py) on augmented slices.
+
+    `generator` lives on the CPU and decides every augmentation, so that a seed gives the same training on
+    every device.
+    """
 
     def __init__(
         self,
@@ -41,65 +33,104 @@ class Objective:
         device: torch.device,
         seed: int,
     ) -> None:
-        self.stage, self.tasks, self.device = stage, tasks, device
-        self.logit_adjustments = {t: a.to(device) for t, a in logit_adjustments.items()}
+        """Prepare the losses of `tasks`; `logit_adjustments` {task: [K]} are added to their logits."""
+        self.stage = stage
+        self.tasks = tasks
+        self.device = device
+        self.logit_adjustments = {task: values.to(device) for task, values in logit_adjustments.items()}
         self.generator = torch.Generator().manual_seed(seed)
 
+    def count_labelled(self, batch: Batch) -> dict[str, int]:
+        """Count the scans of a batch that are labelled for each task."""
+        counts = {}
+        for name, task in self.tasks.items():
+            counts[name] = int(find_labelled_rows(task, batch.targets[name]).sum())
+        return counts
+
     def compute_loss(self, model: Model, part: Batch, num_labelled: Mapping[str, int]) -> BatchLoss:
-        """The loss of a part of a batch in which `labelled` rows of each task have a label; a task without any is not computed."""
-        tasks = {t: task for t, task in self.tasks.items() if num_labelled[t] and task.type != "contrastive"}
-        if not tasks:
-            return BatchLoss(torch.zeros((), device=self.device), dict.fromkeys(self.tasks, (0.0, 0)))
-        x, targets = self.augment_batch(part)
-        painted = next((task for task in tasks.values() if task.type == "inpainting"), None)
-        if painted:
-            whole, (x, hidden) = x, mask_patches(x, painted.mask_ratio, self.generator)
-            targets |= {
-                t: torch.where(hidden, whole, torch.nan)
-                for t, task in tasks.items()
-                if task.type == "inpainting"
-            }
+        """Compute the loss of a part of a batch.
+
+        `num_labelled` counts the whole batch's labelled scans by task. A task without any is not computed at
+        all: its head may hold infinite weights, and its normalisation statistics must not move.
+        """
+        labelled_tasks = {
+            name: task
+            for name, task in self.tasks.items()
+            if num_labelled[name] and task.type != "contrastive"
+        }
+        if not labelled_tasks:
+            no_loss = torch.zeros((), device=self.device)
+            return BatchLoss(no_loss, dict.fromkeys(self.tasks, (0.0, 0)))
+        slices, targets = self.augment_batch(part)
+        inpainting = {name: task for name, task in labelled_tasks.items() if task.type == "inpainting"}
+        if inpainting:
+            mask_ratio = next(iter(inpainting.values())).mask_ratio
+            painted, is_masked = mask_patches(slices, mask_ratio, self.generator)
+            targets |= dict.fromkeys(inpainting, torch.where(is_masked, slices, torch.nan))
+            slices = painted
         with autocast_context(self.device, self.stage.precision):
-            outputs = model(x, list(tasks))
+            outputs = model(slices, list(labelled_tasks))
         return compute_stage_loss(self.tasks, outputs, targets, self.logit_adjustments, num_labelled)
 
     def augment_batch(self, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Slices [B, S, H, W] in [0, 1], changed at random, and the targets; masks are changed alike."""
-        b, s, h, w = part.slices.shape
-        x = part.slices.to(self.device, non_blocking=True).float().div_(255).view(b * s, h, w)
-        targets = {t: y.to(self.device, non_blocking=True) for t, y in part.targets.items()}
-        maps = [t for t, y in targets.items() if y.ndim == 4]
-        if not maps:
-            return augment_slices(x, self.stage.augment, self.generator).view(b, s, h, w), targets
-        before, changed = self.generator.get_state(), x
-        for t in maps:
-            self.generator.set_state(before)  # every mask moves as its slice does
-            changed, mask = augment_slices(
-                x, self.stage.augment, self.generator, targets[t].view(b * s, h, w)
-            )
-            targets[t] = mask.view(b, s, h, w)
-        return changed.view(b, s, h, w), targets
+        """Augment a part's slices, and its masks by the same movements.
+
+        Returns:
+            The slices, float [B, S, H, W] in [0, 1], and the targets, both on the objective's device.
+        """
+        settings = self.stage.augment
+        batch_shape = part.slices.shape
+        image_shape = (-1, *batch_shape[2:])  # every slice is an image of its own
+        original = part.slices.to(self.device, non_blocking=True).float().div_(255).view(image_shape)
+        targets = {task: target.to(self.device, non_blocking=True) for task, target in part.targets.items()}
+        mask_tasks = [task for task, target in targets.items() if target.ndim == 4]
+        if not mask_tasks:
+            return augment_slices(original, settings, self.generator).view(batch_shape), targets
+        state = self.generator.get_state()
+        augmented = original
+        for task in mask_tasks:
+            self.generator.set_state(state)  # every mask moves as its slice does
+            masks = targets[task].view(image_shape)
+            augmented, moved_masks = augment_slices(original, settings, self.generator, masks)
+            targets[task] = moved_masks.view(batch_shape)
+        return augmented.view(batch_shape), targets
 
     def after_step(self, model: Model) -> None:
-        """Called after each optimiser step."""
+        """React to an optimiser step; nothing to do unless a subclass keeps a state of its own."""
 
 
 def autocast_context(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision of the forward pass; fp16 exists on GPUs only and is bf16 elsewhere."""
+    """Return a forward pass's mixed-precision context; fp16 exists on GPUs only and is bf16 elsewhere."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    half = torch.float16 if precision == "fp16" and device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=half)
+    if precision == "fp16" and device.type == "cuda":
+        return torch.autocast(device.type, dtype=torch.float16)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def mask_patches(
-    x: Tensor, mask_ratio: float, generator: torch.Generator, grid_size: int = 8
+    slices: Tensor, mask_ratio: float, generator: torch.Generator, grid_size: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Slices [B, S, H, W] with `share` of a grid of cells painted in the slice's mean, and where (Pathak et al., "Context encoders", CVPR 2016)."""
-    b, s, h, w = x.shape
-    hidden = torch.rand(b, s, grid_size * grid_size, generator=generator).argsort(-1) < max(
-        1, round(mask_ratio * grid_size * grid_size)
-    )
-    grid = hidden.view(b * s, 1, grid_size, grid_size).float().to(x.device)
-    where = torch.nn.functional.interpolate(grid, size=(h, w), mode="nearest").view(b, s, h, w) > 0.5
-    return torch.where(where, x.mean((2, 3), keepdim=True), x), where
+    """Paint random patches of every slice with the slice's mean.
+
+    Pathak et al., "Context encoders", CVPR 2016.
+
+    Args:
+        slices: [B, S, H, W].
+        mask_ratio: The share of the grid's patches to paint; at least one is painted.
+        generator: CPU generator that chooses the patches.
+        grid_size: Patches along each side.
+
+    Returns:
+        The painted slices and a boolean tensor of the painted pixels, both [B, S, H, W].
+    """
+    batch_size, num_slices, height, width = slices.shape
+    num_patches = grid_size * grid_size
+    num_masked = max(1, round(mask_ratio * num_patches))
+    ranks = torch.rand(batch_size, num_slices, num_patches, generator=generator).argsort(-1)
+    grid = (ranks < num_masked).view(batch_size * num_slices, 1, grid_size, grid_size)
+    grid = grid.float().to(slices.device)
+    masks = torch.nn.functional.interpolate(grid, size=(height, width), mode="nearest")
+    is_masked = masks.view(batch_size, num_slices, height, width) > 0.5
+    slice_means = slices.mean((2, 3), keepdim=True)
+    return torch.where(is_masked, slice_means, slices), is_masked

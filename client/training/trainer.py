@@ -1,233 +1,213 @@
-"""Local training and inference: a model, batches, tasks, a stage. Knows nothing of federation, files or Flower."""
+"""Local training and inference: a model, batches, tasks, a stage; no federation, no files, no Flower."""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from client.data.batch import Batch
+from client.training.anchored_heads import AnchoredHeads
 from client.training.dp_sgd import DPParams, PatientBatches, privatise_gradient
+from client.training.freezing import freeze, list_trainable
 from client.training.moco import MocoObjective
-from client.training.objective import Batch, Objective, autocast_context
-from common.config.schema import OptimiserConfig, Stage, Task
-from common.learning.losses import find_labelled_rows
+from client.training.objective import Objective, autocast_context
+from client.training.optimiser import LocalOptimiser, scheduled_learning_rate
+from common.config.schema import Stage, Task
 from common.learning.seeds import derive_seed
-from common.modeling.model import Model, shallow_parameter_names
+from common.modeling.model import Model
 from common.utils.errors import Refused
 
 log = logging.getLogger("consilium.centre")
 
 
+@dataclass(frozen=True)
+class TrainSpec:
+    """What a round of local training is to do.
+
+    Attributes:
+        stage: The stage's settings.
+        tasks: The tasks that the stage trains.
+        logit_adjustments: {task: [K]} added to the logits (common/learning/class_imbalance.py).
+        dp_params: Train by DP-SGD (client/training/dp_sgd.py); every batch then holds the patients drawn for
+            a step.
+        stage_progress: The share of the stage done before and after this round, for the learning-rate
+            schedule.
+        num_steps: Steps of the round, for the schedule.
+        lr_scale: Factor of the coordinator's on the learning rate.
+        seed: Of augmentation and dropout.
+        device: Where to train.
+    """
+
+    stage: Stage
+    tasks: Mapping[str, Task]
+    logit_adjustments: Mapping[str, Tensor] = field(default_factory=dict)
+    dp_params: DPParams | None = None
+    stage_progress: tuple[float, float] = (0.0, 1.0)
+    num_steps: int = 1
+    lr_scale: float = 1.0
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        start, end = self.stage_progress
+        progress = start + (end - start) * step / max(self.num_steps, 1)
+        return self.lr_scale * scheduled_learning_rate(self.stage.optimiser, progress)
+
+
 @dataclass
 class TrainResult:
-    """What a round of local training did: optimiser steps, scans seen, {task: [summed loss, labelled scans]}."""
+    """What a round of local training did: optimiser steps, scans seen, {task: [summed loss, labelled scans]}.
+
+    After DP-SGD it says neither scans nor losses: they would reveal who was drawn.
+    """
 
     steps: int = 0
     scans_seen: int = 0
     losses: dict[str, list[float]] = field(default_factory=dict)
 
 
-def train(
-    model: Model,
-    batches: Iterable[Batch | PatientBatches],
-    stage: Stage,
-    tasks: Mapping[str, Task],
-    logit_adjustments: Mapping[str, Tensor],
-    *,
-    dp_params: DPParams | None = None,
-    stage_progress: tuple[float, float] = (0.0, 1.0),
-    num_steps: int = 1,
-    lr_scale: float = 1.0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> TrainResult:
-    """Train in place on `steps` batches.
+@dataclass
+class TrainingState:
+    """What the steps of a round share."""
 
-    `adjustments` [K] by task are added to the logits (common/learning/class_imbalance.py); `progress` is the share of the stage done before and after this
-    round, which the learning rate's schedule follows, and `rate` what the coordinator multiplies it by. The head of a task with `head: anchored`
-    stays where it is while its gradient is summed; it moves once at the end by `-anchor_lr * sum of gradients`, so that the server's average of
-    the deltas is a gradient step over all centres. A head with `head: moments` is fitted by the server and never moves here. With a `protection`
-    a batch is the patients drawn, and the report says neither scans nor losses (client/training/dp_sgd.py). Raises Refused when the loss is not finite.
+    model: Model
+    spec: TrainSpec
+    objective: Objective
+    optimiser: LocalOptimiser
+    anchored_heads: AnchoredHeads
+    num_parts: int  # parts that a batch is computed in; grows when the device's memory is too small
+    result: TrainResult
+
+
+def train(model: Model, batches: Iterable[Batch | PatientBatches], spec: TrainSpec) -> TrainResult:
+    """Train the model in place, one step a batch.
+
+    The head of a task with `head_update: anchored` moves once at the end
+    (client/training/anchored_heads.py); one with `moments` is fitted by the server and never moves here.
+    Raises Refused when the loss is not finite, or when a single scan does not fit the device's memory.
     """
-    device = torch.device(device)
-    model.to(device).train()
-    if stage.torch_compile and any(map(shutil.which, ("g++", "clang++"))):
-        model.encoder.compile(dynamic=False)
-    elif stage.torch_compile:
-        log.warning(
-            "stage.torch_compile: there is no C++ compiler here; trained without, to the same weights"
-        )
-    heads = {t: list(model.heads[t].parameters()) for t in tasks}
-    fixed = {id(p) for t, task in tasks.items() if task.head_update != "local" for p in heads[t]}
-    idle = {id(p) for t, head in model.heads.items() if t not in tasks for p in head.parameters()}
-    still = shallow_parameter_names(model, stage.freeze_fraction) | {
-        n for n in model.state_dict() if any(fnmatch(n, pattern) for pattern in stage.freeze)
-    }
-    for name, p in model.named_parameters():
-        p.requires_grad_(id(p) not in idle and name not in still)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" in still:
-            module.eval()  # in training mode its statistics would drift under frozen weights
-    movable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
-    start = [p.detach().clone() for _, p in movable] if stage.fedprox_mu else []
-    anchored = [p for t, task in tasks.items() if task.head_update == "anchored" for p in heads[t]]
-    anchor_rates = [
-        task.server_head_lr for t, task in tasks.items() if task.head_update == "anchored" for _ in heads[t]
-    ]
-    anchor_sum = [torch.zeros_like(p) for p in anchored]
-    optimiser = make_optimiser(movable, stage.optimiser, anchored)
-
-    if any(task.type == "contrastive" for task in tasks.values()):
-        objective: Objective = MocoObjective(stage, tasks, logit_adjustments, device, seed, model)
-    else:
-        objective = Objective(stage, tasks, logit_adjustments, device, seed)
-    scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16" and device.type == "cuda")
-    report = TrainResult(losses={t: [0.0, 0.0] for t in tasks})
-    parts = stage.grad_accum_steps
+    state = _prepare(model, spec)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # dropout
+        torch.manual_seed(spec.seed)  # dropout
         for step, batch in enumerate(batches):
-            lr = lr_scale * scheduled_learning_rate(
-                stage.optimiser,
-                stage_progress[0] + (stage_progress[1] - stage_progress[0]) * step / max(num_steps, 1),
-            )
-            for group in optimiser.param_groups:
-                group["lr"] = lr * group["scale"]
-            if dp_params is None:
-                assert isinstance(batch, Batch)
-                labelled = {
-                    t: int(find_labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()
-                }
-                sums, parts = _backward_in_parts(model, objective, scaler, batch, parts, labelled)
-                for t, (value, n) in sums.items():
-                    if not math.isfinite(value):
-                        raise Refused(
-                            f"the loss became {value} at step {step}; lower stage.optimiser.lr or set stage.precision=fp32"
-                        )
-                    report.losses[t][0] += value
-                    report.losses[t][1] += n
-                report.scans_seen += len(batch.slices)
+            state.optimiser.set_learning_rate(spec.learning_rate(step))
+            if spec.dp_params is None:
+                assert isinstance(batch, Batch), "a plain step takes a Batch"
+                plain_step(state, step, batch)
             else:
-                assert not isinstance(batch, Batch), (
-                    "a protected step wants the patients drawn (client/training/dp_sgd.py)"
-                )
-                moving = [p for p in (*(p for _, p in movable), *anchored) if p.requires_grad]
-                privatise_gradient(model, objective, batch, moving, dp_params, derive_seed(seed, step))
-            scale = scaler.get_scale()
-            _optimiser_step(optimiser, scaler, stage, [p for _, p in movable], start)
-            if (
-                scaler.get_scale() >= scale
-            ):  # else fp16's gradients overflowed, and the step counts for nothing
-                for total, p, pull in zip(anchor_sum, anchored, anchor_rates, strict=True):
-                    if p.grad is not None:
-                        total.add_(p.grad, alpha=pull)
-            objective.after_step(model)
-            report.steps += 1
-    with torch.no_grad():
-        for total, p in zip(anchor_sum, anchored, strict=True):
-            p.sub_(total)
-    return report
+                assert not isinstance(batch, Batch), "a DP-SGD step takes the patients drawn"
+                dp_step(state, step, batch, spec.dp_params)
+            if state.optimiser.step():
+                state.anchored_heads.accumulate_gradients()
+            state.objective.after_step(model)
+            state.result.steps += 1
+    state.anchored_heads.apply_displacements()
+    return state.result
+
+
+def _prepare(model: Model, spec: TrainSpec) -> TrainingState:
+    """Freeze what the stage leaves alone, and make its objective and optimiser."""
+    device = torch.device(spec.device)
+    model.to(device).train()
+    if spec.stage.torch_compile:
+        _compile_encoder(model)
+    freeze(model, spec.stage, spec.tasks)
+    anchored_heads = AnchoredHeads(model, spec.tasks)
+    trainable = list_trainable(model, spec.tasks)
+    optimiser = LocalOptimiser(trainable, anchored_heads.parameters, spec.stage, device)
+    return TrainingState(
+        model=model,
+        spec=spec,
+        objective=_make_objective(model, spec, device),
+        optimiser=optimiser,
+        anchored_heads=anchored_heads,
+        num_parts=spec.stage.grad_accum_steps,
+        result=TrainResult(losses={task: [0.0, 0.0] for task in spec.tasks}),
+    )
+
+
+def _compile_encoder(model: Model) -> None:
+    if shutil.which("g++") or shutil.which("clang++"):
+        model.encoder.compile(dynamic=False)
+    else:
+        log.warning("stage.torch_compile is ignored: this machine has no C++ compiler; training takes longer")
+
+
+def _make_objective(model: Model, spec: TrainSpec, device: torch.device) -> Objective:
+    if any(task.type == "contrastive" for task in spec.tasks.values()):
+        return MocoObjective(spec.stage, spec.tasks, spec.logit_adjustments, device, spec.seed, model)
+    return Objective(spec.stage, spec.tasks, spec.logit_adjustments, device, spec.seed)
+
+
+def plain_step(state: TrainingState, step: int, batch: Batch) -> None:
+    """Compute a batch's gradients and record its losses; raises Refused when a loss is not finite."""
+    sums_by_task = _compute_gradients(state, batch)
+    for task, (loss_sum, num_labelled) in sums_by_task.items():
+        if not math.isfinite(loss_sum):
+            raise Refused(
+                f"the loss became {loss_sum} at step {step}; "
+                "lower stage.optimiser.lr or set stage.precision=fp32"
+            )
+        state.result.losses[task][0] += loss_sum
+        state.result.losses[task][1] += num_labelled
+    state.result.scans_seen += len(batch.slices)
+
+
+def dp_step(state: TrainingState, step: int, patients: PatientBatches, dp_params: DPParams) -> None:
+    """Compute the noisy gradient of the patients drawn for a step."""
+    parameters = [*state.optimiser.parameters, *state.anchored_heads.parameters]
+    moving = [parameter for parameter in parameters if parameter.requires_grad]
+    seed = derive_seed(state.spec.seed, step)
+    privatise_gradient(state.model, state.objective, patients, moving, dp_params, seed)
+
+
+def _compute_gradients(state: TrainingState, batch: Batch) -> dict[str, tuple[float, int]]:
+    """Compute a batch's gradients in `state.num_parts` parts, or in more when memory is too small.
+
+    Returns {task: (summed loss, labelled scans)}. Raises Refused when a single scan does not fit.
+    """
+    num_labelled = state.objective.count_labelled(batch)
+    random_state = state.objective.generator.get_state()
+    while True:
+        state.objective.generator.set_state(random_state)  # a repeated batch is augmented as before
+        try:
+            return _backward_in_parts(state, batch, num_labelled)
+        except torch.OutOfMemoryError:
+            if state.num_parts >= len(batch.slices):
+                raise Refused(
+                    "one scan does not fit the device's memory; "
+                    "set stage.grad_checkpointing=true or a smaller preprocess.image_size"
+                ) from None
+        state.num_parts = min(2 * state.num_parts, len(batch.slices))
+        log.warning(
+            "a batch of %d scans does not fit the device's memory; it is computed in %d parts from now on",
+            len(batch.slices),
+            state.num_parts,
+        )
 
 
 def _backward_in_parts(
-    model: Model,
-    objective: Objective,
-    scaler: torch.amp.GradScaler,
-    batch: Batch,
-    num_parts: int,
-    num_labelled: Mapping[str, int],
-) -> tuple[dict[str, tuple[float, int]], int]:
-    """The batch's gradients, computed in `parts`, or in twice as many while the device's memory does not hold one. Returns {task: (summed loss,
-    labelled scans)} and the number of parts that fitted. Raises Refused when a single scan does not fit."""
-    drawn = objective.generator.get_state()
-    while True:
-        objective.generator.set_state(drawn)  # a batch begun again is changed at random as before
-        model.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(num_labelled, (0.0, 0))
-        try:
-            for part in batch.split_into(num_parts):
-                losses = objective.compute_loss(model, part, num_labelled)
-                sums = {
-                    t: (value + sums[t][0], n + sums[t][1]) for t, (value, n) in losses.sums_by_task.items()
-                }
-                if losses.total.requires_grad:
-                    scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-            return sums, num_parts
-        except torch.OutOfMemoryError:
-            if num_parts >= len(batch.slices):
-                raise Refused(
-                    "one scan does not fit the device's memory; set stage.grad_checkpointing=true or a smaller preprocess.image_size"
-                ) from None
-        num_parts = min(2 * num_parts, len(batch.slices))
-        log.warning(
-            "a batch of %d scans does not fit the device's memory; it is computed in %d parts",
-            len(batch.slices),
-            num_parts,
-        )
-
-
-def _optimiser_step(
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    stage: Stage,
-    movable: list[nn.Parameter],
-    start: list[Tensor],
-) -> None:
-    """One optimiser step with FedProx's pull towards the received weights (Li et al., MLSys 2020: mu/2 |w - w_global|^2)."""
-    if all(p.grad is None for group in optimiser.param_groups for p in group["params"]):
-        return  # a batch without labels; fp16's scaler refuses a step without gradients
-    scaler.unscale_(optimiser)
-    if stage.fedprox_mu:
-        for p, origin in zip(movable, start, strict=True):
-            if p.grad is not None:
-                p.grad.add_(p.detach() - origin, alpha=stage.fedprox_mu)
-    if stage.optimiser.max_grad_norm:
-        nn.utils.clip_grad_norm_(movable, stage.optimiser.max_grad_norm)
-    scaler.step(optimiser)
-    scaler.update()
-
-
-def make_optimiser(
-    parameters: list[tuple[str, nn.Parameter]],
-    settings: OptimiserConfig,
-    anchored: Iterable[nn.Parameter] = (),
-) -> torch.optim.Optimizer:
-    """The stage's optimiser; heads and decoder have `head_lr` times its learning rate; weight decay spares vectors (biases and norms).
-
-    `anchored` parameters are in it at learning rate 0, so that fp16's scaler looks after their gradients too.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in parameters:
-        decay = settings.weight_decay if p.ndim > 1 or settings.name != "adamw" else 0.0
-        groups.setdefault(
-            (settings.head_lr_scale if name.startswith(("heads.", "decoder.")) else 1.0, decay), []
-        ).append(p)
-    made = [
-        {"params": ps, "lr": settings.lr * scale, "scale": scale, "weight_decay": decay}
-        for (scale, decay), ps in groups.items()
-    ]
-    still = list(anchored) or (
-        [] if made else [nn.Parameter(torch.zeros(1))]
-    )  # torch wants at least one parameter
-    made += [{"params": still, "lr": 0.0, "scale": 0.0, "weight_decay": 0.0}] if still else []
-    if settings.name == "sgd":
-        return torch.optim.SGD(made, momentum=settings.momentum, fused=True)
-    return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW)(made, fused=True)
-
-
-def scheduled_learning_rate(settings: OptimiserConfig, progress: float) -> float:
-    """The learning rate when the share `done` in [0, 1] of the stage is behind; what a plateau takes off comes with the round."""
-    return (
-        settings.lr
-        if settings.schedule != "cosine"
-        else settings.lr * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-    )
+    state: TrainingState, batch: Batch, num_labelled: Mapping[str, int]
+) -> dict[str, tuple[float, int]]:
+    """Accumulate the gradients of the batch's parts; returns {task: (summed loss, labelled scans)}."""
+    state.model.zero_grad(set_to_none=True)
+    sums_by_task = dict.fromkeys(num_labelled, (0.0, 0))
+    for part in batch.split_into(state.num_parts):
+        losses = state.objective.compute_loss(state.model, part, num_labelled)
+        for task, (loss_sum, count) in losses.sums_by_task.items():
+            previous_sum, previous_count = sums_by_task[task]
+            sums_by_task[task] = (loss_sum + previous_sum, count + previous_count)
+        if losses.total.requires_grad:
+            state.optimiser.backward(losses.total)
+    return sums_by_task
 
 
 @torch.no_grad()
@@ -239,13 +219,24 @@ def run_inference(
     precision: str = "fp32",
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """`outputs(model, slices in [0, 1])` on batches of uint8 slices [B, S, H, W], in evaluation mode, stacked over all scans [N, ...] on the CPU."""
+    """Run the model in evaluation mode and stack its outputs over all scans.
+
+    Args:
+        model: Is moved to the device.
+        batches: uint8 slices [B, S, H, W].
+        output_fn: Called with the model and slices in [0, 1]; returns {name: [B, ...]}.
+        precision: fp32, bf16 or fp16.
+        device: Where to compute.
+
+    Returns:
+        {name: float32 [N, ...]} on the CPU.
+    """
     device = torch.device(device)
     model.to(device).eval()
-    found: dict[str, list[Tensor]] = {}
+    outputs: defaultdict[str, list[Tensor]] = defaultdict(list)
     for slices in batches:
         with autocast_context(device, precision):
-            result = output_fn(model, slices.to(device, non_blocking=True).float().div_(255))
-        for name, value in result.items():
-            found.setdefault(name, []).append(value.float().cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+            batch_outputs = output_fn(model, slices.to(device, non_blocking=True).float().div_(255))
+        for name, value in batch_outputs.items():
+            outputs[name].append(value.float().cpu())
+    return {name: torch.cat(values) for name, values in outputs.items()}

@@ -1,3 +1,4 @@
-"""From updates to new weights: screening, centre weights, means, robust rules, server optimiser, central privacy.
+"""From updates to the next weights: screening, weighting, means, server optimiser, privacy.
 
-Sends no message and writes no report."""
+It trains nothing and writes no report.
+"""

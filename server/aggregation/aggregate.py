@@ -1,26 +1,28 @@
-"""From the contributions that arrived to the next weights: by which rule, weighed how, hidden by what."""
+"""From a round's updates to the next global weights: the rule, the centres' weights, the protection."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
-from common.config.compose import stage_tasks
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config.normalise import stage_tasks
 from common.config.schema import Stage
 from common.privacy.secure_aggregation import dequantize_mean, empty_update_sums, require_secagg_config
-from common.protocol.messages import TrainReply
+from common.protocol.messages import Refusal, TrainReply
+from common.utils.errors import RefusalCode
 from server.aggregation.central_dp import dp_weighted_sum
-from server.aggregation.contributions import (
-    StoredUpdate,
-    compute_group_weights,
-    find_outliers,
-    server_step,
-    weighted_sum,
-)
 from server.aggregation.label_counts import count_labels, secure_sum_weights
-from server.aggregation.robust import quorum_error, robust_update, select_krum_outliers
+from server.aggregation.robust import find_quorum_error, robust_update, select_krum_outliers
+from server.aggregation.screening import find_outliers
+from server.aggregation.server_optimizer import server_step
+from server.aggregation.stored_updates import StoredUpdate
+from server.aggregation.weighted_mean import weighted_sum
+from server.aggregation.weighting import GroupWeights, compute_group_weights
 from server.run.broadcast import quantize_server_step
+from server.run.records import CentreRound
 from server.run.run_state import Run, RunPaused, record_exclusion
 from server.run.secure_aggregation import NotEnoughCentres, SecureSumResult, secure_sum
 
@@ -28,30 +30,36 @@ log = logging.getLogger("consilium.server")
 
 
 def screen_updates(run: Run, updates: Mapping[str, StoredUpdate]) -> dict[str, str]:
-    """{centre: reason} of those too large to be used. With `privacy=central` all are clipped, and one centre's norm must not decide on another."""
+    """Return {centre: reason} of the updates that are too large to be used.
+
+    There are none with `privacy.dp_level=central`: all updates are clipped, and one centre's norm must not
+    decide on another's.
+    """
     if run.config.privacy.dp_level == "central":
         return {}
-    return find_outliers({c: s.norm for c, s in updates.items()}, run.config.aggregation.max_norm_ratio)
+    norms = {centre: update.norm for centre, update in updates.items()}
+    return find_outliers(norms, run.config.aggregation.max_norm_ratio)
 
 
 def secure_sum_updates(
-    run: Run, replies: Mapping[str, TrainReply], quorum: int
-) -> tuple[SecureSumResult | None, dict[str, str]]:
-    """The sum of the changes that came masked, None where too few centres stayed for it; and {centre: why it is not in the sum}."""
-    size = sum(e.stop - e.start for e in run.layout.floats if e.is_parameter)
+    run: Run, key_replies: Mapping[str, TrainReply], quorum: int
+) -> tuple[SecureSumResult | None, dict[str, Refusal]]:
+    """Return the sum of the masked updates, and {centre that is not in it: why}.
+
+    The sum is None if too few centres stayed.
+    """
+    layout = run.model.layout
     try:
-        found = secure_sum(run, replies, size, empty_update_sums(run.layout), quorum)
-    except NotEnoughCentres as few:
-        log.warning("%s", few)
-        return None, few.dropouts
-    if clipped := found.sums["clipped"][0]:
-        log.warning("%d values of the changes were cut off at privacy.secagg.clip_value", clipped)
-        run.ledger.log_event(
-            run.run_id,
-            "clipped",
-            f"{clipped:.0f} values of all centres' changes lay beyond privacy.secagg.clip_value",
-        )
-    return found, found.dropouts
+        result = secure_sum(run, key_replies, layout.num_parameters, empty_update_sums(layout), quorum)
+    except NotEnoughCentres as error:
+        log.warning("%s", error)
+        return None, error.dropouts
+    num_clipped = result.sums["clipped"][0]
+    if num_clipped:
+        log.warning("%d values of the updates were clipped to privacy.secagg.clip_value", num_clipped)
+        detail = f"{num_clipped:.0f} values of all centres' updates were beyond privacy.secagg.clip_value"
+        run.ledger.log_event(run.run_id, "clipped", detail)
+    return result, result.dropouts
 
 
 def aggregate_round(
@@ -60,43 +68,94 @@ def aggregate_round(
     stage: Stage,
     round_number: int,
     updates: dict[str, StoredUpdate],
-    centre_records: dict[str, dict[str, Any]],
+    centre_rounds: dict[str, CentreRound],
     secure_result: SecureSumResult | None = None,
-) -> dict[str, Any]:
-    """Make the next weights of a round's contributions and drop the run's old ones; returns {group: {centre: weight}}. `facts` learn who was left
-    out and what the round cost in privacy; `found` is the sum of changes that nobody saw alone. Raises Paused when too few teach some group for the
-    rule to protect it."""
-    settings = run.config.aggregation
-    if settings.robust_rule == "krum":
-        why = f"one of the {settings.num_byzantine} of {len(updates)} contributions that lie farthest from their nearest (Krum)"
-        for centre in select_krum_outliers(list(updates.values()), run.layout, settings.num_byzantine):
-            centre_records[centre].update(accepted=False, reason=why)
-            record_exclusion(run, stage_name, round_number, centre, why)
-            del updates[centre]
-    spooled = list(updates.values())
-    if secure_result:  # added up already
-        update = dequantize_mean(
-            secure_result.values, secure_result.sums, run.layout, require_secagg_config(run.config)
-        )
-        run.weights = quantize_server_step(
-            run, server_step(run.weights, update, spooled, settings, run.layout, run.optimiser_state)
-        )
-        return secure_sum_weights(run, stage, sorted(updates))
-    counts = {c: {t: count_labels(run, c, t) for t in run.config.tasks} for c in updates}
-    weights = compute_group_weights(
-        counts, settings, {t: run.config.tasks[t] for t in stage_tasks(run.config, stage)}
-    )
-    if few := quorum_error(weights, settings):
-        raise RunPaused(f"stage '{stage_name}' round {round_number}: {few}")
-    if run.config.privacy.dp_level == "central":
-        update, cost = dp_weighted_sum(run, stage, spooled, weights)
-        for centre in updates:
-            centre_records[centre].update(cost)
-    elif settings.robust_rule in ("median", "trimmed_mean"):
-        update = robust_update(spooled, weights, run.layout, settings)
+) -> dict[str, dict[str, float]]:
+    """Replace the run's weights by the next ones.
+
+    Args:
+        run: the run.
+        stage_name: the stage in progress.
+        stage: its settings.
+        round_number: the round in progress.
+        updates: {centre: update}; those that Krum leaves out are removed.
+        centre_rounds: the centres' records, which note who was left out and what the round cost in privacy.
+        secure_result: the sum of the updates, where no update is seen alone.
+
+    Returns:
+        {parameter group: {centre: weight}}.
+
+    Raises:
+        RunPaused: too few updates train some parameter group for the robust rule to protect it.
+    """
+    if run.config.aggregation.robust_rule == "krum":
+        _leave_out_krum_outliers(run, stage_name, round_number, updates, centre_rounds)
+    if secure_result:
+        secagg = require_secagg_config(run.config)
+        mean_delta = dequantize_mean(secure_result.values, secure_result.sums, run.model.layout, secagg)
+        group_weights = secure_sum_weights(run, stage, sorted(updates))
     else:
-        update = weighted_sum(spooled, weights, run.layout)
-    run.weights = quantize_server_step(
-        run, server_step(run.weights, update, spooled, settings, run.layout, run.optimiser_state)
+        group_weights = _weigh_centres(run, stage, updates)
+        error = find_quorum_error(group_weights, run.config.aggregation)
+        if error:
+            raise RunPaused(f"stage '{stage_name}' round {round_number}: {error}")
+        mean_delta = _combine_updates(run, stage, updates, group_weights, centre_rounds)
+    model = run.model
+    next_weights = server_step(
+        model.weights,
+        mean_delta,
+        list(updates.values()),
+        run.config.aggregation,
+        model.layout,
+        model.optimiser_state,
     )
-    return weights
+    model.weights = quantize_server_step(run, next_weights)
+    return group_weights
+
+
+def _leave_out_krum_outliers(
+    run: Run,
+    stage_name: str,
+    round_number: int,
+    updates: dict[str, StoredUpdate],
+    centre_rounds: dict[str, CentreRound],
+) -> None:
+    num_byzantine = run.config.aggregation.num_byzantine
+    reason = f"one of the {num_byzantine} of {len(updates)} updates farthest from their nearest ones (Krum)"
+    for centre in select_krum_outliers(list(updates.values()), run.model.layout, num_byzantine):
+        refusal = Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
+        centre_rounds[centre].accepted = False
+        centre_rounds[centre].reason = refusal.reason
+        centre_rounds[centre].code = refusal.code
+        record_exclusion(run, stage_name, round_number, centre, refusal)
+        del updates[centre]
+
+
+def _weigh_centres(
+    run: Run, stage: Stage, updates: Mapping[str, StoredUpdate]
+) -> dict[str, dict[str, float]]:
+    counts = {}
+    for centre in updates:
+        counts[centre] = {task: count_labels(run, centre, task) for task in run.config.tasks}
+    tasks = {task: run.config.tasks[task] for task in stage_tasks(run.config, stage)}
+    return compute_group_weights(counts, run.config.aggregation, tasks)
+
+
+def _combine_updates(
+    run: Run,
+    stage: Stage,
+    updates: Mapping[str, StoredUpdate],
+    group_weights: GroupWeights,
+    centre_rounds: Mapping[str, CentreRound],
+) -> NDArray[np.float32]:
+    """Return the mean delta [P] by the configured rule; `centre_rounds` note what it cost in privacy."""
+    stored_updates = list(updates.values())
+    if run.config.privacy.dp_level == "central":
+        private_sum = dp_weighted_sum(run, stage, stored_updates, group_weights)
+        for centre in updates:
+            centre_rounds[centre].epsilon = private_sum.epsilon
+            centre_rounds[centre].clip_norm = private_sum.clip_norm
+        return private_sum.update
+    if run.config.aggregation.robust_rule in ("median", "trimmed_mean"):
+        return robust_update(stored_updates, group_weights, run.model.layout, run.config.aggregation)
+    return weighted_sum(stored_updates, group_weights, run.model.layout)

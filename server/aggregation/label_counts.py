@@ -1,88 +1,131 @@
-"""Who has how many labels of what: which centres teach in a stage, and the global prior."""
+"""Who has how many labels: which centres train in a stage, global class counts, weights of secure sums."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from common.config.compose import stage_tasks
+from common.config.normalise import stage_tasks
 from common.config.schema import Stage
 from common.learning.class_imbalance import unnormalised_weight, weights_by_group
 from common.learning.losses import class_names
+from common.learning.metrics import Array
 from common.privacy.secure_aggregation import COMBINED_COHORT, hides_statistics
+from common.protocol.sum_key import LabelCountKey, LabelWeightKey
 from server.run.run_state import NoLabelledScans, Run
 
 
-def participating_centres(run: Run, stage: Stage) -> tuple[list[str], float]:
-    """The centres that have something to teach in a stage (one that has not answered yet may have), and the average one's training scans.
+class Participants(NamedTuple):
+    """Who trains in a stage."""
 
-    Raises Unlabelled where nobody has a label for any of its tasks.
+    centres: list[str]
+    mean_scans: float  # labelled training scans of the average centre
+
+
+def participating_centres(run: Run, stage: Stage) -> Participants:
+    """Return the centres that have labels for a stage's tasks; one that has not joined yet may have some.
+
+    Raises:
+        NoLabelledScans: no centre has a label for any of the tasks.
     """
     tasks = stage_tasks(run.config, stage)
-    scans = {
-        c: max(count_labels(run, c, t)[:-1].sum() for t in tasks)
-        for c in run.expected_centres
-        if c in run.members
-    }
-    if hides_statistics(run.config):  # who has nothing to teach says so itself
-        scans = dict.fromkeys(
-            run.members, max(sum(global_label_counts(run)[t]) for t in tasks) / max(len(run.members), 1)
-        )
-    teachers = [
-        c for c in run.expected_centres if scans.get(c, 1) and c not in run.config.federation.held_out_centres
-    ]
-    known = [n for n in scans.values() if n]
-    if not teachers or not known:
+    scans = _count_stage_scans(run, tasks)
+    held_out = run.config.federation.held_out_centres
+    centres = []
+    for centre in run.expected_centres:
+        may_have_labels = scans.get(centre, 1) != 0
+        if may_have_labels and centre not in held_out:
+            centres.append(centre)
+    labelled_scans = [count for count in scans.values() if count]
+    if not centres or not labelled_scans:
         raise NoLabelledScans(
-            f"no centre has a labelled training scan for the tasks {', '.join(tasks)}; fill a column or drop them"
+            f"no centre has a labelled training scan for the tasks {', '.join(tasks)}; "
+            "fill a label column or drop the tasks"
         )
-    return teachers, float(np.mean(known))
+    return Participants(centres, float(np.mean(labelled_scans)))
 
 
-def count_labels(run: Run, centre: str, task: str) -> Any:
-    """A centre's training scans [K + 1] for a task, all its cohorts together."""
-    width = len(class_names(task, run.config.tasks[task])) + 1
-    cohorts = run.members[centre].cohorts if centre in run.members else [centre]
-    return sum((run.label_counts.get(f"{c}/train/{task}", np.zeros(width)) for c in cohorts), np.zeros(width))
+def _count_stage_scans(run: Run, tasks: Sequence[str]) -> dict[str, float]:
+    """Return {member: its labelled training scans for the stage's task that has most}."""
+    members = run.membership.members
+    if hides_statistics(run.config):  # only the total is known; a centre without labels declines by itself
+        global_counts = global_label_counts(run)
+        total = max(sum(global_counts[task]) for task in tasks)
+        return dict.fromkeys(members, total / max(len(members), 1))
+    scans = {}
+    for centre in run.expected_centres:
+        if centre in members:
+            scans[centre] = max(count_labels(run, centre, task)[:-1].sum() for task in tasks)
+    return scans
+
+
+def count_labels(run: Run, centre: str, task: str) -> Array:
+    """Return a centre's training scans by class of a task, then unlabelled [K + 1], over all its cohorts."""
+    cohorts = [centre]
+    if centre in run.membership.members:
+        cohorts = run.membership.members[centre].cohorts
+    total = np.zeros(len(class_names(task, run.config.tasks[task])) + 1)
+    for cohort in cohorts:
+        key = str(LabelCountKey(cohort, "train", task))
+        if key in run.membership.label_counts:
+            total = total + run.membership.label_counts[key]
+    return total
 
 
 def global_label_counts(run: Run) -> dict[str, list[float]]:
-    """{task: labelled training scans per class, all centres}: the global prior."""
-    return {
-        t: np.sum([n for key, n in run.label_counts.items() if key.endswith(f"/train/{t}")], axis=0)[
-            :-1
-        ].tolist()
-        for t in run.config.tasks
-    }
+    """Return {task: labelled training scans per class [K], over all centres}, for the global prior."""
+    counts_by_task: dict[str, list[Array]] = defaultdict(list)
+    for text, counts in run.membership.label_counts.items():
+        key = LabelCountKey.parse(text)
+        if key.split == "train":
+            counts_by_task[key.task].append(counts)
+    return {task: np.sum(counts_by_task[task], axis=0)[:-1].tolist() for task in run.config.tasks}
 
 
 def total_label_weights(run: Run, stage: Stage) -> dict[str, float]:
-    """{task: what all centres that train weigh together, before division}: by it a centre finds its weight for a secure sum on its own."""
+    """Return {task: sum of all training centres' weights before normalisation}.
+
+    In a secure sum each centre divides by it to find its own weight.
+    """
+    tasks = stage_tasks(run.config, stage)
+    totals = dict.fromkeys(tasks, 0.0)
     if hides_statistics(run.config):
-        return {
-            t: float(run.label_counts[f"{COMBINED_COHORT}/mass/{t}"][0])
-            for t in stage_tasks(run.config, stage)
-        }
-    train = [c for c in run.members if c not in run.config.federation.held_out_centres]
-    return {
-        t: sum(unnormalised_weight(count_labels(run, c, t)[:-1], run.config.aggregation) for c in train)
-        for t in stage_tasks(run.config, stage)
-    }
+        for task in tasks:
+            key = str(LabelWeightKey(COMBINED_COHORT, task))
+            totals[task] = float(run.membership.label_counts[key][0])
+        return totals
+    for centre in run.membership.members:
+        if centre not in run.config.federation.held_out_centres:
+            for task in tasks:
+                totals[task] += _label_weight(run, centre, task)
+    return totals
 
 
-def secure_sum_weights(run: Run, stage: Stage, centres: list[str]) -> dict[str, dict[str, float]]:
-    """{"backbone", "decoder" or head: {centre: its weight in a secure sum over these}}; empty where the run hides the counts."""
+def secure_sum_weights(run: Run, stage: Stage, centres: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return {"backbone", "decoder" or head: {centre: its weight in a secure sum over these centres}}.
+
+    Empty where the run hides the counts.
+    """
     if hides_statistics(run.config):
         return {}
-    own = {
-        c: {
-            t: unnormalised_weight(count_labels(run, c, t)[:-1], run.config.aggregation) / all_
-            for t, all_ in total_label_weights(run, stage).items()
-            if all_
-        }
-        for c in centres
-    }
-    parts = {c: weights_by_group(of, run.config.tasks) for c, of in own.items()}
-    whole = {part: sum(of[part] for of in parts.values()) for part in parts[centres[0]]}
-    return {part: {c: of[part] / (whole[part] or 1.0) for c, of in parts.items()} for part in whole}
+    totals = total_label_weights(run, stage)
+    weights_by_centre = {}
+    for centre in centres:
+        task_weights = {}
+        for task, total in totals.items():
+            if total:
+                task_weights[task] = _label_weight(run, centre, task) / total
+        weights_by_centre[centre] = weights_by_group(task_weights, run.config.tasks)
+    group_weights: dict[str, dict[str, float]] = {}
+    for group in weights_by_centre[centres[0]]:
+        total = sum(weights_by_centre[centre][group] for centre in centres)
+        divisor = total or 1.0  # a group that nobody trains has weights of 0
+        group_weights[group] = {c: weights_by_centre[c][group] / divisor for c in centres}
+    return group_weights
+
+
+def _label_weight(run: Run, centre: str, task: str) -> float:
+    return unnormalised_weight(count_labels(run, centre, task)[:-1], run.config.aggregation)

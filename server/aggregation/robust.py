@@ -1,20 +1,25 @@
-"""The next weights in spite of centres that lie: coordinate-wise median, trimmed mean, Krum; each keeps the centres' weights.
+"""Aggregate in spite of centres that send anything at all: coordinate-wise median, trimmed mean, Krum.
 
-`hostile` (f) of n centres may send anything at all. A plain mean goes wherever one of them wants; these stay among what the honest ones sent:
+`num_byzantine` (f) of n centres may send anything. A plain mean goes wherever one of them wants; these rules
+stay among what
+the honest ones sent, and keep the centres' weights:
 
-- `median`, `trimmed_mean` (Yin et al., "Byzantine-robust distributed learning: towards optimal statistical rates", ICML 2018, definitions 1 and 2),
-  value by value. `trimmed_mean` takes the f largest and the f smallest away, by number and not by weight, and averages what is left by the centres'
-  weights. `median` is the weighted one: a centre with more than half of the weight decides alone (`aggregation.tau=1` keeps a big one from it).
-- `krum` (Blanchard et al., "Machine learning with adversaries", NeurIPS 2017, section 4; Multi-Krum with m = n - f): the f contributions farthest
-  from their n - f - 2 nearest are left out, the others averaged by their weights. It looks at the whole vector: a head that few centres teach
-  is not protected.
+- `median`, `trimmed_mean` (Yin et al., "Byzantine-robust distributed learning: towards optimal statistical
+  rates", ICML 2018, definitions 1 and 2), value by value. `trimmed_mean` removes the f largest and the f
+  smallest values, by number and not by weight, and averages the rest by the centres' weights. `median` is the
+  weighted one: a centre with more than half of the weight decides alone (`aggregation.tau=1` keeps a large
+  one from it).
+- `krum` (Blanchard et al., "Machine learning with adversaries", NeurIPS 2017, section 4; Multi-Krum with m =
+  n - f): the f updates farthest from their n - f - 2 nearest are left out, the others averaged by their
+  weights. It compares whole updates: a head that few centres train is not protected.
 
-None of them tells a liar from an honest centre whose patients differ, and all of them believe the sums that centres send (counts, scores).
+None of them can tell a hostile centre from an honest one whose patients differ, and all of them trust the
+sums that centres send (counts, scores).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -24,90 +29,101 @@ from torch import Tensor
 
 from common.config.schema import AggregationConfig
 from common.modeling.parameters import Layout
-from server.aggregation.contributions import BLOCK_SIZE, StoredUpdate, reduce_blockwise
+from server.aggregation.stored_updates import StoredUpdate
+from server.aggregation.weighted_mean import BLOCK_SIZE, BlockReducer, reduce_blockwise, split_into_blocks
+from server.aggregation.weighting import GroupWeights
 
-WEIGHT_TOLERANCE = (
-    1e-9  # shares of the weight that differ by less are the same: they are sums of rounded numbers
-)
+WEIGHT_TOLERANCE = 1e-9  # of the total weight: sums of rounded numbers that are closer are equal
+MIN_BLOCK_SIZE = 1 << 12  # values; smaller blocks cost more time than they save memory
 
 
 def weighted_median(out: Tensor, deltas: list[Tensor], weights: list[float]) -> None:
-    """The weighted median of each value [B]: the middle of the lowest and the highest that leave no more than half of the weight on either side."""
-    values, below = _sort_with_cumulative_weights(deltas, weights)
+    """Write the weighted median of each value [B] to `out`.
+
+    It is the middle between the lowest and the highest value that leave no more than half of the weight on
+    either side.
+    """
+    values, cumulative_weights = _sort_with_cumulative_weights(deltas, weights)
     total = sum(weights)
-    low = (below >= total * (0.5 - WEIGHT_TOLERANCE)).to(torch.uint8).argmax(0, keepdim=True)
-    high = (below > total * (0.5 + WEIGHT_TOLERANCE)).to(torch.uint8).argmax(0, keepdim=True)
+    reaches_half = cumulative_weights >= total * (0.5 - WEIGHT_TOLERANCE)
+    exceeds_half = cumulative_weights > total * (0.5 + WEIGHT_TOLERANCE)
+    low = reaches_half.to(torch.uint8).argmax(0, keepdim=True)
+    high = exceeds_half.to(torch.uint8).argmax(0, keepdim=True)
     torch.lerp(values.gather(0, low)[0], values.gather(0, high)[0], 0.5, out=out)
 
 
 def trimmed_mean(out: Tensor, deltas: list[Tensor], weights: list[float], trim_count: int) -> None:
-    """The weighted mean of each value [B] without its `cut` largest and `cut` smallest."""
-    values, below = _sort_with_cumulative_weights(deltas, weights)
-    kept = torch.diff(below, dim=0, prepend=torch.zeros_like(below[:1]))[
-        trim_count : len(deltas) - trim_count
-    ]
-    out.copy_((values[trim_count : len(deltas) - trim_count] * kept).sum(0) / kept.sum(0))
+    """Write the weighted mean of each value [B], without its `trim_count` largest and smallest, to `out`."""
+    values, cumulative_weights = _sort_with_cumulative_weights(deltas, weights)
+    zero = torch.zeros_like(cumulative_weights[:1])
+    sorted_weights = torch.diff(cumulative_weights, dim=0, prepend=zero)
+    inner = slice(trim_count, len(deltas) - trim_count)
+    inner_weights = sorted_weights[inner]
+    out.copy_((values[inner] * inner_weights).sum(0) / inner_weights.sum(0))
 
 
 def _sort_with_cumulative_weights(deltas: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
-    """The values of each column in ascending order [n, B], and the weight of all up to each, float64 [n, B]."""
+    """Return each column's values in ascending order [n, B], and the weight up to each, float64 [n, B]."""
     values, order = torch.stack(deltas).sort(dim=0, stable=True)
     return values, torch.tensor(weights, dtype=torch.float64)[order].cumsum(0)
 
 
 def robust_update(
-    updates: list[StoredUpdate],
-    group_weights: Mapping[str, Mapping[str, float]],
+    updates: Sequence[StoredUpdate],
+    group_weights: GroupWeights,
     layout: Layout,
     settings: AggregationConfig,
 ) -> NDArray[np.float32]:
-    """The update [P] by `median` or `trimmed_mean`, group by group: who does not weigh has no voice. Memory does not grow with the centres."""
-    rule = (
-        weighted_median
-        if settings.robust_rule == "median"
-        else partial(trimmed_mean, trim_count=settings.num_byzantine)
-    )
-    return reduce_blockwise(
-        updates, group_weights, layout, rule, max(1 << 12, BLOCK_SIZE // (8 * len(updates)))
-    )
+    """Return the update [P] by `median` or `trimmed_mean`.
+
+    In each parameter group only centres with a weight count. Memory does not grow with the number of centres.
+    """
+    reduce_block: BlockReducer = weighted_median
+    if settings.robust_rule == "trimmed_mean":
+        reduce_block = partial(trimmed_mean, trim_count=settings.num_byzantine)
+    block_size = max(MIN_BLOCK_SIZE, BLOCK_SIZE // (8 * len(updates)))
+    return reduce_blockwise(updates, group_weights, layout, reduce_block, block_size)
 
 
-def quorum_error(group_weights: Mapping[str, Mapping[str, float]], settings: AggregationConfig) -> str:
-    """Why `median` or `trimmed_mean` protects some group of weights from nobody, or ""."""
-    for group, of in group_weights.items():
-        voices = sum(share > 0 for share in of.values())
-        if settings.robust_rule in ("median", "trimmed_mean") and 0 < voices < settings.min_contributions:
+def find_quorum_error(group_weights: GroupWeights, settings: AggregationConfig) -> str:
+    """Return why `median` or `trimmed_mean` would not protect some parameter group, or ""."""
+    if settings.robust_rule not in ("median", "trimmed_mean"):
+        return ""
+    for group, weights in group_weights.items():
+        num_centres = sum(weight > 0 for weight in weights.values())
+        if 0 < num_centres < settings.min_contributions:
             return (
-                f"{voices} contributions teach '{group}', and aggregation.robust_rule={settings.robust_rule} against {settings.num_byzantine} hostile centres "
-                f"needs {settings.min_contributions}; wait for more centres, or start without it or without that task"
+                f"{num_centres} updates train '{group}', and aggregation.robust_rule={settings.robust_rule} "
+                f"against {settings.num_byzantine} hostile centres needs {settings.min_contributions}; "
+                "wait for more centres, or start a run without the rule or without that task"
             )
     return ""
 
 
-def squared_distances(updates: list[StoredUpdate], layout: Layout) -> NDArray[np.float64]:
-    """Squared distances [n, n] between contributions, over parameters (buffers would drown them)."""
-    deltas = [torch.from_numpy(one.load_delta()) for one in updates]
-    found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    parts = [e.span for e in layout.floats if e.is_parameter]
-    for part in (
-        slice(at, min(at + BLOCK_SIZE // 8, p.stop))
-        for p in parts
-        for at in range(p.start, p.stop, BLOCK_SIZE // 8)
-    ):
-        x = torch.stack([delta[part] for delta in deltas]).double()
-        x -= x.mean(
-            0
-        )  # of contributions that hardly differ the products would be large and their differences nothing
-        products = x @ x.T
-        norms = products.diagonal()
-        found += norms[:, None] + norms[None] - 2 * products
-    return found.clamp_(min=0).numpy()
+def compute_squared_distances(updates: Sequence[StoredUpdate], layout: Layout) -> NDArray[np.float64]:
+    """Return the squared distances [n, n] between updates over their parameters, without buffers."""
+    deltas = [torch.from_numpy(update.load_delta()) for update in updates]
+    distances = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for slot in layout.parameter_slots:
+        for span in split_into_blocks(slot.span, BLOCK_SIZE // 8):
+            values = torch.stack([delta[span] for delta in deltas]).double()
+            # Of updates that hardly differ, products of raw values would be large and their differences lost.
+            values -= values.mean(0)
+            products = values @ values.T
+            norms = products.diagonal()
+            distances += norms[:, None] + norms[None] - 2 * products
+    return distances.clamp_(min=0).numpy()
 
 
-def select_krum_outliers(updates: list[StoredUpdate], layout: Layout, num_byzantine: int) -> list[str]:
-    """The centres that Multi-Krum leaves out, the worst first: those with the largest sum of squared distances to their n - f - 2 nearest."""
-    updates = sorted(updates, key=lambda one: one.centre)  # the same choice whatever the order of arrival
-    apart = squared_distances(updates, layout)
-    np.fill_diagonal(apart, 0)
-    score = np.sort(apart, axis=1)[:, 1 : len(updates) - num_byzantine - 1].sum(1)
-    return [updates[i].centre for i in np.argsort(-score, kind="stable")[:num_byzantine]]
+def select_krum_outliers(updates: Sequence[StoredUpdate], layout: Layout, num_byzantine: int) -> list[str]:
+    """Return the centres that Multi-Krum leaves out, the worst first.
+
+    They have the largest sums of squared distances to their n - f - 2 nearest.
+    """
+    sorted_updates = sorted(updates, key=lambda update: update.centre)  # independent of the order of arrival
+    distances = compute_squared_distances(sorted_updates, layout)
+    np.fill_diagonal(distances, 0)
+    num_nearest = len(sorted_updates) - num_byzantine - 2
+    scores = np.sort(distances, axis=1)[:, 1 : num_nearest + 1].sum(1)
+    worst_first = np.argsort(-scores, kind="stable")
+    return [sorted_updates[index].centre for index in worst_first[:num_byzantine]]

@@ -1,68 +1,112 @@
-"""Additive queries: the coordinator's half, in the open or, where the run hides them, as secure sums (server/run/secure_aggregation.py)."""
+"""Ask the centres for sums over their scans: the coordinator's half of an additive query.
+
+Each centre replies with a dict of arrays, and the coordinator adds them up. Where the run hides statistics,
+the sum is a secure one (server/run/secure_aggregation.py) and no centre's own reply is seen.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
+from common.learning.metrics import Array
 from common.privacy.masked_layout import empty_sums
 from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.messages import Request, StatisticsReply, StatisticsRequest, Sums, add_sums
+from common.protocol.sum_key import SumKey
 from server.run.broadcast import send_requests
-from server.run.run_state import Run, RunPaused, record_exclusion, refusal_reason
+from server.run.run_state import Run, RunPaused, record_exclusion, to_refusal
 from server.run.secure_aggregation import NotEnoughCentres, secure_sum
 
+PLAIN_KEY_QUERIES = ("moments", "clusters")  # their sums belong to no cohort: their keys are plain names
 
-def query_sum(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """The sum of all answers. A centre that fails is left out, which the ledger says. Raises Paused where too few answer."""
+
+def query_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sums:
+    """Return the sum of all replies. A centre that does not reply is left out, and the ledger says why.
+
+    Args:
+        run: the run.
+        requests: {centre: request}, all of one kind.
+
+    Raises:
+        RunPaused: no centre replied, or too few for a secure sum.
+    """
     if hides_statistics(run.config):
         return query_secure_sum(run, requests)
-    answers = query_answers(run, requests)
-    if not answers:
-        raise RunPaused("no centre answered; see the ledger for each one's reason, then resume")
+    replies = query_replies(run, requests)
+    if not replies:
+        raise RunPaused("no centre replied; the ledger has each one's reason: remedy it, then resume")
     total: Sums = {}
-    for centre in sorted(answers):  # in order: the same bits whatever the order of arrival
-        add_sums(total, answers[centre].sums)
-    return total
+    for centre in sorted(replies):  # in this order, the sum has the same bits whatever the order of arrival
+        add_sums(total, replies[centre].sums)
+    request = next(iter(requests.values()))
+    return total if request.name in PLAIN_KEY_QUERIES else drop_malformed_keys(total)
 
 
-def query_secure_sum(run: Run, requests: Mapping[str, Request]) -> Sums:
-    """The same, of which no centre's own answer is seen; repeated like a round when too few stay."""
-    query = next(iter(requests.values()))
-    assert isinstance(query, StatisticsRequest)
+def query_secure_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sums:
+    """Return the sum of all replies without seeing any of them; repeat it when too few centres stay.
+
+    Raises:
+        RunPaused: too few centres stayed in the last attempt.
+    """
+    request = next(iter(requests.values()))
+    template = empty_sums(request, run.config, run.model.layout)
     for attempt in range(run.config.federation.round_retries + 1):
         try:
-            found = secure_sum(
-                run, query_answers(run, requests), 0, empty_sums(query, run.config, run.layout)
-            )
-        except NotEnoughCentres as few:
+            result = secure_sum(run, query_replies(run, requests), 0, template)
+        except NotEnoughCentres as error:
             if attempt == run.config.federation.round_retries:
-                raise RunPaused(f"query '{query.name}': {few}; mend it, then resume") from few
+                raise RunPaused(f"query '{request.name}': {error}; remedy it, then resume") from error
         else:
-            for centre, reason in found.dropouts.items():
-                record_exclusion(run, "", 0, centre, reason)
-            return found.sums
-    raise AssertionError("a loop that returns or raises")
+            for centre, refusal in result.dropouts.items():
+                record_exclusion(run, "", 0, centre, refusal)
+            return result.sums
+    raise AssertionError("the loop returns or raises in its last pass")
 
 
-def query_per_centre(run: Run, requests: Mapping[str, Request], subject: str) -> Sums:
-    """The answers side by side, where keys begin with a cohort's name. Who will not say `what` is none the worse: the ledger says `withheld`."""
+def query_per_centre(run: Run, requests: Mapping[str, StatisticsRequest], subject: str) -> Sums:
+    """Return all replies side by side; their keys begin with the cohort.
+
+    A centre may decline without being left out of anything: the ledger has an event `withheld` that names the
+    `subject`.
+    """
     sums: Sums = {}
     for received in send_requests(run, requests):
         if isinstance(received.reply, StatisticsReply):
-            sums |= received.reply.sums
+            sums |= drop_malformed_keys(received.reply.sums)
         else:
-            run.ledger.log_event(
-                run.run_id, "withheld", f"{subject}: {refusal_reason(received.reply)}", received.centre
-            )
+            refusal = to_refusal(received.centre, received.reply)
+            detail = f"{subject}: {refusal.reason}"
+            run.ledger.log_event(run.run_id, "withheld", detail, received.centre, refusal.code)
     return sums
 
 
-def query_answers(run: Run, requests: Mapping[str, Request]) -> dict[str, StatisticsReply]:
-    """{centre: its answer}."""
-    answers: dict[str, StatisticsReply] = {}
+def query_replies(run: Run, requests: Mapping[str, Request]) -> dict[str, StatisticsReply]:
+    """Return {centre: its reply}; record the exclusion of every centre that has none."""
+    replies: dict[str, StatisticsReply] = {}
     for received in send_requests(run, requests):
         if isinstance(received.reply, StatisticsReply):
-            answers[received.centre] = received.reply
+            replies[received.centre] = received.reply
         else:
-            record_exclusion(run, "", 0, received.centre, refusal_reason(received.reply))
-    return answers
+            record_exclusion(run, "", 0, received.centre, to_refusal(received.centre, received.reply))
+    return replies
+
+
+def drop_malformed_keys(sums: Sums) -> Sums:
+    """Return the sums whose key has the form of a `SumKey`; a faulty or hostile centre may send others."""
+    well_formed = {}
+    for text, array in sums.items():
+        with contextlib.suppress(ValueError):
+            SumKey.parse(text)
+            well_formed[text] = array
+    return well_formed
+
+
+def select_by_cohort(sums: Sums, task: str, statistic: str) -> dict[str, Array]:
+    """Return {cohort: one statistic of a task}, in the keys' order, which fixes that of later additions."""
+    arrays = {}
+    for text in sorted(sums):
+        key = SumKey.parse(text)
+        if key.task == task and key.statistic == statistic:
+            arrays[key.cohort] = sums[text]
+    return arrays

@@ -1,88 +1,119 @@
-"""Soft labels (Martinez 2020): the clusters that the initial encoder's features fall into, found by exact federated k-means (server/analysis/kmeans.py).
+"""Soft labels (Martinez, "Multi-Source Transfer Learning", 2020): clusters of the initial encoder's features.
 
-The centres answer with sums for each cluster and keep the cluster of each scan to themselves; features are computed once and stay there too.
+They are found by exact federated k-means (server/analysis/kmeans.py). The centres reply with sums for each
+cluster and keep the cluster of each scan to themselves; features are computed once and stay at the centres
+too.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from common.config.compose import config_to_dict, validate_config
+from common.config.normalise import normalise_config
+from common.config.parse import config_to_dict
 from common.config.schema import Config
+from common.config.validate import validate_config
 from common.learning.seeds import derive_seed
-from common.modeling.model import feature_dim
+from common.modeling.encoder import feature_dim
 from common.modeling.parameters import Weights, build_layout, get_model_weights
 from common.protocol.messages import StatisticsRequest, Sums
 from server.analysis.additive_queries import query_sum
-from server.analysis.kmeans import ClusterMoments, FloatArray, KMeansOracle, select_clusters
+from server.analysis.kmeans import ClusterMoments, Clusters, FloatArray, select_clusters
 from server.run.initial_model import build_initial_model
 from server.run.run_state import Run
 
+MAX_RUN_ID_LENGTH = 80  # of a run's id within a clustering's, which is also a file's name
 log = logging.getLogger("consilium.server")
 
 
 def fit_clusters(run: Run, config: Config) -> Config:
-    """The configuration with every clustered task's classes and the name under which the centres keep their scans' clusters."""
-    for name, task in config.tasks.items():
-        if not task.num_clusters or task.clustering_id:
+    """Cluster the scans of every task that asks for it.
+
+    Returns:
+        The configuration with these tasks' classes, and the id under which the centres keep their scans'
+        clusters.
+    """
+    for task, settings in config.tasks.items():
+        if not settings.num_clusters or settings.clustering_id:
             continue
-        model = build_initial_model(config)
-        weights = get_model_weights(model, build_layout(model))
-        train, val = (make_kmeans_oracle(run, config, name, split, weights) for split in ("train", "val"))
-        seed = derive_seed(config.seed, "clusters", name)
-        found = select_clusters(
-            train, val, train(np.zeros((1, feature_dim(model.encoder)))), task.num_clusters, seed
-        )
-        clustering = f"{run.run_id[:80]}-{name}"
-        last = StatisticsRequest(
-            run.run_id,
-            config_to_dict(config),
-            "clusters",
-            "",
-            "train",
-            name,
-            weights,
-            [],
-            found.centroids,
-            clustering,
-        )
-        _query_training_centres(run, config, last)
-        tried = ", ".join(f"{k}: {index:.1f}" for k, index in found.index_by_k.items() if index is not None)
-        said = f"task '{name}': {len(found.sizes)} clusters of {', '.join(f'{n:.0f}' for n in found.sizes)} scans (index on validation: {tried})"
-        log.info("%s", said)
-        run.ledger.log_event(run.run_id, "clusters", said)
-        filled = replace(task, classes=[str(k) for k in range(len(found.sizes))], clustering_id=clustering)
-        config = validate_config(replace(config, tasks=config.tasks | {name: filled}))
+        clustering_id = f"{run.run_id[:MAX_RUN_ID_LENGTH]}-{task}"
+        clusters = _cluster_task(run, config, task, clustering_id)
+        _log_clusters(run, task, clusters)
+        classes = [str(k) for k in range(len(clusters.sizes))]
+        fitted = replace(settings, classes=classes, clustering_id=clustering_id)
+        config = normalise_config(replace(config, tasks=config.tasks | {task: fitted}))
+        validate_config(config)
     return config
 
 
-def make_kmeans_oracle(run: Run, config: Config, task: str, split: str, weights: Weights) -> KMeansOracle:
-    """A step of k-means as a function: centroids [K, D] -> (n [K], sum [K, D], sum of squared lengths [K]) over all centres. The weights travel
-    the first time only."""
-    known = False
+def _cluster_task(run: Run, config: Config, task: str, clustering_id: str) -> Clusters:
+    """Find a task's clusters, and let the centres keep each scan's cluster under the clustering's id."""
+    model = build_initial_model(config)
+    weights = get_model_weights(model, build_layout(model))
+    held_out = config.federation.held_out_centres
+    centres = [centre for centre in run.membership.members if centre not in held_out]
+    config_values = config_to_dict(config)
+    train_query = ClusterQuery(run, centres, config_values, task, "train", weights)
+    val_query = ClusterQuery(run, centres, config_values, task, "val", weights)
+    total_moments = train_query(np.zeros((1, feature_dim(model.encoder))))
+    seed = derive_seed(config.seed, "clusters", task)
+    clusters = select_clusters(train_query, val_query, total_moments, config.tasks[task].num_clusters, seed)
+    # The centres assign the scans of all splits; for those without features the weights travel once more.
+    last_request = train_query.make_request(clusters.centroids)
+    train_query.send(replace(last_request, weights=weights, clustering_id=clustering_id))
+    return clusters
 
-    def query_moments(centroids: FloatArray) -> ClusterMoments:
-        nonlocal known
-        query = StatisticsRequest(
-            run.run_id,
-            config_to_dict(config),
+
+def _log_clusters(run: Run, task: str, clusters: Clusters) -> None:
+    sizes = ", ".join(f"{size:.0f}" for size in clusters.sizes)
+    indices = [f"{k}: {index:.1f}" for k, index in clusters.index_by_k.items() if index is not None]
+    validation = f"index on validation: {', '.join(indices)}"
+    message = f"task '{task}': {len(clusters.sizes)} clusters of {sizes} scans ({validation})"
+    log.info("%s", message)
+    run.ledger.log_event(run.run_id, "clusters", message)
+
+
+@dataclass
+class ClusterQuery:
+    """A step of k-means over the centres' scans of a split, as a function of the centroids."""
+
+    run: Run
+    centres: Sequence[str]
+    config_values: dict[str, Any]
+    task: str
+    split: str
+    weights: Weights  # of the encoder; they travel with the first request only
+    weights_were_sent: bool = False
+
+    def __call__(self, centroids: FloatArray) -> ClusterMoments:
+        """Return the moments of the scans nearest to each of the centroids [K, D]."""
+        sums = self.send(self.make_request(centroids))
+        self.weights_were_sent = True
+        num_clusters = len(centroids)
+        return ClusterMoments(
+            sums.get("n", np.zeros(num_clusters)),
+            sums.get("sum", np.zeros(centroids.shape)),
+            sums.get("square", np.zeros(num_clusters)),
+        )
+
+    def make_request(self, centroids: FloatArray) -> StatisticsRequest:
+        """Return the request for the moments."""
+        return StatisticsRequest(
+            self.run.run_id,
+            self.config_values,
             "clusters",
             "",
-            split,
-            task,
-            None if known else weights,
-            [],
-            centroids,
+            self.split,
+            self.task,
+            weights=None if self.weights_were_sent else self.weights,
+            centroids=centroids,
         )
-        sums, known = _query_training_centres(run, config, query), True
-        k, d = centroids.shape
-        return sums.get("n", np.zeros(k)), sums.get("sum", np.zeros((k, d))), sums.get("square", np.zeros(k))
 
-    return query_moments
-
-
-def _query_training_centres(run: Run, config: Config, query: StatisticsRequest) -> Sums:
-    return query_sum(run, {c: query for c in run.members if c not in config.federation.held_out_centres})
+    def send(self, request: StatisticsRequest) -> Sums:
+        """Return the sum of all centres' replies."""
+        return query_sum(self.run, dict.fromkeys(self.centres, request))

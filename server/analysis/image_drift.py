@@ -1,68 +1,87 @@
-"""Data quality: what the centres' scans look like, and how far each centre's lie from the others'. Asked once a run, as an additive query."""
+"""Compare the centres' images: histograms of image statistics, and each centre's distance from the others.
+
+Asked once a run, as an additive query.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 from scipy.spatial.distance import jensenshannon
 
-from common.config.compose import config_to_dict
 from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.image_statistics import IMAGE_STATISTICS
 from common.protocol.messages import StatisticsRequest, Sums
-from server.analysis.additive_queries import query_per_centre
+from server.analysis.additive_queries import query_per_centre, select_by_cohort
+from server.ledger.ledger import ArtifactKind
+from server.run.records import ImageStatistic, parse_image_statistics
 from server.run.run_state import Run
+
+QUERY_NAME = "quality"
 
 
 def collect_image_statistics(run: Run) -> None:
-    """Ask every centre that is there; what they say goes to the result and the ledger. One that will not say is none the worse for it.
+    """Ask every member of the run; the statistics go to the result and the ledger. A centre may decline.
 
-    Not with `privacy=patient`: the histograms tell of training scans without noise. Nor where no centre is seen alone: they are nothing but that.
+    Nobody is asked with `privacy.dp_level=patient`, because the histograms describe training scans without
+    noise, nor where no centre may be seen alone. A resumed run takes them from the ledger.
     """
-    if (
-        not run.config.evaluation.image_statistics
-        or run.config.privacy.dp_level == "patient"
-        or hides_statistics(run.config)
-    ):
+    if not run.config.evaluation.image_statistics:
         return
-    if known := run.ledger.read_artifacts(run.run_id).get("quality"):  # a run that goes on
-        run.result["quality"] = known
+    if run.config.privacy.dp_level == "patient" or hides_statistics(run.config):
         return
-    requests = {
-        c: StatisticsRequest(run.run_id, config_to_dict(run.config), "quality", "") for c in run.members
-    }
-    run.result["quality"] = summarise_histograms(query_per_centre(run, requests, "data quality"))
-    run.ledger.add_artifact(run.run_id, "quality", run.result["quality"])
+    saved = run.ledger.read_artifacts(run.run_id).get(ArtifactKind.IMAGE_STATISTICS)
+    if saved:
+        run.result.image_statistics = parse_image_statistics(saved)
+        return
+    request = StatisticsRequest(run.run_id, run.config_values, QUERY_NAME, "")
+    requests = dict.fromkeys(run.membership.members, request)
+    statistics = summarise_histograms(query_per_centre(run, requests, "image statistics"))
+    run.result.image_statistics = statistics
+    content = {name: dataclasses.asdict(statistic) for name, statistic in statistics.items()}
+    run.ledger.add_artifact(run.run_id, ArtifactKind.IMAGE_STATISTICS, content)
 
 
-def summarise_histograms(sums: Sums) -> dict[str, Any]:
-    """{measure: {"name", "unit", "edges" [bins + 1], "scans": {centre: n}, "centres": {centre: shares [bins]}, "drift": {centre: distance}}}."""
-    found = {}
+def summarise_histograms(sums: Sums) -> dict[str, ImageStatistic]:
+    """Return every image statistic by name, from the centres' histograms [bins].
+
+    Their keys are `SumKey(cohort, "quality", name)`.
+    """
+    statistics = {}
     for name, measure in IMAGE_STATISTICS.items():
-        own = {
-            key.split("/")[0]: array
-            for key, array in sorted(sums.items())
-            if key.endswith(f"/quality/{name}") and array.sum()
-        }
-        found[name] = {
-            "name": measure.name,
-            "unit": measure.unit,
-            "edges": measure.bin_edges.tolist(),
-            "scans": {c: float(array.sum()) for c, array in own.items()},
-            "centres": {c: (array / array.sum()).round(6).tolist() for c, array in own.items()},
-            "drift": compute_drift(own),
-        }
-    return found
+        histograms = {}
+        scans = {}
+        fractions = {}
+        for cohort, histogram in select_by_cohort(sums, QUERY_NAME, name).items():
+            num_scans = float(histogram.sum())
+            if num_scans:
+                histograms[cohort] = histogram
+                scans[cohort] = num_scans
+                fractions[cohort] = (histogram / num_scans).round(6).tolist()
+        statistics[name] = ImageStatistic(
+            name=measure.name,
+            unit=measure.unit,
+            bin_edges=measure.bin_edges.tolist(),
+            scans=scans,
+            centres=fractions,
+            drift=compute_drift(histograms),
+        )
+    return statistics
 
 
 def compute_drift(histograms: Sums) -> dict[str, float]:
-    """{centre: Jensen-Shannon distance (Endres and Schindelin 2003, base 2) between its histogram and that of all others together}: 0 alike, 1
-    nothing in common. Nothing for a centre that has no other beside it."""
+    """Return {centre: Jensen-Shannon distance between its histogram and that of all others together}.
+
+    The distance (Endres and Schindelin, "A new metric for probability distributions", IEEE Trans. Inf. Theory
+    49:1858, 2003, base 2) is 0 for equal histograms and 1 for those with nothing in common. A single centre
+    has none.
+    """
+    if len(histograms) < 2:
+        return {}
     total = np.sum(list(histograms.values()), axis=0)
-    others = {c: total - array for c, array in histograms.items()}
-    return {
-        c: round(float(jensenshannon(array, others[c].clip(0), base=2)), 4)
-        for c, array in histograms.items()
-        if len(histograms) > 1
-    }
+    drift = {}
+    for centre, histogram in histograms.items():
+        others = (total - histogram).clip(0)
+        drift[centre] = round(float(jensenshannon(histogram, others, base=2)), 4)
+    return drift

@@ -1,9 +1,11 @@
-"""Exact k-means over centres that keep their rows (Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28:129, 1982), for the
-soft labels of Martinez, "Multi-Source Transfer Learning" (2020).
+"""Exact k-means over centres that keep their rows.
 
-Asked with centroids [K, D], a centre assigns each of its rows x [D] to the nearest and answers with sums over rows that add over centres: n [K],
-sum x [K, D] and sum |x|^2 [K]. Means and inertia follow from the sums, so the federation's centroids are those of all rows in one place. No
-row is seen: first centroids are made by splitting the mean of all rows along random directions, as long as the rows spread.
+Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28:129, 1982; used for the soft labels of
+Martinez, "Multi-Source Transfer Learning" (2020). Asked with centroids [K, D], a centre assigns each of its
+rows x [D] to the nearest and replies with sums over rows, which add up over centres: n [K], sum x [K, D] and
+sum |x|^2 [K]. Means and inertia follow from the sums, so that the federation's centroids are those of all
+rows in one place. No row is seen: the first centroids are made by splitting the mean of all rows along random
+directions, as long as the rows spread.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +21,28 @@ from numpy.typing import NDArray
 from common.utils.errors import ConsiliumError
 
 FloatArray = NDArray[np.float64]
-ClusterMoments = tuple[
-    FloatArray, FloatArray, FloatArray
-]  # n [K], sum x [K, D], sum |x|^2 [K] by cluster, over all centres
-KMeansOracle = Callable[[FloatArray], ClusterMoments]  # of the rows nearest to each of the centroids [K, D]
 log = logging.getLogger("consilium.server")
+
+
+class ClusterMoments(NamedTuple):
+    """Sums over the rows of each of K clusters, over all centres."""
+
+    counts: FloatArray  # [K] rows
+    sums: FloatArray  # [K, D] sum x
+    squares: FloatArray  # [K] sum |x|^2
+
+
+KMeansOracle = Callable[[FloatArray], ClusterMoments]  # of the rows nearest to each of the centroids [K, D]
 
 
 @dataclass
 class Clusters:
-    """`centroids` [K, D]; of the training rows nearest to each: `inertia` [K] = sum of squared distances, `sizes` [K] = rows."""
+    """K clusters of the training rows."""
 
-    centroids: FloatArray
-    inertia: FloatArray
-    sizes: FloatArray
-    index_by_k: dict[int, float | None] = field(default_factory=dict)  # by `choose`: the index of each K
+    centroids: FloatArray  # [K, D]
+    inertia: FloatArray  # [K] sum of squared distances of the rows nearest to each centroid
+    sizes: FloatArray  # [K] rows
+    index_by_k: dict[int, float | None] = field(default_factory=dict)  # the index of every K that was tried
 
 
 def select_clusters(
@@ -43,41 +53,71 @@ def select_clusters(
     seed: int,
     restarts: int = 4,
 ) -> Clusters:
-    """The clusters of the training rows, with as many as `ks` allows and fit the validation rows best.
+    """Return the clusters of the training rows, in the number that suits the validation rows best.
 
-    Inertia falls with every further cluster, on held-out rows too, and cannot choose. The criterion is the largest Calinski-Harabasz index
-    of the *validation* rows when each is put to its nearest training centroid; at equal index the fewer clusters. For each k the least
-    inertia of `restarts` runs is taken, by turns from the mean of all rows and from the best clusters of the k before. `moments` is what
-    ask_train says of a single centroid, wherever it lies. Raises ConsiliumError when there are too few rows.
+    Inertia falls with every further cluster, on held-out rows too, and cannot choose. The criterion is the
+    largest Calinski-Harabasz index of the *validation* rows when each is assigned to its nearest training
+    centroid; at equal index the fewer clusters. For each K the least inertia of `restarts` runs is taken,
+    which start in turn from the mean of all rows and from the best clusters of the K before.
+
+    Args:
+        train_oracle: moments of the training rows.
+        val_oracle: moments of the validation rows.
+        total_moments: the train oracle's reply to a single centroid, wherever that is.
+        ks: the numbers of clusters to try.
+        seed: of all random draws.
+        restarts: how many runs there are for each number.
+
+    Raises:
+        ConsiliumError: there are too few rows.
     """
     rng = np.random.default_rng(seed)
-    n = float(total_moments[0].sum())
-    possible = sorted({k for k in ks if k < n})
-    if not possible:
+    num_rows = float(total_moments.counts.sum())
+    possible_ks = sorted({k for k in ks if k < num_rows})
+    if not possible_ks:
         raise ConsiliumError(
-            f"{n:.0f} training scans cannot be put into {min(ks)} clusters: ask for fewer, or add scans"
+            f"{num_rows:.0f} training scans cannot be divided into {min(ks)} clusters: "
+            "use fewer clusters, or add scans"
         )
-    one = best = _clusters_from_moments(total_moments[1] / n, total_moments)
-    found: dict[int, Clusters] = {}
-    tried: dict[int, float | None] = {}
-    for k in possible:
-        starts = [
-            grow_clusters(start, k, rng)
-            for start, _ in zip((one, best) * restarts, range(restarts), strict=False)
-        ]
-        best = min(
-            (run_lloyd(train_oracle, seeds, seed=int(rng.integers(2**32))) for seeds in starts),
-            key=lambda c: float(c.inertia.sum()),
-        )
-        found[k], tried[k] = best, calinski_harabasz_index(*val_oracle(best.centroids))
-        log.info("%d clusters: inertia %.4g, index on validation %s", k, best.inertia.sum(), tried[k])
-    defined = {k: index for k, index in tried.items() if index is not None}
-    if not defined and len(possible) > 1:
+    single_cluster = _clusters_from_moments(total_moments.sums / num_rows, total_moments)
+    best_by_k: dict[int, Clusters] = {}
+    index_by_k: dict[int, float | None] = {}
+    previous_best = single_cluster
+    for k in possible_ks:
+        best = _best_of_restarts(train_oracle, [single_cluster, previous_best], k, rng, restarts)
+        best_by_k[k] = best
+        index_by_k[k] = calinski_harabasz_index(val_oracle(best.centroids))
+        log.info("%d clusters: inertia %.4g, index on validation %s", k, best.inertia.sum(), index_by_k[k])
+        previous_best = best
+    best = best_by_k[_select_k(index_by_k)]
+    return Clusters(best.centroids, best.inertia, best.sizes, index_by_k)
+
+
+def _best_of_restarts(
+    oracle: KMeansOracle, start_clusters: Sequence[Clusters], k: int, rng: np.random.Generator, restarts: int
+) -> Clusters:
+    """Return the clusters of least inertia over `restarts` runs, which take turns with the start clusters."""
+    # All starts are drawn before the runs' seeds: the order of draws is part of a run's reproducibility.
+    initial_centroids = []
+    for restart in range(restarts):
+        initial_centroids.append(grow_clusters(start_clusters[restart % len(start_clusters)], k, rng))
+    candidates = []
+    for centroids in initial_centroids:
+        candidates.append(run_lloyd(oracle, centroids, seed=int(rng.integers(2**32))))
+    return min(candidates, key=lambda clusters: float(clusters.inertia.sum()))
+
+
+def _select_k(index_by_k: dict[int, float | None]) -> int:
+    """Return the number of clusters with the largest index; of equal ones the smallest."""
+    defined = {k: index for k, index in index_by_k.items() if index is not None}
+    if defined:
+        return max(defined, key=lambda k: defined[k])
+    if len(index_by_k) > 1:
         raise ConsiliumError(
-            f"the number of clusters cannot be chosen out of {possible}: there are too few validation scans; name one number"
+            f"the number of clusters cannot be chosen from {list(index_by_k)}: "
+            "there are too few validation scans; set a single number"
         )
-    k = max(defined, key=lambda k: defined[k]) if defined else possible[0]
-    return Clusters(found[k].centroids, found[k].inertia, found[k].sizes, tried)
+    return next(iter(index_by_k))
 
 
 def run_lloyd(
@@ -87,22 +127,35 @@ def run_lloyd(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Clusters:
-    """From centroids `seeds` [K, D]: assign, average, again, until all centroids together move no more than `tolerance` of a column's variance
-    (squared distance; 0: not at all), or `iterations` times. An empty cluster takes half of the one with the largest inertia (`split`).
+    """Assign rows and average them in turn, until the centroids hardly move; fill empty clusters by splits.
 
-    Asks once more than it iterates, so that inertia and sizes are those of the centroids that it returns. Raises ConsiliumError without rows.
+    The oracle is asked once more than there are iterations, so that inertia and sizes belong to the returned
+    centroids.
+
+    Args:
+        oracle: moments of the rows.
+        initial_centroids: [K, D].
+        iterations: how many there are at most.
+        tolerance: stop when all centroids together move by no more than this fraction of a column's variance
+            (squared distance; 0: not at all).
+        seed: of the splits.
+
+    Raises:
+        ConsiliumError: there are no rows.
     """
     rng = np.random.default_rng(seed)
     centroids = np.array(initial_centroids, np.float64)
     for _ in range(iterations):
-        n, sums, squares = oracle(centroids)
-        if not n.sum():
-            raise ConsiliumError("there is no scan to cluster at any centre")
-        means = np.where(n[:, None] > 0, sums / np.maximum(n, 1)[:, None], centroids)
-        of_means = _clusters_from_moments(means, (n, sums, squares))
-        means = split_clusters(of_means, np.flatnonzero(n == 0), rng)
+        moments = oracle(centroids)
+        counts, sums, squares = moments
+        if not counts.sum():
+            raise ConsiliumError("no centre has a scan to cluster")
+        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
+        empty_clusters = np.flatnonzero(counts == 0)
+        means = split_clusters(_clusters_from_moments(means, moments), empty_clusters, rng)
         moved = float(((means - centroids) ** 2).sum())
-        variance = (squares.sum() - (sums.sum(0) ** 2).sum() / n.sum()) / n.sum() / centroids.shape[1]
+        num_rows = counts.sum()
+        variance = (squares.sum() - (sums.sum(0) ** 2).sum() / num_rows) / num_rows / centroids.shape[1]
         centroids = means
         if moved <= tolerance * variance:
             break
@@ -110,25 +163,32 @@ def run_lloyd(
 
 
 def grow_clusters(clusters: Clusters, k: int, rng: np.random.Generator) -> FloatArray:
-    """[k, D]: centroids for more clusters than there are, by splitting (Linde, Buzo & Gray, IEEE Trans. Commun. 28:84, 1980)."""
-    more = k - len(clusters.sizes)
-    wider = Clusters(
-        np.pad(clusters.centroids, ((0, more), (0, 0))),
-        np.pad(clusters.inertia, (0, more)),
-        np.pad(clusters.sizes, (0, more)),
+    """Return centroids [k, D] for more clusters than there are, by splitting.
+
+    Linde, Buzo and Gray, "An algorithm for vector quantizer design", IEEE Trans. Commun. 28:84, 1980.
+    """
+    num_clusters = len(clusters.sizes)
+    num_new = k - num_clusters
+    padded = Clusters(
+        np.pad(clusters.centroids, ((0, num_new), (0, 0))),
+        np.pad(clusters.inertia, (0, num_new)),
+        np.pad(clusters.sizes, (0, num_new)),
     )
-    return split_clusters(wider, range(len(clusters.sizes), k), rng)
+    return split_clusters(padded, range(num_clusters, k), rng)
 
 
 def split_clusters(
     clusters: Clusters, empty_clusters: Sequence[int] | NDArray[np.intp], rng: np.random.Generator
 ) -> FloatArray:
-    """Centroids [K, D] where each cluster of `into` has become half of the one with the largest inertia at that time.
+    """Return centroids [K, D] where each empty cluster has become half of another.
 
-    The two lie on either side of its centroid along a random direction, by its standard deviation over a column. A half counts with half of
-    the inertia. A cluster whose rows are all the same has nothing to share.
+    The other is the one with the largest inertia at that time.     The halves' centroids are one standard
+    deviation (over a column) away from the old one, along a random direction. Each half has half of the
+    inertia. A cluster of equal rows cannot be split.
     """
-    centroids, inertia, sizes = clusters.centroids.copy(), clusters.inertia.copy(), clusters.sizes.copy()
+    centroids = clusters.centroids.copy()
+    inertia = clusters.inertia.copy()
+    sizes = clusters.sizes.copy()
     width = centroids.shape[1]
     for empty in empty_clusters:
         largest = int(inertia.argmax())
@@ -136,22 +196,36 @@ def split_clusters(
             break
         direction = rng.standard_normal(width)
         step = direction / np.linalg.norm(direction) * np.sqrt(inertia[largest] / sizes[largest] / width)
-        centroids[empty], centroids[largest] = centroids[largest] + step, centroids[largest] - step
-        inertia[[largest, empty]], sizes[[largest, empty]] = inertia[largest] / 2, sizes[largest] / 2
+        centroids[empty] = centroids[largest] + step
+        centroids[largest] = centroids[largest] - step
+        inertia[[largest, empty]] = inertia[largest] / 2
+        sizes[[largest, empty]] = sizes[largest] / 2
     return centroids
 
 
-def calinski_harabasz_index(n: FloatArray, sums: FloatArray, squares: FloatArray) -> float | None:
-    """(between / (K - 1)) / (within / (N - K)), the sums of squares between and within K non-empty clusters of N rows (Calinski & Harabasz,
-    Commun. Stat. 3:1, 1974). None for a single cluster, for no more rows than clusters, and where all rows of each cluster are the same."""
-    n, sums, squares = n[n > 0], sums[n > 0], squares[n > 0]
-    rows, k = float(n.sum()), len(n)
-    within = float(np.maximum(squares - (sums**2).sum(1) / n, 0).sum())
-    between = float((n * ((sums / n[:, None] - sums.sum(0) / max(rows, 1)) ** 2).sum(1)).sum())
-    return between / (k - 1) / (within / (rows - k)) if k > 1 and rows > k and within > 0 else None
+def calinski_harabasz_index(moments: ClusterMoments) -> float | None:
+    """Return the variance between clusters over that within them: (between / (K - 1)) / (within / (N - K)).
+
+    Calinski and Harabasz, "A dendrite method for cluster analysis", Commun. Stat. 3:1, 1974, for K non-empty
+    clusters of N rows. None for a single cluster, for no more rows than clusters, and where all rows of each
+    cluster are equal.
+    """
+    is_filled = moments.counts > 0
+    counts = moments.counts[is_filled]
+    sums = moments.sums[is_filled]
+    squares = moments.squares[is_filled]
+    num_rows = float(counts.sum())
+    num_clusters = len(counts)
+    within = float(np.maximum(squares - (sums**2).sum(1) / counts, 0).sum())
+    is_defined = num_clusters > 1 and num_rows > num_clusters and within > 0
+    if not is_defined:
+        return None
+    distances_to_mean = ((sums / counts[:, None] - sums.sum(0) / max(num_rows, 1)) ** 2).sum(1)
+    between = float((counts * distances_to_mean).sum())
+    return between / (num_clusters - 1) / (within / (num_rows - num_clusters))
 
 
 def _clusters_from_moments(centroids: FloatArray, moments: ClusterMoments) -> Clusters:
-    n, sums, squares = moments
-    inertia = squares - 2 * (sums * centroids).sum(1) + n * (centroids**2).sum(1)
-    return Clusters(centroids, np.maximum(inertia, 0), n)  # rounding may leave a little less than 0
+    counts, sums, squares = moments
+    inertia = squares - 2 * (sums * centroids).sum(1) + counts * (centroids**2).sum(1)
+    return Clusters(centroids, np.maximum(inertia, 0), counts)  # rounding may leave a little less than 0

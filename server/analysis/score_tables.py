@@ -1,14 +1,15 @@
-"""From summed statistics to the tables that people read: per centre, macro, pooled, worst, spread."""
+"""Turn the centres' sums into the scores that people read: per centre, macro, pooled, worst and spread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from functools import partial
 
 import numpy as np
 
-from common.config.compose import config_to_dict
+from common.config.parse import config_to_dict
 from common.config.schema import Config, EvaluationConfig
 from common.learning.losses import class_names
 from common.learning.metrics import (
@@ -34,146 +35,199 @@ from common.learning.segmentation_metrics import (
 )
 from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.messages import JoinReply, Sums
-
-ScoreTable = dict[str, Any]
-
-
-class TaskMeasure(NamedTuple):
-    """How a kind of task is measured."""
-
-    sum_name: str  # its sums come as `cohort/task/what`
-    compute_metrics: Callable[..., Metrics]  # from them
-    explain_undefined: Callable[..., dict[str, str]]  # why some are undefined
+from common.protocol.sum_key import LabelCountKey, SumKey
+from server.analysis.additive_queries import select_by_cohort
+from server.run.records import CentreRecord, CentreScores, RunResult, TaskScores, WorstCentre
 
 
-TASK_MEASURES = {
-    "binary": TaskMeasure("hist", compute_binary_metrics, explain_undefined_binary),
-    "multiclass": TaskMeasure("confusion", compute_multiclass_metrics, explain_undefined_multiclass),
-    "regression": TaskMeasure("regression", compute_regression_metrics, explain_undefined_regression),
-    "segmentation": TaskMeasure("overlap", compute_overlap_metrics, explain_undefined_overlap),
-    "inpainting": TaskMeasure("loss", compute_loss_metrics, explain_undefined_loss),
-    "contrastive": TaskMeasure("loss", compute_loss_metrics, explain_undefined_loss),
-}
+@dataclass(frozen=True)
+class TaskMeasure:
+    """How a task is scored from one of its statistics."""
+
+    statistic: str  # what the centres send: "hist", "confusion", ...
+    compute_metrics: Callable[[Array], Metrics]
+    explain_undefined: Callable[[Array], dict[str, str]]  # {metric: why it is undefined}
 
 
-def score_table(sums: Sums, config: Config, tasks: list[str], with_sums: bool = False) -> ScoreTable:
-    """{task: {"centres": {centre: metrics}, "macro", "pooled", "worst", "spread"}}, with histograms (`with_sums`) for the report's curves.
+def select_measure(task_type: str, threshold: float) -> TaskMeasure:
+    """Return how tasks of a type are scored.
 
-    A segmentation whose centres also sent a joint histogram of predicted and known severity (`joint`) has Spearman's rho among its metrics.
+    `threshold`: the probability from which a binary task calls a scan positive.
     """
-    found: ScoreTable = {}
+    match task_type:
+        case "binary":
+            return TaskMeasure(
+                "hist",
+                partial(compute_binary_metrics, threshold=threshold),
+                partial(explain_undefined_binary, threshold=threshold),
+            )
+        case "multiclass":
+            return TaskMeasure("confusion", compute_multiclass_metrics, explain_undefined_multiclass)
+        case "regression":
+            return TaskMeasure("regression", compute_regression_metrics, explain_undefined_regression)
+        case "segmentation":
+            return TaskMeasure("overlap", compute_overlap_metrics, explain_undefined_overlap)
+        case _:  # inpainting and contrastive tasks are measured by their loss alone
+            return TaskMeasure("loss", compute_loss_metrics, explain_undefined_loss)
+
+
+def compute_scores(
+    sums: Sums, config: Config, tasks: Sequence[str], with_sums: bool = False
+) -> dict[str, TaskScores]:
+    """Score every task for which a centre sent sums.
+
+    Args:
+        sums: all centres' statistics by `SumKey`.
+        config: the run's configuration.
+        tasks: the tasks to score.
+        with_sums: keep the statistics in the scores, for the curves of the report.
+
+    Returns:
+        {task: scores}. A segmentation whose centres also sent a joint histogram of predicted and known
+        severity ("joint") has Spearman's rho among its metrics.
+    """
+    scores = {}
     for task in tasks:
-        kind = config.tasks[task].type
-        what, measured, whys = TASK_MEASURES[kind]
-        own = _sums_by_cohort(sums, task, what)
-        if not own:
+        measure = select_measure(config.tasks[task].type, config.evaluation.threshold)
+        statistics = select_by_cohort(sums, task, measure.statistic)
+        if not statistics:
             continue
-        given = {"threshold": config.evaluation.threshold} if kind == "binary" else {}
-        total = np.sum(list(own.values()), axis=0)
-        metrics, pooled = {c: measured(array, **given) for c, array in own.items()}, measured(total, **given)
-        why = {c: whys(array, **given) for c, array in own.items()}
-        if joints := _sums_by_cohort(sums, task, "joint"):
-            joint_of_all = np.sum(list(joints.values()), axis=0)
-            pooled["spearman"] = compute_spearman(joint_of_all)
-            for c in own:
-                joint = joints.get(c, np.zeros_like(joint_of_all))
-                metrics[c]["spearman"] = compute_spearman(joint)
-                why[c] |= {"spearman": said} if (said := explain_undefined_spearman(joint)) else {}
-        losses = {c: compute_loss_metrics(sums[f"{c}/{task}/loss"])["loss"] for c in own}
-        centres = {c: {**metrics[c], "loss": losses[c], "reasons": why[c]} for c in own}
-        found[task] = {"centres": centres, **summarise_centres(metrics, pooled)}
-        if kind == "binary" and not hides_statistics(config):
-            found[task]["challenge_score"] = compute_challenge_score(
-                own.values(), given["threshold"], config.evaluation.missing_class
+        scores[task] = _score_task(task, measure, statistics, sums)
+        if config.tasks[task].type == "binary" and not hides_statistics(config):
+            scores[task].challenge_score = compute_challenge_score(
+                statistics.values(), config.evaluation.threshold, config.evaluation.missing_class
             )
         if with_sums:
-            found[task][what] = {c: array.tolist() for c, array in own.items()}
-    return found
+            scores[task].sums = {cohort: array.tolist() for cohort, array in statistics.items()}
+    return scores
 
 
-def _sums_by_cohort(sums: Sums, task: str, sum_name: str) -> dict[str, Array]:
-    """{cohort: array}, in the order of their names."""
-    return {
-        key.split("/")[0]: array for key, array in sorted(sums.items()) if key.endswith(f"/{task}/{sum_name}")
-    }
+def _score_task(task: str, measure: TaskMeasure, statistics: dict[str, Array], sums: Sums) -> TaskScores:
+    centres = {}
+    metrics = {}
+    for cohort, array in statistics.items():
+        losses = sums[str(SumKey(cohort, task, "loss"))]
+        metrics[cohort] = measure.compute_metrics(array)
+        centres[cohort] = CentreScores(
+            metrics=metrics[cohort],
+            loss=compute_loss_metrics(losses)["loss"],
+            reasons=measure.explain_undefined(array),
+        )
+    pooled = measure.compute_metrics(np.sum(list(statistics.values()), axis=0))
+    joint_histograms = select_by_cohort(sums, task, "joint")
+    if joint_histograms:
+        pooled["spearman"] = _add_spearman(centres, joint_histograms)
+    views = summarise_centres(metrics, pooled)
+    worst = {metric: WorstCentre(**lowest) for metric, lowest in views["worst"].items()}
+    return TaskScores(centres, views["macro"], views["pooled"], worst, views["spread"])
 
 
-def drop_sums(scores: ScoreTable) -> ScoreTable:
-    """The table without histograms and other sums."""
-    sums = {measure.sum_name for measure in TASK_MEASURES.values()}
-    return {task: {k: v for k, v in views.items() if k not in sums} for task, views in scores.items()}
+def _add_spearman(centres: dict[str, CentreScores], joint_histograms: dict[str, Array]) -> float | None:
+    """Add Spearman's rho to each centre's metrics and return that of all centres together."""
+    total = np.sum(list(joint_histograms.values()), axis=0)
+    for cohort, scores in centres.items():
+        histogram = joint_histograms.get(cohort, np.zeros_like(total))
+        scores.metrics["spearman"] = compute_spearman(histogram)
+        reason = explain_undefined_spearman(histogram)
+        if reason:
+            scores.reasons["spearman"] = reason
+    return compute_spearman(total)
 
 
-def selection_score(scores: ScoreTable, evaluation: EvaluationConfig) -> float | None:
-    """The value that chooses the best round; None where it is undefined or the stage has no such task."""
-    view = scores.get(evaluation.task, {}).get(evaluation.reduction, {}).get(evaluation.metric)
-    value = view["value"] if isinstance(view, dict) else view
-    return None if value is None else float(value)
+def get_selection_score(scores: Mapping[str, TaskScores], evaluation: EvaluationConfig) -> float | None:
+    """Return the value that selects the best round; None if undefined, or if the stage lacks the task."""
+    if evaluation.task not in scores:
+        return None
+    task_scores = scores[evaluation.task]
+    match evaluation.reduction:
+        case "macro":
+            return task_scores.macro.get(evaluation.metric)
+        case "pooled":
+            return task_scores.pooled.get(evaluation.metric)
+        case "worst":
+            worst = task_scores.worst.get(evaluation.metric)
+            return None if worst is None else worst.value
 
 
-def centre_score(scores: ScoreTable, evaluation: EvaluationConfig, cohorts: list[str]) -> float | None:
-    """The same for one centre alone (mean over its cohorts)."""
-    centres = scores.get(evaluation.task, {}).get("centres", {})
-    values = [v for c in cohorts if c in centres and (v := centres[c].get(evaluation.metric)) is not None]
+def get_centre_score(
+    scores: Mapping[str, TaskScores], evaluation: EvaluationConfig, cohorts: Sequence[str]
+) -> float | None:
+    """Return the value that selects one centre's own best round: the mean over its cohorts that have one."""
+    if evaluation.task not in scores:
+        return None
+    centres = scores[evaluation.task].centres
+    values = []
+    for cohort in cohorts:
+        value = centres[cohort].get_metric(evaluation.metric) if cohort in centres else None
+        if value is not None:
+            values.append(value)
     return float(np.mean(values)) if values else None
 
 
-def summary_line(scores: ScoreTable, task: str, metric: str) -> str:
-    """One line for a log: `covid auc  macro .812  worst .744 (south)`; in a stage without the task, of its first task's leading metric."""
-    if task not in scores:
-        task = next(iter(scores), "")
-    if task not in scores:
+def format_summary(scores: Mapping[str, TaskScores], task: str, metric: str) -> str:
+    """Return one line for a log: `covid auc  macro 0.812  worst 0.744 (south)`.
+
+    A stage without the task is summarised by the primary metric of its first task; one without any task by
+    "".
+    """
+    if not scores:
         return ""
-    metric = primary_metric(metric, scores[task]["macro"])
-    macro, worst = scores[task]["macro"].get(metric), scores[task]["worst"].get(metric)
-    if macro is None or worst is None or worst["value"] is None:
-        return f"{task} {metric} undefined"
-    return f"{task} {metric}  macro {macro:.3f}  worst {worst['value']:.3f} ({worst['centre']})"
+    shown_task = task if task in scores else next(iter(scores))
+    task_scores = scores[shown_task]
+    shown_metric = primary_metric(metric, task_scores.macro)
+    macro = task_scores.macro.get(shown_metric)
+    worst = task_scores.worst.get(shown_metric)
+    if macro is None or worst is None or worst.value is None:
+        return f"{shown_task} {shown_metric} undefined"
+    return f"{shown_task} {shown_metric}  macro {macro:.3f}  worst {worst.value:.3f} ({worst.centre})"
 
 
 def group_counts_by_class(
-    counts: Mapping[str, list[float]], config: Config
+    counts: Mapping[str, Sequence[float]], config: Config
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{split: {task: {class or "unlabelled": scans}}} from {"cohort/split/task": [K + 1]}, all cohorts together."""
-    held: dict[str, dict[str, dict[str, float]]] = {}
-    for key, n in counts.items():
-        _, split, task = key.split("/")
-        names = [*class_names(task, config.tasks[task]), "unlabelled"]
-        cell = held.setdefault(split, {}).setdefault(task, dict.fromkeys(names, 0.0))
-        for name, value in zip(names, n, strict=True):
-            cell[name] += value
-    return held
+    """Add up label counts over cohorts.
+
+    Args:
+        counts: {`LabelCountKey` as text: scans per class, then unlabelled [K + 1]}.
+        config: the run's configuration, which names the classes.
+
+    Returns:
+        {split: {task: {class or "unlabelled": scans}}}.
+    """
+    grouped: dict[str, dict[str, dict[str, float]]] = {}
+    for text, scans in counts.items():
+        key = LabelCountKey.parse(text)
+        names = [*class_names(key.task, config.tasks[key.task]), "unlabelled"]
+        cells = grouped.setdefault(key.split, {}).setdefault(key.task, dict.fromkeys(names, 0.0))
+        for name, value in zip(names, scans, strict=True):
+            cells[name] += value
+    return grouped
 
 
 def create_result(
     run_id: str, config: Config, members: Mapping[str, JoinReply], label_counts: Sums
-) -> dict[str, Any]:
-    """The skeleton of `metrics.json`, with who takes part and what they hold."""
+) -> RunResult:
+    """Return the result of a run that begins: who takes part, what they hold, no stage yet."""
     centres = {}
-    for centre, said in members.items():
-        held = group_counts_by_class(
-            {key: n.tolist() for key, n in label_counts.items() if key.split("/")[0] in said.cohorts}, config
+    for centre, member in members.items():
+        counts = {}
+        for text, scans in label_counts.items():
+            if LabelCountKey.parse(text).cohort in member.cohorts:
+                counts[text] = scans.tolist()
+        centres[centre] = CentreRecord(
+            counts=group_counts_by_class(counts, config),
+            sources=member.sources,
+            skipped=sum(member.skipped.values()),
+            skipped_by_reason=member.skipped,
+            versions=member.versions,
+            device=member.device,
         )
-        centres[centre] = {
-            "counts": held,
-            "sources": said.sources,
-            "skipped": sum(said.skipped.values()),
-            "skipped_why": said.skipped,
-            "versions": said.versions,
-            "device": said.device,
-        }
-    return {
-        "run": run_id,
-        "recipe": config.recipe,
-        "mode": config.federation.mode,
-        "seed": config.seed,
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": 0.0,
-        "config": config_to_dict(config),
-        "centres": centres,
-        "stages": [],
-        "test": {},
-        "left_out": [],
-        "notes": [],
-    }
+    return RunResult(
+        run_id=run_id,
+        recipe=config.recipe,
+        mode=config.federation.mode,
+        seed=config.seed,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config_to_dict(config),
+        centres=centres,
+    )

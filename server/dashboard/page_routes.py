@@ -1,272 +1,313 @@
-"""What is to be seen: one function a page. Each reads the ledger; what a page computes is kept until the ledger grows."""
+"""What people may see: one function a page.
+
+Each reads the ledger. What a page computes is cached until the ledger grows.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from common.utils.errors import ConsiliumError
-from server.dashboard import charts, overview
+from server.dashboard import charts
+from server.dashboard.comparison import comparison_view
 from server.dashboard.console import ConsoleContext, get_console
 from server.dashboard.events import ledger_version, stream_changes
+from server.dashboard.overview import federation_view, no_run_view
+from server.dashboard.privacy import privacy_view
 from server.dashboard.render import render_page
 from server.ledger import views
 from server.ledger.audit_trail import first_broken_link
+from server.ledger.ledger import Ledger
 from server.ledger.reader import Row
 from server.monitoring import run_history, run_info, run_status
 from server.monitoring.prometheus import render_metrics
 from server.reporting import export, model_card
-from server.reporting.labels import METRIC_NAMES
-from server.run import operator_commands
+from server.reporting.labels import label_metric
+from server.reporting.ledger_records import index_rows
+from server.run.operator_commands import find_root_run_id
 
 router = APIRouter()
 MAX_ROUNDS_READ = 100  # rounds whose per-centre rows a page reads
+MAX_EVENTS_SHOWN = 40
+MAX_PENDING_SHOWN = 5  # launched runs that are not in the ledger
+MAX_AUDIT_ENTRIES_SHOWN = 500
+MIN_COMPARED_RUNS = 2
+MAX_COMPARED_RUNS = 6
+RUN_FILES = {
+    "report.html": "the report: every table and figure in one file",
+    "metrics.json": "all metrics of all rounds and of the test",
+    "model.safetensors": "the model's weights, for consilium-centre predict",
+    "config.yaml": "the resolved configuration",
+}
+GENERATED_FILES = {  # made when they are downloaded
+    "model-card.html": "the model card: data, metrics by centre, intended use, limits, privacy, software",
+    "model-card.md": "the model card as Markdown",
+    "scores.csv": "every score, one value a line; an undefined one is empty and has a reason",
+    "model.onnx": "the model as ONNX, checked against PyTorch; the export takes a while",
+}
+MODEL_CARD_TYPES = {"model-card.html": "text/html", "model-card.md": "text/markdown"}
 
 
-def get_run_or_404(console: ConsoleContext, run_id: str) -> Row:
-    """Of a cross-validation, its youngest part. Raises ConsiliumError."""
-    row = console.ledger.read_run(run_id) or next(
-        (r for r in reversed(console.ledger.read_runs()) if operator_commands.find_root_run_id(r) == run_id),
-        None,
-    )
-    if row is None:
-        raise ConsiliumError(f"the ledger knows no run '{run_id}'")
-    return row
+class PendingRun(NamedTuple):
+    """A run that was started here and is not in the ledger yet."""
+
+    run_id: str
+    actor: str
+    time: datetime
+    error: str  # why it could not start; empty: it is starting
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """A page of one run, at the version of the ledger that it shows."""
+
+    console: ConsoleContext
+    row: Row
+    version: str
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id."""
+        return str(self.row["id"])
+
+    @property
+    def ledger(self) -> Ledger:
+        """Return the ledger."""
+        return self.console.ledger
+
+    def get_or_compute(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` returns, cached under a name until something is written about the run."""
+        return self.console.page_cache.get_or_compute((name, self.run_id), self.version, compute)
+
+    def make_context(self, **content: Any) -> dict[str, Any]:
+        """Return a template's context: the content, and what every page of a run needs."""
+        return content | {"row": self.row, "version": self.version, "live_run": self.run_id}
+
+
+def open_run_page(request: Request, run_id: str) -> RunPage:
+    """Return the page of a run. Raises ConsiliumError where there is no such run."""
+    console = get_console(request)
+    row = find_run(console, run_id)
+    return RunPage(console, row, ledger_version(console.ledger, row["id"]))
+
+
+def find_run(console: ConsoleContext, run_id: str) -> Row:
+    """Return a run, of a cross-validation the latest one. Raises ConsiliumError where there is none."""
+    row = console.ledger.read_run(run_id)
+    if row:
+        return row
+    for other_row in reversed(console.ledger.read_runs()):
+        if find_root_run_id(other_row) == run_id:
+            return other_row
+    raise ConsiliumError(f"the ledger has no run '{run_id}'")
 
 
 def cached_score_history(console: ConsoleContext, row: Row) -> run_history.ScoreHistory:
-    """facts.course, kept."""
+    """Return a run's scores over its rounds."""
     ledger = console.ledger
-    found: run_history.ScoreHistory = console.page_cache.get_or_compute(
-        ("course", row["id"]),
+    history: run_history.ScoreHistory = console.page_cache.get_or_compute(
+        ("history", row["id"]),
         ledger_version(ledger, row["id"]),
         lambda: run_history.score_history(ledger, row),
     )
-    return found
+    return history
+
+
+# --- all runs
 
 
 @router.get("/")
 def show_federation(request: Request) -> Response:
-    """Is everything well, who is not and why, how far are we, is the worst centre getting better?"""
-    shared = get_console(request)
-    ledger, seen = shared.ledger, ledger_version(shared.ledger)
+    """Show the latest run at a glance: what needs attention, progress, the worst centre, every centre."""
+    console = get_console(request)
+    ledger = console.ledger
     row = run_info.select_latest_run(ledger)
-    shown: dict[str, Any] = {"seen": seen, "live": "", "row": row}
+    shared_context = {"version": ledger_version(ledger), "live_run": "", "row": row}
     if row is None:
-        return render_page(
-            request, "federation.html", shown | overview.no_run_view(ledger, shared.list_nodes)
-        )
-    course = cached_score_history(shared, row)
-    figures = charts.build_history_figures(course)
-    found = overview.federation_view(
-        ledger, row, course, shared.list_nodes, shared.read_certificate_expiries()
-    )
-    return render_page(
-        request, "federation.html", shown | found | {"course": course, "names": METRIC_NAMES}, figures=figures
-    )
+        context = no_run_view(ledger, console.list_nodes)
+        return render_page(request, "federation.html", shared_context | context)
+    history = cached_score_history(console, row)
+    expiries = console.read_certificate_expiries()
+    context = federation_view(ledger, row, history, console.list_nodes, expiries)
+    context |= {"task": history.task, "metric": label_metric(history.metric)}
+    figures = charts.build_history_figures(history)
+    return render_page(request, "federation.html", shared_context | context, figures=figures)
 
 
 @router.get("/runs")
 def show_runs(request: Request) -> Response:
-    """All runs, the youngest first; those begun here that are not in the ledger yet."""
-    shared = get_console(request)
-    rows = shared.ledger.read_runs()
-    there = {row["id"] for row in rows} | {operator_commands.find_root_run_id(row) for row in rows}
-    begun = [
-        {**entry, "fate": shared.launcher.exit_message(entry["run_id"])}
-        for entry in shared.ledger.read_audit()
-        if entry["action"] == "start" and entry["run_id"] not in there
-    ][-5:]
-    rows.sort(key=lambda row: row["created"], reverse=True)
-    return render_page(
-        request,
-        "runs.html",
-        {"rows": rows, "begun": begun, "seen": ledger_version(shared.ledger), "live": ""},
-    )
-
-
-@router.get("/runs/{run}")
-def show_run(request: Request, run: str) -> Response:
-    """Stage and round, the phase of every centre, what is waited for and how long it will take."""
-    shared = get_console(request)
-    ledger, row = shared.ledger, get_run_or_404(shared, run)
-    now = ledger_version(ledger, run)
-    at = run_status.current_status(ledger, row)
-    closed = views.last_round(ledger, run)
-    found = {
-        "at": at,
-        "pace": run_status.estimate_progress(ledger, row, at),
-        "spent": {
-            r["centre"]: r
-            for r in shared.page_cache.get_or_compute(
-                ("spent", run), now, lambda: views.centre_totals(ledger, run)
-            )
-        },
-        "last": {r["centre"]: r for r in (closed.contributions if closed else [])},
-        "events": list(reversed(run_history.load_last_events(ledger, run, 40))),
-        "stages": run_info.planned_rounds_by_stage(row),
-        "fate": shared.launcher.exit_message(operator_commands.find_root_run_id(row), row["since"]),
+    """Show all runs, the latest first, and runs started here that are not in the ledger yet."""
+    console = get_console(request)
+    rows = console.ledger.read_runs()
+    context = {
+        "rows": sorted(rows, key=lambda row: row["created"], reverse=True),
+        "pending_runs": list_pending_runs(console, rows)[-MAX_PENDING_SHOWN:],
+        "version": ledger_version(console.ledger),
+        "live_run": "",
     }
-    return render_page(request, "run.html", found | {"row": row, "seen": now, "live": run})
+    return render_page(request, "runs.html", context)
 
 
-@router.get("/runs/{run}/learning")
-def show_learning(request: Request, run: str) -> Response:
-    """Metrics per centre and over centres, the weights that were applied and why, site x model."""
-    shared = get_console(request)
-    ledger, row = shared.ledger, get_run_or_404(shared, run)
-    now = ledger_version(ledger, run)
-
-    def build_view() -> dict[str, Any]:
-        rounds, step = run_history.load_rounds(ledger, row["id"], MAX_ROUNDS_READ)
-        return {"step": step, **charts.learning_view(ledger, row, rounds)}
-
-    found = shared.page_cache.get_or_compute(("learning", run), now, build_view)
-    return render_page(
-        request, "learning.html", found | {"row": row, "seen": now, "live": run}, figures=found["figures"]
-    )
-
-
-@router.get("/runs/{run}/privacy")
-def show_privacy(request: Request, run: str) -> Response:
-    """Epsilon against its limit; what left each centre, by kind and bytes."""
-    shared = get_console(request)
-    ledger, row = shared.ledger, get_run_or_404(shared, run)
-    now = ledger_version(ledger, run)
-    found = shared.page_cache.get_or_compute(
-        ("privacy", run), now, lambda: overview.privacy_view(ledger, row)
-    )
-    return render_page(request, "privacy.html", found | {"row": row, "seen": now, "live": run})
-
-
-@router.get("/runs/{run}/data")
-def show_data(request: Request, run: str) -> Response:
-    """Counts by class and source, and what the centres' scans look like."""
-    shared = get_console(request)
-    ledger, row = shared.ledger, get_run_or_404(shared, run)
-    found = charts.data_view(ledger, row)
-    return render_page(
-        request,
-        "data.html",
-        found | {"row": row, "seen": ledger_version(ledger, run), "live": run},
-        figures=found["figures"],
-    )
-
-
-@router.get("/runs/{run}/evidence")
-def show_artifacts(request: Request, run: str) -> Response:
-    """Who ordered what, and the files that a run leaves."""
-    shared = get_console(request)
-    row, folder = get_run_or_404(shared, run), shared.runs / run
-    files = [(name, (folder / name).stat().st_size) for name in RUN_FILES if (folder / name).is_file()]
-    trail = shared.ledger.read_audit(operator_commands.find_root_run_id(row))[::-1]
-    made = (
-        GENERATED_FILES
-        if (folder / "metrics.json").is_file()
-        else {"scores.csv": GENERATED_FILES["scores.csv"]}
-    )
-    shown = {
-        "row": row,
-        "seen": ledger_version(shared.ledger, run),
-        "live": run,
-        "files": files,
-        "trail": trail,
-        "about": RUN_FILES,
-        "made": made,
-    }
-    return render_page(request, "evidence.html", shown)
-
-
-RUN_FILES = {
-    "report.html": "the report: every table and figure, one file",
-    "metrics.json": "all metrics of all rounds, and the test",
-    "model.safetensors": "the model's weights; consilium-centre predict reads it",
-    "config.yaml": "the configuration, resolved",
-}
-GENERATED_FILES = {  # when they are asked for
-    "model-card.html": "the model card: data, metrics by centre, intended use, limits, privacy, software",
-    "model-card.md": "the same as Markdown",
-    "scores.csv": "every score, one value a line; what is undefined is empty, with the reason",
-    "model.onnx": "the model as ONNX, checked against PyTorch; making it takes a while",
-}
-
-
-@router.get("/runs/{run}/files/{name}")
-def download_file(request: Request, run: str, name: str) -> Response:
-    """One of the run's files, to be kept."""
-    shared = get_console(request)
-    get_run_or_404(shared, run)
-    path = shared.runs / run / name
-    saved = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
-    if name == "scores.csv":
-        return Response(export.format_scores_csv(shared.ledger, run), media_type="text/csv", headers=saved)
-    if name in ("model-card.html", "model-card.md"):
-        markdown = export.make_model_card(path.parent, shared.ledger)
-        html = name.endswith("html")
-        return Response(
-            model_card.render_card_html(markdown) if html else markdown,
-            media_type="text/html" if html else "text/markdown",
-            headers=saved,
-        )
-    if name == "model.onnx" and not path.is_file() and path.parent.is_dir():
-        export.export_onnx(path.parent, path)
-    if name not in (*RUN_FILES, "model.onnx") or not path.is_file():
-        raise ConsiliumError(f"run '{run}' has no {name} (yet)")
-    return FileResponse(path, headers=saved)
-
-
-@router.get("/metrics")
-def serve_metrics(request: Request) -> Response:
-    """For Prometheus."""
-    shared = get_console(request)
-    return Response(
-        render_metrics(shared.ledger, shared.list_nodes, shared.read_certificate_expiries()),
-        media_type="text/plain; version=0.0.4; charset=utf-8",
-    )
+def list_pending_runs(console: ConsoleContext, rows: list[Row]) -> list[PendingRun]:
+    """Return the runs that an operator started and that are not among the ledger's."""
+    ids_in_ledger = {row["id"] for row in rows} | {find_root_run_id(row) for row in rows}
+    pending = []
+    for entry in console.ledger.read_audit():
+        run_id = entry["run_id"]
+        if entry["action"] == "start" and run_id not in ids_in_ledger:
+            error = console.launcher.exit_message(run_id)
+            pending.append(PendingRun(run_id, entry["actor"], entry["time"], error))
+    return pending
 
 
 @router.get("/compare")
 def show_comparison(request: Request, run: Annotated[list[str] | None, Query()] = None) -> Response:
-    """Runs side by side: what differs in their configurations, and in what came of it."""
-    shared = get_console(request)
-    chosen = [get_run_or_404(shared, r) for r in dict.fromkeys(run or [])]
-    if len(chosen) < 2:
-        raise ConsiliumError("choose two runs or more to compare")
-    if len(chosen) > 6:
-        raise ConsiliumError("choose six runs at most")
-    ledger = shared.ledger
-    courses = {r["id"]: cached_score_history(shared, r) for r in chosen}
-    figures = charts.build_comparison_figures(courses)
-    found = overview.comparison_view(ledger, chosen, courses)
-    return render_page(
-        request,
-        "compare.html",
-        found | {"rows": chosen, "seen": "", "live": "", "names": METRIC_NAMES},
-        figures=figures,
-    )
+    """Show runs side by side: the differences of their configurations, and their outcomes."""
+    console = get_console(request)
+    rows = [find_run(console, run_id) for run_id in dict.fromkeys(run or [])]
+    if not MIN_COMPARED_RUNS <= len(rows) <= MAX_COMPARED_RUNS:
+        raise ConsiliumError(
+            f"{len(rows)} runs cannot be compared; choose {MIN_COMPARED_RUNS} to {MAX_COMPARED_RUNS} runs"
+        )
+    histories = {row["id"]: cached_score_history(console, row) for row in rows}
+    context = comparison_view(console.ledger, rows, histories) | {"rows": rows}
+    figures = charts.build_comparison_figures(histories)
+    return render_page(request, "compare.html", context, figures=figures)
 
 
 @router.get("/audit")
 def show_audit_trail(request: Request) -> Response:
-    """What people did, the latest first, and whether the chain holds."""
-    shared = get_console(request)
-    trail = shared.ledger.read_audit()
-    wrong = first_broken_link(trail)
-    last = trail[-1]["entry_hash"] if trail else ""
-    return render_page(
-        request, "audit.html", {"trail": trail[::-1][:500], "count": len(trail), "wrong": wrong, "last": last}
+    """Show what people did, the latest first, and whether the chain of hashes is intact."""
+    entries = get_console(request).ledger.read_audit()
+    context = {
+        "entries": entries[::-1][:MAX_AUDIT_ENTRIES_SHOWN],
+        "num_entries": len(entries),
+        "broken_entry": first_broken_link(entries),
+        "last_hash": entries[-1]["entry_hash"] if entries else "",
+    }
+    return render_page(request, "audit.html", context)
+
+
+# --- one run
+
+
+@router.get("/runs/{run}")
+def show_run(request: Request, run: str) -> Response:
+    """Show a run's stage and round, every centre's phase, the time left, and the latest events."""
+    page = open_run_page(request, run)
+    ledger, row = page.ledger, page.row
+    status = run_status.current_status(ledger, row)
+    totals = page.get_or_compute("totals", lambda: views.centre_totals(ledger, page.run_id))
+    last_round = views.last_round(ledger, page.run_id)
+    contributions = last_round.contributions if last_round else []
+    events = run_history.load_last_events(ledger, page.run_id, MAX_EVENTS_SHOWN)
+    context = page.make_context(
+        status=status,
+        progress=run_status.estimate_progress(ledger, row, status),
+        totals=index_rows(totals, "centre"),
+        last_contributions=index_rows(contributions, "centre"),
+        events=events[::-1],
+        planned_rounds=run_info.planned_rounds_by_stage(row),
+        resume_error=page.console.launcher.exit_message(find_root_run_id(row), row["since"]),
     )
+    return render_page(request, "run.html", context)
+
+
+@router.get("/runs/{run}/learning")
+def show_learning(request: Request, run: str) -> Response:
+    """Show metrics by centre and over centres, the weights and their causes, and cross-site scores."""
+    page = open_run_page(request, run)
+
+    def compute_view() -> dict[str, Any]:
+        rounds, step = run_history.load_rounds(page.ledger, page.run_id, MAX_ROUNDS_READ)
+        return {"step": step, **charts.learning_view(page.ledger, page.row, rounds)}
+
+    view = page.get_or_compute("learning", compute_view)
+    return render_page(request, "learning.html", page.make_context(**view), figures=view["figures"])
+
+
+@router.get("/runs/{run}/privacy")
+def show_privacy(request: Request, run: str) -> Response:
+    """Show each centre's epsilon against its limit, and what left it by kind of message."""
+    page = open_run_page(request, run)
+    view = page.get_or_compute("privacy", lambda: privacy_view(page.ledger, page.row))
+    return render_page(request, "privacy.html", page.make_context(**view))
+
+
+@router.get("/runs/{run}/data")
+def show_data(request: Request, run: str) -> Response:
+    """Show scans by class and source, and the statistics of the centres' images."""
+    page = open_run_page(request, run)
+    view = charts.data_view(page.ledger, page.row)
+    return render_page(request, "data.html", page.make_context(**view), figures=view["figures"])
+
+
+@router.get("/runs/{run}/evidence")
+def show_evidence(request: Request, run: str) -> Response:
+    """Show a run's files and the commands that it was given."""
+    page = open_run_page(request, run)
+    folder = page.console.runs / run
+    context = page.make_context(
+        files={name: (folder / name).stat().st_size for name in RUN_FILES if (folder / name).is_file()},
+        descriptions=RUN_FILES | GENERATED_FILES,
+        generated_files=list_generated_files(folder),
+        entries=page.ledger.read_audit(find_root_run_id(page.row))[::-1],
+    )
+    return render_page(request, "evidence.html", context)
+
+
+def list_generated_files(folder: Path) -> list[str]:
+    """Return the files that can be made for a run; before it has results, only its scores."""
+    if (folder / "metrics.json").is_file():
+        return list(GENERATED_FILES)
+    return ["scores.csv"]
+
+
+@router.get("/runs/{run}/files/{name}")
+def download_file(request: Request, run: str, name: str) -> Response:
+    """Send one of a run's files as a download. Raises ConsiliumError where the run does not have it."""
+    console = get_console(request)
+    find_run(console, run)
+    folder = console.runs / run
+    headers = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
+    if name == "scores.csv":
+        csv_text = export.format_scores_csv(console.ledger, run)
+        return Response(csv_text, media_type="text/csv", headers=headers)
+    if name in MODEL_CARD_TYPES:
+        card = export.make_model_card(folder, console.ledger)
+        if name == "model-card.html":
+            card = model_card.render_card_html(card)
+        return Response(card, media_type=MODEL_CARD_TYPES[name], headers=headers)
+    path = folder / name
+    if name == "model.onnx" and folder.is_dir() and not path.is_file():
+        export.export_onnx(folder, path)
+    if name not in (*RUN_FILES, "model.onnx") or not path.is_file():
+        raise ConsiliumError(f"run '{run}' has no {name} (yet)")
+    return FileResponse(path, headers=headers)
+
+
+# --- for programs
+
+
+@router.get("/metrics")
+def serve_metrics(request: Request) -> Response:
+    """Send the metrics in Prometheus' text format."""
+    console = get_console(request)
+    text = render_metrics(console.ledger, console.list_nodes, console.read_certificate_expiries())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/live")
 async def stream_events(request: Request, seen: str = "", run: str = "") -> StreamingResponse:
-    """Server-sent events: the ledger has grown."""
+    """Send a server-sent event whenever the ledger has grown beyond the version that a page shows."""
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-    return StreamingResponse(
-        stream_changes(request, get_console(request).ledger, run, seen),
-        media_type="text/event-stream",
-        headers=headers,
-    )
+    events = stream_changes(request, get_console(request).ledger, run, seen)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -1,4 +1,4 @@
-"""From facts to HTML: the templates and how numbers, sizes and times are written."""
+"""Render the console's pages: the templates, and how numbers, sizes and times are written in them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from server.reporting.labels import format_duration, format_number_or_dash
 from server.reporting.plot_traces import Figure
 from server.reporting.report_template import TEMPLATE_MACROS
 
-_loader = ChoiceLoader(
-    [
-        FileSystemLoader(Path(__file__).resolve().parent / "templates"),
-        DictLoader({"grids.html": TEMPLATE_MACROS}),
-    ]
-)
+TEMPLATE_FOLDER = Path(__file__).resolve().parent / "templates"
+DASH = "–"  # stands for a missing value
+BYTE_UNITS = ("B", "kB", "MB", "GB")
+THIN_SPACE = "\u2009"
 _templates = Environment(
-    loader=_loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    loader=ChoiceLoader([FileSystemLoader(TEMPLATE_FOLDER), DictLoader({"grids.html": TEMPLATE_MACROS})]),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
 )
 
 
@@ -37,55 +39,69 @@ def render_page(
     status: int = 200,
     figures: Sequence[Figure] = (),
 ) -> HTMLResponse:
-    """A page that shows `shown`. `figures` are drawn by static/console.js where the template has an element of their id."""
-    figures = [dataclasses.replace(figure, id=f"figure{i}") for i, figure in enumerate(figures)]
-    data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in figures}
-    own = {
+    """Render a template.
+
+    Args:
+        request: whose user and path the page shows.
+        template: its file name.
+        context: what the template shows.
+        status: the HTTP status.
+        figures: get an id; static/console.js draws each into the element of its id.
+    """
+    numbered = [dataclasses.replace(figure, id=f"figure{index}") for index, figure in enumerate(figures)]
+    figure_data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in numbered}
+    shared_context = {
         "person": getattr(request.state, "person", None),
         "path": request.url.path,
-        "figures": figures,
-        "drawn": _script_json(data) if data else "",
+        "figures": numbered,
+        "figure_json": _to_script_json(figure_data) if figure_data else "",
     }
-    text = _templates.get_template(template).render({**context, **own})
+    text = _templates.get_template(template).render({**context, **shared_context})
     return HTMLResponse(text, status)
 
 
-def _script_json(data: Any) -> Markup:
-    """For a script element of data: "<" escaped, so that no name can end it."""
+def _to_script_json(data: Any) -> Markup:
+    """Return JSON for a script element, with "<" escaped, so that no name in it can end the element."""
     return Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
-def format_bytes(value: Any) -> str:
-    """Bytes in the unit that fits."""
+def format_bytes(value: float | None) -> str:
+    """Write a number of bytes in the unit that fits."""
     if value is None:
-        return "–"
+        return DASH
     amount = float(value)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000 or unit == "GB":
-            return (
-                f"{amount:.0f}\u2009{unit}" if unit == "B" or amount >= 100 else f"{amount:.1f}\u2009{unit}"
-            )
+    unit = BYTE_UNITS[0]
+    for unit in BYTE_UNITS:
+        if amount < 1000 or unit == BYTE_UNITS[-1]:
+            break
         amount /= 1000
-    return ""
+    decimals = 0 if unit == "B" or amount >= 100 else 1
+    return f"{amount:.{decimals}f}{THIN_SPACE}{unit}"
 
 
-def format_duration_or_dash(value: Any) -> str:
-    return "–" if value is None else format_duration(float(value))
+def format_duration_or_dash(value: float | None) -> str:
+    """Write seconds as a duration, and a dash for None."""
+    return DASH if value is None else format_duration(float(value))
 
 
 def format_time(value: datetime | None, style: str = "") -> Markup:
-    """A time in UTC; static/console.js lets those of style `ago` and `for` count."""
+    """Write a time in UTC.
+
+    In the styles `ago` and `for`, static/console.js replaces it by the time since then and keeps it current.
+    """
     if value is None:
-        return Markup("–")
-    kind = Markup(' data-show="{}"').format(style) if style else ""
+        return Markup(DASH)
+    attribute = Markup(' data-show="{}"').format(style) if style else ""
     return Markup('<time datetime="{}"{}>{}</time>').format(
-        value.isoformat(), kind, f"{value:%Y-%m-%d %H:%M:%S}"
+        value.isoformat(), attribute, f"{value:%Y-%m-%d %H:%M:%S}"
     )
 
 
 def format_signed(value: float | None, decimals: int = 3) -> str:
-    """+0.012; a true minus."""
-    return "–" if value is None else f"{value:+.{decimals}f}".replace("-", "−")
+    """Write a change with its sign, which is a true minus where it is negative."""
+    if value is None:
+        return DASH
+    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 _templates.filters |= {

@@ -1,3 +1,4 @@
-"""The run ledger: its database, tables and views.
+"""The run ledger: its database, tables, views and audit trail, and the migration of older ledgers.
 
-Stores what happened; decides nothing."""
+It records what happened and decides nothing; it does not know what a run is made of.
+"""

@@ -1,4 +1,4 @@
-"""The database under the ledger: SQLite or PostgreSQL by its address, opened, its tables made, its transactions and its errors."""
+"""The database under the ledger, SQLite or PostgreSQL: its tables, its transactions, its errors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,18 +21,20 @@ from server.ledger import tables
 
 P = ParamSpec("P")
 R = TypeVar("R")
-RECONNECT_TIMEOUT = 300.0  # seconds that a database which was there may be away
+RECONNECT_TIMEOUT = 300.0  # seconds to wait for a database that was reachable before
+RECONNECT_INTERVAL = 2.0  # seconds between two attempts
 log = logging.getLogger("consilium.server")
 
 
 class ConnectionLost(ConsiliumError):
-    """The connection broke in the middle of a transaction, which may or may not have been kept."""
+    """The connection broke during a transaction, which may or may not have been committed."""
 
 
 def retry_once(method: Callable[P, R]) -> Callable[P, R]:
-    """A transaction that is begun again, once, when its connection broke, as it does when the database is killed: that is waited for.
+    """Repeat a transaction once when its connection broke, as it does when the database restarts.
 
-    Where the first one had been kept after all, a line stands there twice, which harms nothing (a round's second is a higher attempt).
+    If the first one was committed after all, its rows are there twice, which is harmless: a repeated round is
+    a higher attempt.
     """
 
     @functools.wraps(method)
@@ -45,117 +48,181 @@ def retry_once(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Database:
-    """An open database. Every method raises ConsiliumError, one sentence, where it cannot be used."""
+    """An open database. Every method raises ConsiliumError when the database cannot be used."""
 
     def __init__(self, address: str) -> None:
-        """`address`: ``sqlite:///runs/ledger.db`` or ``postgresql://user@host/name``; the tables are made when absent."""
-        try:
-            url = sa.make_url(address)
-        except ArgumentError:
-            shown = address if "@" not in address else "***"  # it may hold a password
-            raise ConsiliumError(
-                f"'{shown}' is no database address; write e.g. sqlite:///runs/ledger.db"
-            ) from None
-        if url.drivername in ("postgres", "postgresql"):
-            url = url.set(drivername="postgresql+psycopg")
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise ConsiliumError(
-                f"the ledger cannot be kept in '{url.drivername}'; give a sqlite:/// or postgresql:// address"
-            )
+        """Open the database and make its tables when it has none.
+
+        Args:
+            address: ``sqlite:///runs/ledger.db`` or ``postgresql://user@host/name``.
+        """
+        url = parse_address(address)
         self.address = url.render_as_string(hide_password=True)  # for messages
-        self.was_connected = False  # one that was never there is not waited for
-        try:
-            if url.get_backend_name() == "sqlite" and url.database:
-                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=_dump_json)
-        except ModuleNotFoundError:
-            raise ConsiliumError(
-                "a PostgreSQL ledger needs psycopg: pip install 'consilium[postgresql]'"
-            ) from None
-        except OSError as error:
-            raise ConsiliumError(
-                f"the ledger's folder cannot be made for {self.address}: {error.strerror}"
-            ) from None
-        if url.get_backend_name() == "sqlite":
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
-            sa.event.listen(self._engine, "begin", _begin_sqlite_transaction)
-        with self._transaction() as database:
-            exclusive_lock(database)  # two coordinators starting at once
-            tables.schema.create_all(database)
-            inspector = sa.inspect(database)
-            for table in tables.schema.tables.values():
-                if lacking := {c.name for c in table.columns} - {
-                    c["name"] for c in inspector.get_columns(table.name)
-                }:
-                    what = f"its {table.name} lack {', '.join(sorted(lacking))}"
-                    raise ConsiliumError(
-                        f"{self.address} was written by another version ({what}); name a new ledger"
-                    )
+        self.was_connected = False  # only a database that was reachable before is waited for
+        self._engine = _create_engine(url, self.address)
+        with self.transaction() as connection:
+            exclusive_lock(connection)  # two coordinators may start at once
+            self._prepare_tables(connection)
         self.was_connected = True
 
+    def _prepare_tables(self, connection: sa.Connection) -> None:
+        """Make the tables of a new database; raise ConsiliumError for those of another version."""
+        table_names = sa.inspect(connection).get_table_names()
+        if tables.schema_version.name in table_names:
+            version = connection.scalar(sa.select(sa.func.max(tables.schema_version.c.version)))
+            if version != tables.SCHEMA_VERSION:
+                raise ConsiliumError(
+                    f"the ledger {self.address} has schema version {version}, and this program needs version "
+                    f"{tables.SCHEMA_VERSION}; use the version of consilium that wrote it"
+                )
+        elif tables.runs.name in table_names:
+            raise ConsiliumError(
+                f"the ledger {self.address} was written by version 0.1.0; migrate it with "
+                "`consilium-server upgrade`"
+            )
+        else:
+            tables.schema.create_all(connection)
+            row = {"time": datetime.now(UTC), "version": tables.SCHEMA_VERSION}
+            connection.execute(tables.schema_version.insert(), row)
+
     def close(self) -> None:
-        """Let go of the database: a SQLite ledger is one file then."""
+        """Close all connections: a SQLite ledger is a single file afterwards."""
         self._engine.dispose()
 
     @retry_once
     def read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
-        """The rows of any query on `server/ledger/tables.py`."""
-        with self._transaction(read=True) as database:
-            return [dict(row) for row in database.execute(query).mappings()]
+        """Return the rows of a query on the tables of `server.ledger.tables`."""
+        with self.transaction(read_only=True) as connection:
+            return list(map(dict, connection.execute(query).mappings()))
 
     @contextmanager
-    def _transaction(self, read: bool = False) -> Iterator[sa.Connection]:
-        """A transaction; the database's own errors become one sentence."""
+    def transaction(self, read_only: bool = False) -> Iterator[sa.Connection]:
+        """Open a transaction that is committed at the end of the block; errors become one sentence."""
         try:
-            with self._connect(read) as connection, connection.begin():
+            with self._connect(read_only) as connection, connection.begin():
                 yield connection
         except IntegrityError as error:
             raise ConsiliumError(
                 f"the ledger {self.address} refuses the row: {_first_line(error)}"
             ) from error
         except SQLAlchemyError as error:
-            broken = isinstance(error, DBAPIError) and error.connection_invalidated
-            raise (ConnectionLost if broken else ConsiliumError)(
-                f"the ledger {self.address} cannot be used: {_first_line(error)}"
-            ) from error
+            sentence = f"the ledger {self.address} cannot be used: {_first_line(error)}"
+            if isinstance(error, DBAPIError) and error.connection_invalidated:
+                raise ConnectionLost(sentence) from error
+            raise ConsiliumError(sentence) from error
 
-    def _connect(self, read: bool) -> sa.Connection:
-        """A connection; a database that was there and is away, because it is being restarted, is waited for."""
-        until = time.monotonic() + (RECONNECT_TIMEOUT if self.was_connected else 0)
+    def _connect(self, read_only: bool) -> sa.Connection:
+        """Return a connection; wait for a database that was reachable before: it may be restarting."""
+        deadline = time.monotonic()
+        if self.was_connected:
+            deadline += RECONNECT_TIMEOUT
         while True:
             try:
-                return self._engine.execution_options(read=read).connect()
+                return self._engine.execution_options(read_only=read_only).connect()
             except OperationalError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
-                log.warning("the ledger %s is away: waiting (%s)", self.address, _first_line(error))
-                time.sleep(2)
+                log.warning("the ledger %s is unreachable, waiting: %s", self.address, _first_line(error))
+                time.sleep(RECONNECT_INTERVAL)
+
+
+def parse_address(address: str) -> sa.URL:
+    """Return a database's URL with the driver that is used for it.
+
+    Raises:
+        ConsiliumError: the address is malformed, or names another kind of database.
+    """
+    try:
+        url = sa.make_url(address)
+    except ArgumentError:
+        shown = "***" if "@" in address else address  # it may hold a password
+        raise ConsiliumError(
+            f"'{shown}' is not a database address; write for example sqlite:///runs/ledger.db"
+        ) from None
+    if url.drivername in ("postgres", "postgresql"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConsiliumError(
+            f"a ledger cannot be kept in '{url.drivername}'; give a sqlite:/// or postgresql:// address"
+        )
+    return url
+
+
+def _create_engine(url: sa.URL, shown_address: str) -> sa.Engine:
+    is_sqlite = url.get_backend_name() == "sqlite"
+    try:
+        if is_sqlite and url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, pool_pre_ping=True, json_serializer=_dump_json)
+    except ModuleNotFoundError:
+        raise ConsiliumError(
+            "a PostgreSQL ledger needs psycopg: pip install 'consilium[postgresql]'"
+        ) from None
+    except OSError as error:
+        raise ConsiliumError(
+            f"the folder of the ledger {shown_address} cannot be made: {error.strerror}"
+        ) from None
+    if is_sqlite:
+        sa.event.listen(engine, "connect", _configure_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite_transaction)
+    return engine
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by _sqlite_begin, not by Python's guess
+    connection.isolation_level = None  # _begin_sqlite_transaction begins transactions, not Python's driver
     for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite_transaction(connection: sa.Connection) -> None:
-    # A writer takes its place in the queue at once: one that reads first and then writes is refused, not queued, when another came between.
-    connection.exec_driver_sql(
-        "BEGIN" if connection.get_execution_options().get("read") else "BEGIN IMMEDIATE"
-    )
+    # A writer queues for the lock at once; one that reads first is refused, not queued, if another wrote
+    # meanwhile.
+    read_only = connection.get_execution_options().get("read_only")
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 def exclusive_lock(connection: sa.Connection) -> None:
-    """Writers that must not meet take turns; SQLite's do so anyway."""
+    """Let only one such transaction run at a time; SQLite's writers take turns anyway."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(20260403320)"))
 
 
+def read_as_of_now(connection: sa.Connection) -> None:
+    """Let all queries of a transaction that has just begun see one moment; SQLite's do so anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+
+
+def iterate_batches(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[list[dict[str, Any]]]:
+    """Yield a long query's rows a thousand at a time, so that they are never all in memory."""
+    rows = connection.execution_options(yield_per=1000).execute(query)
+    for batch in rows.mappings().partitions():
+        yield list(map(dict, batch))
+
+
+def insert_batches(
+    connection: sa.Connection, table: sa.Table, batches: Iterable[list[dict[str, Any]]]
+) -> int:
+    """Insert rows that have ids already into an empty table; return their number."""
+    count = 0
+    for batch in batches:
+        connection.execute(table.insert(), batch)
+        count += len(batch)
+    if connection.dialect.name == "postgresql" and isinstance(table.c.id.type, sa.Integer):
+        # The database's own ids go on after the highest of these.
+        highest = sa.select(sa.func.max(table.c.id)).scalar_subquery()
+        sequence = sa.func.pg_get_serial_sequence(table.name, "id")
+        connection.execute(sa.select(sa.func.setval(sequence, highest)))
+    return count
+
+
 def replace_non_finite(value: Any) -> Any:
-    """Not-a-number and infinity are no values in SQL, nor in JSON: NULL."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return {key: replace_non_finite(of) for key, of in value.items()} if isinstance(value, dict) else value
+    """Return the value with None for NaN and infinity, which SQL and JSON lack, also in nested dicts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    return value
 
 
 def _dump_json(value: Any) -> str:
@@ -166,4 +233,6 @@ def _dump_json(value: Any) -> str:
 
 
 def _first_line(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    original = getattr(error, "orig", None)
+    text = str(error if original is None else original)
+    return text.strip().splitlines()[0]

@@ -1,7 +1,7 @@
-"""The ledger's tables: facts about runs, and what people did and may do; added and never changed.
+"""The ledger's tables: facts about runs, and what people did and may do. Rows are added and never changed.
 
-`id` counts in the order of writing. Triggers refuse UPDATE and DELETE in the database itself, so that no later program, ours or another,
-edits history unseen.
+`id` counts in the order of writing. Triggers in the database itself refuse UPDATE and DELETE, so that no
+program, ours or another, edits history unseen.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator
 
+SCHEMA_VERSION = 2  # 1 was 0.1.0's, which did not write its version down
 
-class _UtcDateTime(TypeDecorator[datetime]):
-    """UTC, also where the database keeps no time zone (SQLite)."""
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A time in UTC, also where the database keeps no time zone (SQLite)."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return value and value.astimezone(UTC)
+        """Convert a time to UTC before it is written."""
+        return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
+        """Return the time that was read with its time zone."""
         if not isinstance(value, datetime):
             return None
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
@@ -33,162 +37,183 @@ schema = sa.MetaData()
 _JSON_TYPE = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
-def _run_table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
-    """A table of facts about a run: `id` in the order of writing, the run, and the given columns."""
-    own: tuple[sa.Column[Any], ...] = (
+def _define_run_table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
+    """Return a table of facts about a run: the id in the order of writing, the run, and these columns."""
+    return sa.Table(
+        name,
+        schema,
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("run", sa.ForeignKey("runs.id"), nullable=False, index=True),
+        sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
+        *columns,
     )
-    return sa.Table(name, schema, *own, *columns)
 
 
 def _round_columns() -> tuple[sa.Column[Any], ...]:
     return (
         sa.Column("stage", sa.String, nullable=False),
         sa.Column("round", sa.Integer, nullable=False),
-        sa.Column("attempt", sa.Integer, nullable=False),  # from 1; higher when the round was done again
+        sa.Column("attempt", sa.Integer, nullable=False),  # from 1; higher when the round was repeated
     )
 
 
+schema_version = sa.Table(
+    "schema_version",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+)
 runs = sa.Table(
     "runs",
     schema,
     sa.Column("id", sa.String, primary_key=True),
-    sa.Column("created", _UtcDateTime, nullable=False),
+    sa.Column("parent_run_id", sa.String, index=True),  # the cross-validation that the run is a fold of
+    sa.Column("created", UtcDateTime, nullable=False),
     sa.Column("recipe", sa.String, nullable=False),
     sa.Column("mode", sa.String, nullable=False),
     sa.Column("config", _JSON_TYPE, nullable=False),
-    sa.Column("code", sa.String, nullable=False),  # fingerprint of the code that ran
+    sa.Column("code_fingerprint", sa.String, nullable=False),  # of the code that started the run
 )
-events = _run_table(
+events = _define_run_table(
     "events",
-    sa.Column("time", _UtcDateTime, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
     sa.Column("kind", sa.String, nullable=False),
     sa.Column("centre", sa.String),
     sa.Column("detail", sa.String, nullable=False),
+    sa.Column("code", sa.String),  # RefusalCode, where a centre was refused or left out
 )
-centres = _run_table(
+centres = _define_run_table(
     "centres",
-    sa.Column("time", _UtcDateTime, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
     sa.Column("centre", sa.String, nullable=False),
-    sa.Column("facts", _JSON_TYPE, nullable=False),  # counts, sources, versions, failed scans, device, policy
+    sa.Column(
+        "metadata", _JSON_TYPE, nullable=False
+    ),  # counts, sources, versions, skipped scans, device, policy
 )
-rounds = _run_table(
+rounds = _define_run_table(
     "rounds",
     *_round_columns(),
-    sa.Column("started", _UtcDateTime, nullable=False),
+    sa.Column("started", UtcDateTime, nullable=False),
     sa.Column("seconds", sa.Float, nullable=False),
-    sa.Column("closed_because", sa.String, nullable=False),
-    sa.UniqueConstraint("run", "stage", "round", "attempt"),
+    sa.Column("close_reason", sa.String, nullable=False),
+    sa.UniqueConstraint("run_id", "stage", "round", "attempt"),
 )
-contributions = _run_table(
+# The fields of server.run.records.CentreRound.
+contributions = _define_run_table(
     "contributions",
     *_round_columns(),
     sa.Column("centre", sa.String, nullable=False),
     sa.Column("accepted", sa.Boolean, nullable=False),
     sa.Column("reason", sa.String),  # why it was left out
+    sa.Column("code", sa.String),  # RefusalCode of that
     sa.Column("scans", sa.BigInteger),
     sa.Column("steps", sa.BigInteger),
     sa.Column("norm", sa.Float),
+    sa.Column("clip_norm", sa.Float),
     sa.Column("loss", sa.Float),
-    sa.Column("epsilon", sa.Float),  # what the centre's patients have lost so far
+    sa.Column("epsilon", sa.Float),  # spent by the centre's patients so far
     sa.Column("seconds", sa.Float),
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
 )
-shares = _run_table(
-    "shares",
+group_weights = _define_run_table(
+    "group_weights",
     *_round_columns(),
-    sa.Column("part", sa.String, nullable=False),  # "backbone" or the head's task
-    sa.Column("effective", sa.Float, nullable=False),  # number of centres, 1 / sum w^2
-    sa.Column("weights", _JSON_TYPE, nullable=False),  # {centre: weight}
+    sa.Column("group", sa.String, nullable=False),  # "backbone", "decoder" or a head's task
+    sa.Column("effective_centres", sa.Float, nullable=False),  # 1 / sum of squared weights
+    sa.Column("centre_weights", _JSON_TYPE, nullable=False),  # {centre: weight}
 )
-# One row a task and round instead of one a number: a hundred centres are 2,000 numbers.
-scores = _run_table(
+# The fields of server.run.records.TaskScores. One row a task and round, not one a number: a hundred centres
+# have 2,000.
+scores = _define_run_table(
     "scores",
     *_round_columns(),
     sa.Column("split", sa.String, nullable=False),
     sa.Column("task", sa.String, nullable=False),
-    sa.Column(
-        "views", _JSON_TYPE, nullable=False
-    ),  # {macro | pooled | worst | spread | challenge_score: ...}; null: undefined
-    sa.Column(
-        "centres", _JSON_TYPE, nullable=False
-    ),  # {centre: {metric: value, ..., "reasons": {metric: why it is undefined}}}; last, as it is long
+    sa.Column("summaries", _JSON_TYPE, nullable=False),  # macro, pooled, worst, spread, challenge_score
+    sa.Column("centres", _JSON_TYPE, nullable=False),  # {centre: metrics, loss, reasons}; last, as it is long
 )
-
-# What is going on right now, one short row a request or reply: `centre` is null in the row that says who was asked for what.
-progress = _run_table(
+# What goes on right now, one short row a request or reply.
+progress = _define_run_table(
     "progress",
-    sa.Column("time", _UtcDateTime, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
     sa.Column("stage", sa.String, nullable=False),
     sa.Column("round", sa.Integer, nullable=False),
-    sa.Column(
-        "doing", sa.String, nullable=False
-    ),  # meet | train | secure sum | scores | counts | moments | clusters
-    sa.Column("asked", _JSON_TYPE),  # of the first row: the centres
-    sa.Column("centre", sa.String),
-    sa.Column("seconds", sa.Float),  # from the question to the answer, with all that lies between
-    sa.Column("reason", sa.String),  # why there is no good answer
+    sa.Column("activity", sa.String, nullable=False),  # handshake, train, secure sum, scores, counts, ...
+    sa.Column("asked_centres", _JSON_TYPE),  # of a request; null in a reply's row
+    sa.Column("centre", sa.String),  # of a reply; null in a request's row
+    sa.Column("seconds", sa.Float),  # from the request to the reply
+    sa.Column("reason", sa.String),  # why the reply is of no use
+    sa.Column("code", sa.String),  # RefusalCode of that
     sa.Column("bytes_up", sa.BigInteger),
     sa.Column("bytes_down", sa.BigInteger),
-    sa.Index(
-        "progress_of_centre", "run", "centre", "doing", "bytes_up"
-    ),  # all that sums over a long run read
+    # Holds all that the sums over a long run read.
+    sa.Index("progress_of_centre", "run_id", "centre", "activity", "bytes_up"),
 )
-# What people did, each entry chained to the one before (common/utils/hash_chain.py). Orders to a run are entries that its coordinator reads.
+# What people did, each entry chained to the one before it (server/ledger/audit_trail.py). A command to a run
+# is an entry that the run's coordinator reads.
 audit = sa.Table(
     "audit",
     schema,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("time", _UtcDateTime, nullable=False),
-    sa.Column("who", sa.String, nullable=False),
-    sa.Column("what", sa.String, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("actor", sa.String, nullable=False),
+    sa.Column("action", sa.String, nullable=False),
     sa.Column(
-        "run", sa.String, nullable=False, index=True
-    ),  # "": none; the run of a `start` is not there yet
+        "run_id", sa.String, nullable=False, index=True
+    ),  # "": none; a run that is to start has no row yet
     sa.Column("centre", sa.String, nullable=False),
-    sa.Column("why", sa.String, nullable=False),
-    sa.Column("previous", sa.String, nullable=False, unique=True),  # no fork
-    sa.Column("hash", sa.String, nullable=False),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("previous_hash", sa.String, nullable=False, unique=True),  # unique: the chain cannot fork
+    sa.Column("entry_hash", sa.String, nullable=False),
 )
-# Who may use the console: the last row of a name holds.
+# Who may use the console: the last row of a name is valid.
 accounts = sa.Table(
     "accounts",
     schema,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("time", _UtcDateTime, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
     sa.Column("name", sa.String, nullable=False),
-    sa.Column("role", sa.String, nullable=False),  # viewer | operator | none
-    sa.Column("password", sa.String),  # Argon2id's encoded hash; null: only by a trusted proxy
+    sa.Column("role", sa.String, nullable=False),  # viewer, operator or none
+    sa.Column("password_hash", sa.String),  # Argon2id, encoded; null: may log in only through a trusted proxy
 )
-# What was found once in a run rather than in each round.
-evidence = _run_table(
-    "evidence",
-    sa.Column("time", _UtcDateTime, nullable=False),
-    sa.Column(
-        "kind", sa.String, nullable=False
-    ),  # quality (server/analysis/image_drift.py) | matrix (server/analysis/cross_site_evaluation.py)
-    sa.Column("body", _JSON_TYPE, nullable=False),
+# What is computed once a run rather than every round.
+artifacts = _define_run_table(
+    "artifacts",
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),  # server.ledger.ledger.ArtifactKind
+    sa.Column("content", _JSON_TYPE, nullable=False),
 )
 
-_APPEND_ONLY_ERROR = "the ledger is append-only"
+APPEND_ONLY_ERROR = "the ledger is append-only"
+_POSTGRESQL_FUNCTION = f"""
+CREATE OR REPLACE FUNCTION consilium_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION '{APPEND_ONLY_ERROR}'; END $$
+"""
+_POSTGRESQL_TRIGGER = """
+CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
+FOR EACH STATEMENT EXECUTE FUNCTION consilium_refuse()
+"""
+_SQLITE_TRIGGER = f"""
+CREATE TRIGGER {{table}}_no_{{statement}} BEFORE {{statement}} ON {{table}}
+BEGIN SELECT RAISE(ABORT, '{APPEND_ONLY_ERROR}'); END
+"""
 
 
 def _execute_on(table: sa.Table, event: str, dialect: str, statement: str) -> None:
-    sa.event.listen(table, event, sa.DDL(statement).execute_if(dialect=dialect))  # type: ignore[no-untyped-call]
+    ddl = sa.DDL(statement).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
+    sa.event.listen(table, event, ddl)
 
 
-_postgresql_trigger_function = f"CREATE OR REPLACE FUNCTION consilium_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION '{_APPEND_ONLY_ERROR}'; END $$"
-_execute_on(runs, "before_create", "postgresql", _postgresql_trigger_function)
-for _each in schema.tables.values():
-    for _what in ("UPDATE", "DELETE"):
-        _trigger = f"CREATE TRIGGER {_each.name}_no_{_what} BEFORE {_what} ON {_each.name} BEGIN SELECT RAISE(ABORT, '{_APPEND_ONLY_ERROR}'); END"
-        _execute_on(_each, "after_create", "sqlite", _trigger)
-    _trigger = f"CREATE TRIGGER {_each.name}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {_each.name} "
-    _execute_on(
-        _each,
-        "after_create",
-        "postgresql",
-        _trigger + "FOR EACH STATEMENT EXECUTE FUNCTION consilium_refuse()",
-    )
+def _add_triggers() -> None:
+    for table in schema.tables.values():
+        # Every table has the statement, which replaces the function, so that none depends on the order of
+        # creation.
+        _execute_on(table, "before_create", "postgresql", _POSTGRESQL_FUNCTION)
+        _execute_on(table, "after_create", "postgresql", _POSTGRESQL_TRIGGER.format(table=table.name))
+        for statement in ("UPDATE", "DELETE"):
+            trigger = _SQLITE_TRIGGER.format(table=table.name, statement=statement)
+            _execute_on(table, "after_create", "sqlite", trigger)
+
+
+_add_triggers()

@@ -1,3 +1,4 @@
 """How a run is doing right now: status, health, Prometheus metrics, the terminal view.
 
-Reads the ledger; never touches a run."""
+Reads the ledger and changes nothing.
+"""

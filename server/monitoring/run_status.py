@@ -1,320 +1,283 @@
-"""What the pages show, read from the ledger: a run's state at this moment and its history, in as few and as small rows as will do."""
+"""A run at this moment, read from the ledger: stage, round, activity, each centre's phase, time left."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 
 import sqlalchemy as sa
 
-from common.config.compose import parse_config
-from common.config.schema import Config
-from common.learning.losses import class_names
-from common.learning.metrics import primary_metric
+from common.config.parse import parse_config
 from server.ledger import tables
-from server.ledger.ledger import Ledger, Row
-from server.reporting.figures import Rounds
-from server.rounds.membership import fill_source_classes
+from server.ledger.ledger import Ledger
+from server.ledger.reader import Row
+from server.monitoring.run_info import list_expected_centres, planned_rounds_by_stage
+from server.reporting.ledger_records import index_rows
 from server.run.operator_commands import ACTIVE_STATUSES, excluded_centres, find_root_run_id
 
-ACTIVITY_LABELS = {
-    "meet": "joining",
+ACTIVITY_LABELS = {  # of the ledger's table `progress`
+    "handshake": "joining",
     "train": "training",
-    "secure sum": "adding up in secret",
+    "secure sum": "secure aggregation",
     "scores": "scoring",
-    "counts": "counting",
+    "counts": "counting scans",
     "moments": "fitting heads",
     "clusters": "clustering",
-    "quality": "describing its scans",
+    "quality": "computing image statistics",
 }
+AGGREGATING = "aggregating at the coordinator"
 MEDIAN_WINDOW = 10  # rounds
-SLOW_FACTOR = 2.0  # times its own median: a straggler
-STALE_GRACE = 120.0  # seconds beyond a round's deadline without a sign of life, after which a run's coordinator is taken for gone
+MIN_MEDIAN_SAMPLES = 3  # replies
+SLOW_FACTOR = 2.0  # a centre is slow beyond this multiple of its own median ...
+SLOW_MARGIN = 5.0  # ... and this many seconds above it
+STALE_GRACE = 120.0  # seconds beyond the round timeout, after which a silent coordinator is taken to be gone
 
 
-def load_run(ledger: Ledger, run_id: str) -> Row | None:
-    """A run with its status."""
-    return next((row for row in ledger.read_runs() if row["id"] == run_id), None)
+class Phase(StrEnum):
+    """What a centre does for the present request."""
+
+    WAITING = "waiting"  # asked, and has not replied yet
+    DONE = "done"
+    REFUSED = "refused"  # its reply could not be used, or none came
+    EXCLUDED = "excluded"  # by an operator
+    IDLE = "idle"  # not asked
 
 
-def select_latest_run(ledger: Ledger) -> Row | None:
-    """The run to show first: the youngest that is going on, else the youngest."""
-    runs = ledger.read_runs()
-    return next(
-        (row for row in reversed(runs) if row["status"] in ACTIVE_STATUSES), runs[-1] if runs else None
-    )
+@dataclass
+class CentreStatus:
+    """A centre's part in the present request."""
+
+    phase: Phase = Phase.IDLE
+    activity: str = ""
+    seconds: float | None = None  # until its reply, or until now
+    median_seconds: float | None = None  # of its earlier replies of this kind
+    is_slow: bool = False
+    reason: str = ""  # why it is excluded or refused
 
 
-def list_expected_centres(row: Mapping[str, Any]) -> list[str]:
-    """Those that a run expects."""
-    return ["pooled"] if row["mode"] == "central" else list(row["config"]["federation"]["centres"])
+@dataclass
+class CurrentStatus:
+    """A run at this moment."""
+
+    is_active: bool  # its last status says that it has a coordinator
+    since: datetime  # when the present activity began
+    last_sign: datetime  # last sign of life of the coordinator
+    round_timeout: float  # seconds
+    excluded: dict[str, str]  # {centre: by whom and why}
+    centres: dict[str, CentreStatus]
+    stage: str = ""  # empty: the run has not begun
+    round: int = 0
+    activity: str = ""
+    is_abandoned: bool = True  # no coordinator, or none that gives a sign of life
+    quorum: int | None = None
+    num_asked: int = 0
+    num_replied: int = 0
+    waiting_for: list[str] = field(default_factory=list)
+
+    def list_centres(self, phase: Phase) -> list[str]:
+        """Return the centres in a phase."""
+        return [name for name, centre in self.centres.items() if centre.phase is phase]
 
 
-def list_cohorts(row: Mapping[str, Any]) -> list[str]:
-    """Those whose scans are scored and described: each by name, also where one site holds all of them (`pooled`)."""
-    return list(row["config"]["federation"]["centres"])
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    num_done: int  # rounds
+    num_total: int  # rounds, done and planned
+    median_seconds: float | None  # of a round; None before the first
+    seconds_left: float | None  # None: unknown
 
 
-def planned_rounds_by_stage(row: Mapping[str, Any]) -> dict[str, int]:
-    """{stage: its rounds}, in their order."""
-    return {name: stage["rounds"] for name, stage in row["config"]["stages"].items() if stage["rounds"]}
+# ---- the status
 
 
-def load_config_with_sources(
-    row: Mapping[str, Any], metadata_by_centre: Mapping[str, Mapping[str, Any]]
-) -> Config:
-    """A run's configuration with the sources, which the ledger's does not know yet, as the classes of a task that names none. `said`: facts by
-    centre."""
-    sources = sorted(
-        {s for of in metadata_by_centre.values() for s in of.get("sources", [])}
-        | (set(list_expected_centres(row)) - metadata_by_centre.keys())
-    )
-    return fill_source_classes(parse_config(row["config"]), sources)
-
-
-def select_known_counts(metadata: Mapping[str, Any], config: Config) -> dict[str, list[float]]:
-    """A centre's counts, of the tasks whose classes are known (those of a clustering are not)."""
-    held = {}
-    for key, n in metadata.get("counts", {}).items():
-        task = key.split("/")[2]
-        if task in config.tasks and len(n) == len(class_names(task, config.tasks[task])) + 1:
-            held[key] = n
-    return held
-
-
-# ---- this moment
-
-
-def current_status(ledger: Ledger, row: Row) -> dict[str, Any]:
-    """Where a run is: stage, round, who has been asked for what and how it went, how long it takes, how long it will take.
-
-    Times are seconds; `centres` holds a dict for each: phase (waiting | done | refused | excluded | idle), what, seconds, median, slow, reason.
-    """
-    run, names = row["id"], list_expected_centres(row)
-    of, now = tables.progress.c, datetime.now(UTC)
-    asks = ledger.read(
-        sa.select(tables.progress).where(of.run == run, of.centre.is_(None)).order_by(of.id.desc()).limit(1)
-    )
-    going = row["status"] in ACTIVE_STATUSES
+def current_status(ledger: Ledger, row: Row) -> CurrentStatus:
+    """Return where a run is: what its centres were asked for last, and how far each has come with it."""
+    config = parse_config(row["config"])
+    is_active = row["status"] in ACTIVE_STATUSES
     excluded = excluded_centres(ledger.read_audit(find_root_run_id(row)))
-    found: dict[str, Any] = {
-        "going": going,
-        "stage": "",
-        "round": 0,
-        "doing": "",
-        "since": row["since"],
-        "last": row["since"],  # sign of life
-        "gone": not going,  # no coordinator, or none that gives one
-        "waiting": [],
-        "good": 0,
-        "asked": 0,
-        "quorum": None,
-        "deadline": row["config"]["federation"]["deadline"],
-        "excluded": excluded,
-        "centres": {},
-    }
-    blank = {"what": "", "seconds": None, "median": None, "slow": False}
-    for name in names:
-        found["centres"][name] = {
-            **blank,
-            "phase": "excluded" if name in excluded else "idle",
-            "reason": excluded.get(name, ""),
-        }
-    if not asks:
-        return found
-    (ask,) = asks
-    recent = ledger.read(
-        sa.select(of.id, of.doing, of.centre, of.seconds, of.reason, of.time)
-        .where(of.run == run, of.centre.is_not(None))
-        .order_by(of.id.desc())
-        .limit(3 * MEDIAN_WINDOW * len(names))
+    centres = {name: CentreStatus() for name in list_expected_centres(row)}
+    for name in excluded.keys() & centres.keys():
+        centres[name] = CentreStatus(Phase.EXCLUDED, reason=excluded[name])
+    status = CurrentStatus(
+        is_active, row["since"], row["since"], config.federation.round_timeout, excluded, centres
     )
-    own: dict[str, list[float]] = {}
-    for said in recent:
-        if said["doing"] == ask["doing"] and not said["reason"] and said["id"] < ask["id"]:
-            own.setdefault(said["centre"], []).append(said["seconds"])
-    answered = {said["centre"]: said for said in reversed(recent) if said["id"] > ask["id"]}
-    elapsed = (now - ask["time"]).total_seconds()
-    for name in ask["asked"]:
-        at = found["centres"].setdefault(name, {**blank, "phase": "idle", "reason": ""})
-        answer, median = (
-            answered.get(name),
-            statistics.median(own[name]) if len(own.get(name, [])) >= 3 else None,
-        )
-        if at["phase"] == "excluded" and not answer:
+    status.is_abandoned = not is_active
+    request = _read_last_request(ledger, row["id"])
+    if request is None:
+        return status
+    replies = _read_recent_replies(ledger, row["id"], num_centres=len(centres))
+    now = datetime.now(UTC)
+    _fill_centres(status, request, replies, now)
+    _fill_activity(status, request, replies)
+    status.quorum = max(1, math.ceil(config.federation.quorum * status.num_asked))
+    deadline = status.last_sign + timedelta(seconds=status.round_timeout + STALE_GRACE)
+    status.is_abandoned = not is_active or now > deadline
+    return status
+
+
+def _read_last_request(ledger: Ledger, run_id: str) -> Row | None:
+    progress = tables.progress.c
+    rows = ledger.read(
+        sa.select(tables.progress)
+        .where(progress.run_id == run_id, progress.centre.is_(None))
+        .order_by(progress.id.desc())
+        .limit(1)
+    )
+    return rows[0] if rows else None
+
+
+def _read_recent_replies(ledger: Ledger, run_id: str, num_centres: int) -> list[Row]:
+    """Return the last replies, the latest first: enough for each centre's median."""
+    progress = tables.progress.c
+    columns = (
+        progress.id,
+        progress.activity,
+        progress.centre,
+        progress.seconds,
+        progress.reason,
+        progress.time,
+    )
+    return ledger.read(
+        sa.select(*columns)
+        .where(progress.run_id == run_id, progress.centre.is_not(None))
+        .order_by(progress.id.desc())
+        .limit(3 * MEDIAN_WINDOW * num_centres)
+    )
+
+
+def _fill_centres(status: CurrentStatus, request: Row, replies: list[Row], now: datetime) -> None:
+    """Fill in how far each centre has come with the last request."""
+    medians = _median_seconds(replies, request)
+    current_replies = _replies_to(request, replies)
+    activity = describe_activity(request["activity"])
+    elapsed = (now - request["time"]).total_seconds()
+    for name in request["asked_centres"]:
+        centre = status.centres.setdefault(name, CentreStatus())
+        reply = current_replies.get(name)
+        if reply is None and centre.phase is Phase.EXCLUDED:
             continue
-        at |= {"what": ACTIVITY_LABELS.get(ask["doing"], ask["doing"]), "median": median}
-        if answer:
-            at |= {
-                "phase": "refused" if answer["reason"] else "done",
-                "seconds": answer["seconds"],
-                "reason": answer["reason"] or "",
-            }
-        elif going:
-            at |= {
-                "phase": "waiting",
-                "seconds": elapsed,
-                "slow": median is not None and elapsed > max(SLOW_FACTOR * median, median + 5),
-            }
-    waiting = [name for name, at in found["centres"].items() if at["phase"] == "waiting"]
-    last = max([ask["time"], *(said["time"] for said in answered.values())])
-    return found | {
-        "stage": ask["stage"],
-        "round": ask["round"],
-        "doing": ACTIVITY_LABELS.get(ask["doing"], ask["doing"])
-        if waiting or not going
-        else "adding up at the coordinator",
-        "since": ask["time"] if waiting or not going else last,
-        "last": last,
-        "gone": not going
-        or (now - last).total_seconds() > row["config"]["federation"]["deadline"] + STALE_GRACE,
-        "waiting": waiting,
-        "good": sum(at["phase"] == "done" for at in found["centres"].values()),
-        "asked": len(ask["asked"]),
-        "quorum": max(1, math.ceil(row["config"]["federation"]["quorum"] * len(ask["asked"]))),
-    }
+        centre.activity = activity
+        centre.median_seconds = medians.get(name)
+        if reply:
+            centre.phase = Phase.DONE
+            centre.seconds = reply["seconds"]
+            if reply["reason"]:
+                centre.phase = Phase.REFUSED
+                centre.reason = reply["reason"]
+        elif status.is_active:
+            centre.phase = Phase.WAITING
+            centre.seconds = elapsed
+            centre.is_slow = _is_slow(elapsed, centre.median_seconds)
 
 
-def estimate_progress(ledger: Ledger, row: Row, status: Mapping[str, Any]) -> dict[str, Any]:
-    """Rounds done and to be done, the median round's seconds, and the seconds left by it (None where nothing can be said)."""
-    of, stages = tables.rounds.c, planned_rounds_by_stage(row)
-    played = ledger.read(
+def _replies_to(request: Row, replies: list[Row]) -> dict[str, Row]:
+    """Return {centre: its last reply to the request}. `replies` are the latest first."""
+    last_replies: dict[str, Row] = {}
+    for reply in replies:
+        if reply["id"] > request["id"]:
+            last_replies.setdefault(reply["centre"], reply)
+    return last_replies
+
+
+def _median_seconds(replies: list[Row], request: Row) -> dict[str, float]:
+    """Return {centre: median time of its earlier good replies to requests of this kind}."""
+    seconds: dict[str, list[float]] = {}
+    for reply in replies:
+        is_earlier = reply["id"] < request["id"] and reply["activity"] == request["activity"]
+        if is_earlier and not reply["reason"]:
+            seconds.setdefault(reply["centre"], []).append(reply["seconds"])
+    medians = {}
+    for centre, values in seconds.items():
+        if len(values) >= MIN_MEDIAN_SAMPLES:
+            medians[centre] = statistics.median(values)
+    return medians
+
+
+def _is_slow(elapsed: float, median: float | None) -> bool:
+    return median is not None and elapsed > max(SLOW_FACTOR * median, median + SLOW_MARGIN)
+
+
+def _fill_activity(status: CurrentStatus, request: Row, replies: list[Row]) -> None:
+    """Fill in what the run does, from the last request and each centre's phase."""
+    status.stage = request["stage"]
+    status.round = request["round"]
+    status.num_asked = len(request["asked_centres"])
+    status.num_replied = len(status.list_centres(Phase.DONE))
+    status.waiting_for = status.list_centres(Phase.WAITING)
+    status.last_sign = request["time"]
+    for reply in _replies_to(request, replies).values():
+        status.last_sign = max(status.last_sign, reply["time"])
+    if status.is_active and not status.waiting_for:
+        status.activity = AGGREGATING
+        status.since = status.last_sign
+    else:
+        status.activity = describe_activity(request["activity"])
+        status.since = request["time"]
+
+
+def describe_activity(activity: str) -> str:
+    """Return the words for an activity of the ledger's table `progress`."""
+    return ACTIVITY_LABELS.get(activity, activity)
+
+
+# ---- progress
+
+
+def estimate_progress(ledger: Ledger, row: Row, status: CurrentStatus) -> Progress:
+    """Count the rounds that are done and still planned, and estimate the time left by the median round."""
+    planned = planned_rounds_by_stage(row)
+    closed = index_rows(_count_rounds(ledger, row["id"]), "stage")
+    num_done = sum(stage["count"] for stage in closed.values())
+    num_left = 0
+    for stage in _remaining_stages(planned, status.stage):
+        last_round = closed[stage]["last_round"] if stage in closed else 0
+        num_left += planned[stage] - last_round
+    median = _median_round_seconds(ledger, row["id"], status.stage)
+    seconds_left = None
+    if median is not None and status.is_active:
+        seconds_left = median * num_left
+    return Progress(num_done, num_done + num_left, median, seconds_left)
+
+
+def _remaining_stages(planned: Mapping[str, int], current: str) -> list[str]:
+    """Return the stages from the current one on; all of them before the first has begun."""
+    stages = list(planned)
+    if current not in planned:
+        return stages
+    return stages[stages.index(current) :]
+
+
+def _count_rounds(ledger: Ledger, run_id: str) -> list[Row]:
+    """Return each stage's last closed round, `last_round`, and its number of closed rounds, `count`."""
+    rounds = tables.rounds.c
+    return ledger.read(
         sa.select(
-            of.stage,
-            sa.func.max(of.round).label("round"),
-            sa.func.count(sa.distinct(of.round)).label("count"),
+            rounds.stage,
+            sa.func.max(rounds.round).label("last_round"),
+            sa.func.count(sa.distinct(rounds.round)).label("count"),
         )
-        .where(of.run == row["id"], of.round > 0)
-        .group_by(of.stage)
+        .where(rounds.run_id == run_id, rounds.round > 0)
+        .group_by(rounds.stage)
     )
-    lasted = ledger.read(
-        sa.select(of.stage, of.seconds)
-        .where(of.run == row["id"], of.round > 0)
-        .order_by(of.id.desc())
+
+
+def _median_round_seconds(ledger: Ledger, run_id: str, stage: str) -> float | None:
+    """Return the median time of the last rounds, of the present stage if it has any."""
+    rounds = tables.rounds.c
+    rows = ledger.read(
+        sa.select(rounds.stage, rounds.seconds)
+        .where(rounds.run_id == run_id, rounds.round > 0)
+        .order_by(rounds.id.desc())
         .limit(2 * MEDIAN_WINDOW)
     )
-    here = [r["seconds"] for r in lasted if r["stage"] == status["stage"]] or [r["seconds"] for r in lasted]
-    median = statistics.median(here) if here else None
-    done = sum(r["count"] for r in played)
-    before = list(stages).index(status["stage"]) if status["stage"] in stages else 0
-    last = {r["stage"]: r["round"] for r in played}
-    left = sum(rounds - last.get(name, 0) for k, (name, rounds) in enumerate(stages.items()) if k >= before)
-    return {
-        "done": done,
-        "all": done + left,
-        "median": median,
-        "left": median * left if median is not None and status["going"] else None,
-    }
-
-
-# ---- history
-
-
-def primary_task_metric(row: Row, views_by_task: Mapping[str, Any]) -> tuple[str, str]:
-    """(task, metric) to show first: what the run is judged by, else what its scores have. `known`: {task: views}."""
-    evaluation = row["config"]["evaluation"]
-    task = (
-        evaluation["task"]
-        if evaluation["task"] in views_by_task
-        else next(iter(views_by_task), evaluation["task"])
-    )
-    return task, primary_metric(evaluation["metric"], views_by_task.get(task, {}).get("macro", {}))
-
-
-def score_history(ledger: Ledger, row: Row) -> dict[str, Any]:
-    """Validation over all rounds by the run's own measure: {"task", "metric", "points": [{stage, round, macro, pooled, worst, centre, spread}]}.
-
-    Values are None where they are undefined.
-    """
-    rows = [r for r in ledger.read_scores(row["id"], include_centres=False) if r["split"] == "val"]
-    last = {r["task"]: r["views"] for r in rows}
-    task, metric = primary_task_metric(row, last)
-    points = []
-    for r in rows:
-        if r["task"] == task:
-            views = r["views"]
-            worst = views.get("worst", {}).get(metric) or {}
-            flat = {view: views.get(view, {}).get(metric) for view in ("macro", "pooled", "spread")}
-            points.append(
-                {
-                    "stage": r["stage"],
-                    "round": r["round"],
-                    **flat,
-                    "worst": worst.get("value"),
-                    "centre": worst.get("centre"),
-                }
-            )
-    return {"task": task, "metric": metric, "points": points}
-
-
-def load_rounds(ledger: Ledger, row: Row, max_rounds: int) -> tuple[Rounds, int]:
-    """(server.figures.Rounds, every how manieth): the first and last round of each stage and so many between that about `most` are read whole."""
-    run, every = row["id"], ledger.read_rounds(row["id"])
-    step = max(1, math.ceil(len(every) / max_rounds))
-    ends = {
-        k for i in range(1, len(every)) if every[i - 1]["stage"] != every[i]["stage"] for k in (i - 1, i)
-    } | {0, len(every) - 1}
-    chosen = {(r["stage"], r["round"]): (i, r) for i, r in enumerate(every) if i % step == 0 or i in ends}
-    made: dict[tuple[str, int], dict[str, Any]] = {}
-    for at, (_, r) in chosen.items():
-        made[at] = {
-            "round": r["round"],
-            "seconds": r["seconds"],
-            "because": r["closed_because"],
-            "val": {},
-            "weights": {},
-            "effective": {},
-        }
-        made[at] |= {"centres": {}, "bytes_up": 0, "bytes_down": 0}
-
-    def read_rows(table: sa.Table) -> list[tuple[dict[str, Any], Row]]:
-        """Of the chosen rounds' last attempts."""
-        wanted = [(stage, number) for stage, number in chosen]
-        query = sa.select(table).where(table.c.run == run).order_by(table.c.id)
-        if step > 1:
-            query = query.where(
-                sa.or_(*(_match_stage_rounds(table, name, wanted) for name in {s for s, _ in wanted}))
-            )
-        found = [r for r in ledger.read(query) if (r["stage"], r["round"]) in chosen]
-        attempts = {at: r["attempt"] for at, (_, r) in chosen.items()}
-        own = table is tables.scores  # scores have attempts of their own
-        return [
-            (made[r["stage"], r["round"]], r)
-            for r in found
-            if own or r["attempt"] == attempts[r["stage"], r["round"]]
-        ]
-
-    for entry, r in read_rows(tables.contributions):
-        entry["centres"][r["centre"]] = r
-        entry["bytes_up"], entry["bytes_down"] = (
-            entry["bytes_up"] + (r["bytes_up"] or 0),
-            entry["bytes_down"] + (r["bytes_down"] or 0),
-        )
-    for entry, r in read_rows(tables.shares):
-        entry["weights"][r["part"]], entry["effective"][r["part"]] = r["weights"], r["effective"]
-    for entry, r in read_rows(tables.scores):
-        if r["split"] == "val":
-            entry["val"][r["task"]] = {**r["views"], "centres": r["centres"]}
-    return [(i + 1, stage, made[stage, number]) for (stage, number), (i, _) in chosen.items()], step
-
-
-def load_last_events(ledger: Ledger, run_id: str, max_events: int) -> list[Row]:
-    """In the order of writing."""
-    of = tables.events.c
-    return ledger.read(
-        sa.select(tables.events).where(of.run == run_id).order_by(of.id.desc()).limit(max_events)
-    )[::-1]
-
-
-def _match_stage_rounds(table: sa.Table, stage: str, rounds: list[tuple[str, int]]) -> sa.ColumnElement[bool]:
-    return sa.and_(table.c.stage == stage, table.c.round.in_([number for s, number in rounds if s == stage]))
-
-
-def load_test_scores(ledger: Ledger, run_id: str) -> dict[str, Any]:
-    """{task: scores} on the test split, as in metrics.json; empty before the run's end."""
-    of = tables.scores.c
-    rows = ledger.read(sa.select(tables.scores).where(of.run == run_id, of.split == "test").order_by(of.id))
-    return {r["task"]: {**r["views"], "centres": r["centres"]} for r in rows}
+    if not rows:
+        return None
+    rows_of_stage = [row for row in rows if row["stage"] == stage]
+    seconds: list[float] = [row["seconds"] for row in rows_of_stage or rows]
+    return statistics.median(seconds)

@@ -1,56 +1,74 @@
-"""A run in the terminal: the facts of the console's pages, for people who have no browser at hand."""
+"""A run's status in the terminal: what the console's pages show, for people without a browser at hand."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from common.config.parse import parse_config
 from common.utils.errors import ConsiliumError, suggest
-from server.ledger import views
-from server.ledger.ledger import Ledger, Row
-from server.monitoring import run_status
-from server.monitoring.health import CentreHealth, SuperLinkNode, centre_health
-from server.reporting.figures import METRIC_NAMES
-from server.reporting.report import format_duration
-from server.reporting.report_tables import format_number
+from server.ledger.ledger import Ledger
+from server.ledger.reader import Row
+from server.ledger.views import centre_totals, last_accepted, last_round
+from server.monitoring import run_history, run_status
+from server.monitoring.centre_reports import CentreReport
+from server.monitoring.health import CentreHealth, CentreState, SuperLinkNode, centre_health
+from server.monitoring.run_info import select_latest_run
+from server.monitoring.run_status import CentreStatus, CurrentStatus, Phase, Progress
+from server.reporting.labels import format_duration, format_number, format_number_or_dash, label_metric
+from server.reporting.ledger_records import index_rows
+from server.reporting.scores import choose_task_metric
 from server.run.operator_commands import ACTIVE_STATUSES
+from server.run.records import CentreScores, parse_task_scores
 
-STATE_COLOURS = {"online": "green", "degraded": "yellow", "offline": "red"}
+STATE_COLOURS = {CentreState.ONLINE: "green", CentreState.DEGRADED: "yellow", CentreState.OFFLINE: "red"}
 NUM_EVENTS = 5
+LATEST = "latest"
 
 
 def resolve_run(ledger: Ledger, run_id: str) -> Row:
-    """A run by id, or `latest`: the youngest that is going on, else the youngest. Raises ConsiliumError."""
-    row = run_status.select_latest_run(ledger) if run_id == "latest" else run_status.load_run(ledger, run_id)
+    """Return a run by its id, or by "latest" the latest active run, or else the latest.
+
+    Raises:
+        ConsiliumError: the ledger has no such run.
+    """
+    row = ledger.read_run(run_id)
+    if run_id == LATEST:
+        row = select_latest_run(ledger)
     if row is None:
-        raise ConsiliumError(
-            f"the ledger {ledger.address} knows no run '{run_id}'{suggest(run_id, [of['id'] for of in ledger.read_runs()])}"
-        )
+        run_ids = [run["id"] for run in ledger.read_runs()]
+        raise ConsiliumError(f"the ledger {ledger.address} has no run '{run_id}'{suggest(run_id, run_ids)}")
     return row
 
 
 def render_status(ledger: Ledger, row: Row, nodes: list[SuperLinkNode] | None = None) -> Group:
-    """How a run is at this moment."""
-    at = run_status.current_status(ledger, row)
-    events = run_status.load_last_events(ledger, row["id"], NUM_EVENTS)
-    head = Text.assemble(
+    """Return a run's status: what it does, its scores, its centres and its last events.
+
+    `nodes` are the SuperLink's; None in a simulation.
+    """
+    status = run_status.current_status(ledger, row)
+    progress = run_status.estimate_progress(ledger, row, status)
+    events = run_history.load_last_events(ledger, row["id"], NUM_EVENTS)
+    heading = Text.assemble(
         (row["id"], "bold"),
         f"  {row['recipe']}, {row['mode']}  ",
         (row["status"], "bold"),
         f" since {_format_age(row['since'])}",
     )
-    going, learning = (
-        Text(_describe_progress(row, at, run_status.estimate_progress(ledger, row, at))),
+    return Group(
+        heading,
+        Text(_describe_progress(row, status, progress)),
         Text(_describe_scores(ledger, row)),
+        _centre_table(ledger, row, status, centre_health(ledger, row["id"], nodes)),
+        _event_table(events),
     )
-    return Group(head, going, learning, _centre_table(ledger, row, at, nodes), _event_table(events))
 
 
 def watch_status(
@@ -60,7 +78,7 @@ def watch_status(
     console: Console,
     interval: float = 2.0,
 ) -> None:
-    """The same, again and again, until the run has ended or waits for a person."""
+    """Show a run's status, renewed every `interval` seconds, until the run ends or is paused."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
             row = resolve_run(ledger, run_id)
@@ -70,116 +88,159 @@ def watch_status(
             time.sleep(interval)
 
 
-def _describe_progress(row: Row, status: dict[str, Any], progress: dict[str, Any]) -> str:
-    """`main, round 3 of 8: training at 4 centres for 12 s (south is waited for); a round takes 1 min 3 s; about 5 min left`."""
-    said = f"{status['stage'] or 'beginning'}, {progress['done']} of {progress['all']} rounds closed"
-    if status["going"]:
-        for_ = f" for {format_duration((datetime.now(UTC) - status['since']).total_seconds())}"
-        said += f"; {status['doing'] or 'meeting the centres'}{for_}"
-        said += f", {', '.join(status['waiting'])} waited for" if status["waiting"] else ""
-        said += (
-            f"; {status['good']} of {status['asked']} answered, quorum {status['quorum']}, deadline {format_duration(status['deadline'])}"
-            if status["asked"]
-            else ""
-        )
-    said += f"; a round takes {format_duration(progress['median'])}" if progress["median"] is not None else ""
-    return said + (
-        f", about {format_duration(progress['left'])} left" if progress["left"] is not None else ""
-    )
+def _describe_progress(row: Row, status: CurrentStatus, progress: Progress) -> str:
+    """Return a sentence on the run's activity.
+
+    For example ``main, 3 of 8 rounds done; training for 12 s, waiting for south; 3 of 4 centres have replied,
+    quorum 2, round timeout 1 h 0 min; a round takes 1 min 3 s, about 5 min 15 s left``.
+    """
+    stage = status.stage or "starting"
+    parts = [f"{stage}, {progress.num_done} of {progress.num_total} rounds done"]
+    if status.is_active:
+        activity = f"{status.activity or 'connecting to the centres'} for {_format_elapsed(status.since)}"
+        if status.waiting_for:
+            activity += f", waiting for {', '.join(status.waiting_for)}"
+        parts.append(activity)
+        if status.num_asked:
+            parts.append(
+                f"{status.num_replied} of {status.num_asked} centres have replied, quorum {status.quorum}, "
+                f"round timeout {format_duration(status.round_timeout)}"
+            )
+    if progress.median_seconds is not None:
+        parts.append(f"a round takes {format_duration(progress.median_seconds)}")
+    sentence = "; ".join(parts)
+    if progress.seconds_left is not None:
+        sentence += f", about {format_duration(progress.seconds_left)} left"
+    return sentence
 
 
 def _describe_scores(ledger: Ledger, row: Row) -> str:
-    """Mean, worst and spread after the last round; and whether the worst centre is getting better."""
-    course = run_status.score_history(ledger, row)
-    if not course["points"]:
-        return "no round was scored yet"
-    last, name = course["points"][-1], METRIC_NAMES.get(course["metric"], course["metric"])
-    if last["worst"] is None:
-        return f"{course['task']}: {name} on validation undefined at every centre"
-    worst = [point["worst"] for point in course["points"] if point["worst"] is not None]
-    best = f", best so far {max(worst):.3f}" if len(worst) > 1 else ""
-    return (
-        f"{course['task']}: {name} on validation: mean {format_number(last['macro'])}, "
-        f"worst {last['worst']:.3f} ({last['centre']}; began at {worst[0]:.3f}{best}), spread {format_number(last['spread'])}"
-    )
+    """Return mean, worst and spread after the last round, and how the worst centre's score has changed."""
+    history = run_history.score_history(ledger, row)
+    if not history.points:
+        return "no round has been scored yet"
+    last = history.points[-1]
+    subject = f"{history.task}: {label_metric(history.metric)} on validation"
+    if last.worst is None:
+        return f"{subject} is undefined at every centre"
+    worst_values = [point.worst for point in history.points if point.worst is not None]
+    trend = f"first {worst_values[0]:.3f}"
+    if len(worst_values) > 1:
+        trend += f", highest so far {max(worst_values):.3f}"
+    worst = f"worst {last.worst:.3f} ({last.worst_centre}; {trend})"
+    return f"{subject}: mean {format_number(last.macro)}, {worst}, spread {format_number(last.spread)}"
 
 
-def _centre_table(
-    ledger: Ledger, row: Row, status: dict[str, Any], nodes: list[SuperLinkNode] | None
-) -> Table:
-    closed, spent = (
-        views.last_round(ledger, row["id"]),
-        {of["centre"]: of["epsilon"] for of in views.last_accepted(ledger, row["id"])},
-    )
-    sums = {of["centre"]: of for of in views.centre_totals(ledger, row["id"])}
-    task, metric = run_status.primary_task_metric(
-        row, {of["task"]: of["views"] for of in closed.get("scores", [])}
-    )
-    scored: dict[str, Any] = next(
-        (of["centres"] for of in closed.get("scores", []) if of["task"] == task), {}
-    )
-    weights: dict[str, float] = next(
-        (of["weights"] for of in closed.get("shares", []) if of["part"] == "backbone"), {}
-    )
-    drawn = Table("centre", "state", "last seen", "now")
-    drawn.columns[2].no_wrap = True
-    for name in (
-        "scans",
-        "unread",
-        "weight",
-        METRIC_NAMES.get(metric, metric),
-        "epsilon",
-        "sent, MB",
-        "got, MB",
-    ):
-        drawn.add_column(Text(name), justify="right")
-    for one in centre_health(ledger, row["id"], nodes):
-        now, total = status["centres"].get(one.centre, {}), sums.get(one.centre, {})
-        drawn.add_row(
-            Text(one.centre),
-            Text.assemble((one.state, STATE_COLOURS[one.state]), f": {one.reason}" if one.reason else ""),
-            _format_age(one.last_seen) if one.last_seen else "never",
-            Text(_describe_phase(now) if status["going"] else ""),
-            format_number(sum(one.metadata.get("scans", {}).values()), 0) if one.metadata else "–",
-            str(sum(one.metadata.get("skipped", {}).values())),
-            format_number(weights.get(one.centre)) or "–",
-            format_number(scored.get(one.centre, {}).get(metric)) or "–",
-            _format_epsilon(one, spent.get(one.centre)),
-            *(format_number((total.get(way) or 0) / 1e6, 1) for way in ("bytes_up", "bytes_down")),
-        )
-    notes = [
-        f"{c}: {METRIC_NAMES.get(metric, metric)} undefined: {why}"
-        for c, of in scored.items()
-        if (why := of.get("reasons", {}).get(metric))
+# ---- the centres
+
+
+@dataclass
+class _CentreNumbers:
+    """What the table shows of the centres beside their state."""
+
+    metric: str
+    scores: Mapping[str, CentreScores] = field(default_factory=dict)  # of the last round
+    weights: Mapping[str, float] = field(default_factory=dict)  # in the last round
+    last_accepted: Mapping[str, Row] = field(default_factory=dict)  # contributions
+    totals: Mapping[str, Row] = field(default_factory=dict)  # of server.ledger.views.centre_totals
+
+
+def _load_centre_numbers(ledger: Ledger, row: Row) -> _CentreNumbers:
+    evaluation = parse_config(row["config"]).evaluation
+    numbers = _CentreNumbers(evaluation.metric)
+    closed = last_round(ledger, row["id"])
+    if closed:
+        scores = {scores_row["task"]: parse_task_scores(scores_row) for scores_row in closed.scores}
+        task, numbers.metric = choose_task_metric(evaluation, scores)
+        if task in scores:
+            numbers.scores = scores[task].centres
+        weights = index_rows(closed.group_weights, "group")
+        if "backbone" in weights:
+            numbers.weights = weights["backbone"]["centre_weights"]
+    numbers.last_accepted = index_rows(last_accepted(ledger, row["id"]), "centre")
+    numbers.totals = index_rows(centre_totals(ledger, row["id"]), "centre")
+    return numbers
+
+
+def _centre_table(ledger: Ledger, row: Row, status: CurrentStatus, centres: Sequence[CentreHealth]) -> Table:
+    numbers = _load_centre_numbers(ledger, row)
+    table = Table("centre", "state", "last seen", "now")
+    table.columns[2].no_wrap = True
+    metric = label_metric(numbers.metric)
+    for name in ("scans", "unreadable", "weight", metric, "epsilon", "sent, MB", "received, MB"):
+        table.add_column(Text(name), justify="right")
+    for centre in centres:
+        phase = ""
+        if status.is_active:
+            phase = _describe_phase(status.centres.get(centre.centre, CentreStatus()))
+        table.add_row(*_health_cells(centre), Text(phase), *_number_cells(centre, numbers))
+    notes = []
+    for name, scores in numbers.scores.items():
+        if numbers.metric in scores.reasons:
+            notes.append(f"{name}: {metric} undefined: {scores.reasons[numbers.metric]}")
+    if notes:
+        table.caption = Text("\n".join(notes))
+        table.caption_justify = "left"
+    return table
+
+
+def _health_cells(centre: CentreHealth) -> list[Text]:
+    state = Text(centre.state, STATE_COLOURS[centre.state])
+    if centre.reason:
+        state.append(f": {centre.reason}", "default")
+    last_seen = _format_age(centre.last_seen) if centre.last_seen else "never"
+    return [Text(centre.centre), state, Text(last_seen)]
+
+
+def _number_cells(centre: CentreHealth, numbers: _CentreNumbers) -> list[str]:
+    name = centre.centre
+    report = centre.report or CentreReport()
+    scores = numbers.scores.get(name, CentreScores(metrics={}))
+    total = numbers.totals.get(name, {"bytes_up": 0, "bytes_down": 0})
+    return [
+        format_number_or_dash(sum(report.scans.values()), 0) if centre.report else "–",
+        str(report.num_skipped),
+        format_number_or_dash(numbers.weights.get(name)),
+        format_number_or_dash(scores.get_metric(numbers.metric)),
+        _format_epsilon(numbers.last_accepted.get(name), report.epsilon_limit),
+        format_number_or_dash(total["bytes_up"] / 1e6, 1),
+        format_number_or_dash(total["bytes_down"] / 1e6, 1),
     ]
-    drawn.caption, drawn.caption_justify = Text("\n".join(notes)) if notes else None, "left"
-    return drawn
 
 
-def _describe_phase(centre_status: dict[str, Any]) -> str:
-    if not centre_status or centre_status["phase"] == "idle":
+def _describe_phase(centre: CentreStatus) -> str:
+    if centre.phase is Phase.IDLE:
         return ""
-    took = f" {format_duration(centre_status['seconds'])}" if centre_status["seconds"] is not None else ""
-    usual = f", usually {format_duration(centre_status['median'])}" if centre_status["slow"] else ""
-    return f"{centre_status['what']} {centre_status['phase']}{took}{usual}".strip()
+    text = f"{centre.activity} {centre.phase}".strip()
+    if centre.seconds is not None:
+        text += f" {format_duration(centre.seconds)}"
+    if centre.is_slow and centre.median_seconds is not None:
+        text += f", usually {format_duration(centre.median_seconds)}"
+    return text
 
 
-def _format_epsilon(centre: CentreHealth, spent: float | None) -> str:
-    limit = centre.metadata.get("policy", {}).get("epsilon")
-    return "–" if spent is None else f"{spent:.2f}" + (f" of {limit:g}" if limit else "")
+def _format_epsilon(accepted: Row | None, limit: float | None) -> str:
+    if accepted is None or accepted["epsilon"] is None:
+        return "–"
+    text = f"{accepted['epsilon']:.2f}"
+    return f"{text} of {limit:g}" if limit else text
 
 
-def _event_table(events: list[Row]) -> Table:
-    drawn = Table(box=None, show_header=False)
+# ---- events
+
+
+def _event_table(events: Sequence[Row]) -> Table:
+    table = Table(box=None, show_header=False)
     for event in events:
-        drawn.add_row(
-            _format_age(event["time"]),
-            Text(event["kind"]),
-            Text(event["centre"] or ""),
-            Text(event["detail"]),
-        )
-    return drawn
+        kind = event["kind"].replace("_", " ")
+        detail = Text(event["detail"])
+        table.add_row(_format_age(event["time"]), Text(kind), Text(event["centre"] or ""), detail)
+    return table
 
 
-def _format_age(when: datetime) -> str:
-    return f"{format_duration(max(0.0, (datetime.now(UTC) - when).total_seconds()))} ago"
+def _format_age(time_of_event: datetime) -> str:
+    return f"{_format_elapsed(time_of_event)} ago"
+
+
+def _format_elapsed(start: datetime) -> str:
+    return format_duration(max(0.0, (datetime.now(UTC) - start).total_seconds()))

@@ -1,3 +1,4 @@
 """What a finished run leaves: report, figures, model card, exports, TensorBoard.
 
-Reads results; changes none."""
+Reads results and changes none.
+"""

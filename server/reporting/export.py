@@ -1,5 +1,4 @@
-"""What a run leaves for others' hands: its weights, an ONNX file that needs nothing of ours, and its scores as a table,
-its model card, its curves."""
+"""What `consilium-server export` writes of a run: weights, ONNX, scores, model card, TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -8,25 +7,20 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from common.config.schema import Task
 from common.modeling import model_file
-from common.modeling.model import Model, make_model
-from common.modeling.parameters import build_layout, set_model_weights
 from common.utils.errors import ConsiliumError
 from server.ledger.ledger import Ledger
-from server.reporting import model_card, tensorboard
+from server.reporting import onnx_export, tensorboard
+from server.reporting.labels import View
+from server.reporting.model_card import CardInput, render_card_html, render_card_markdown
+from server.reporting.scores import view_metrics
+from server.run.records import TaskScores, parse_result, parse_task_scores
 
 MODEL_FILE = "model.safetensors"
-ONNX_TOLERANCE = 1e-4  # how far ONNX and PyTorch may be apart
+METRICS_FILE = "metrics.json"
 CSV_HEADER = [
     "run",
     "stage",
@@ -39,190 +33,127 @@ CSV_HEADER = [
     "value",
     "undefined because",
 ]
+CsvValue = str | float | None
 
 
-def export_safetensors(folder: Path, out: Path) -> None:
-    """A copy of the run's model, its configuration inside. Raises ConsiliumError."""
-    model_file.load_model_file(_model_path(folder))
-    shutil.copyfile(_model_path(folder), out)
+def export_safetensors(run_dir: Path, out: Path) -> None:
+    """Copy a run's model, with its configuration inside, to a file.
+
+    Raises:
+        ConsiliumError: the run has no model, or the file is damaged.
+    """
+    path = _find_model(run_dir)
+    model_file.load_model_file(path)
+    shutil.copyfile(path, out)
 
 
-def _model_path(folder: Path) -> Path:
-    if not (folder / MODEL_FILE).is_file():
+def export_onnx(run_dir: Path, out: Path) -> float:
+    """Write a run's model as ONNX and return its largest difference from PyTorch.
+
+    See `onnx_export.export_onnx`.
+    """
+    return onnx_export.export_onnx(_find_model(run_dir), run_dir.name, out)
+
+
+def _find_model(run_dir: Path) -> Path:
+    path = run_dir / MODEL_FILE
+    if not path.is_file():
         raise ConsiliumError(
-            f"run '{folder.name}' has no {MODEL_FILE}: it is not finished, or every centre kept its own model"
+            f"run '{run_dir.name}' has no {MODEL_FILE}: it is not finished, or every centre kept its own "
+            "model"
         )
-    return folder / MODEL_FILE
+    return path
 
 
-# --- ONNX -----------------------------------------------------------------------------------------------------------------------------
-
-
-class Predictor(nn.Module):
-    """Slices uint8 [B, S, H, W], as a centre's store keeps them, to what is predicted: {task: probabilities, or a regression's values}."""
-
-    def __init__(self, model: Model, tasks: Mapping[str, Task]) -> None:
-        super().__init__()
-        self.model, self.task_types = model, {name: task.type for name, task in tasks.items()}
-
-    def forward(self, slices: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(slices.float() / 255)
-        return tuple(_apply_output_activation(kind, outputs[name]) for name, kind in self.task_types.items())
-
-
-def _apply_output_activation(task_type: str, logits: Tensor) -> Tensor:
-    return (
-        logits
-        if task_type == "regression"
-        else logits.softmax(1)
-        if task_type == "multiclass"
-        else logits.sigmoid()
-    )
-
-
-def export_onnx(folder: Path, out: Path) -> float:
-    """Write the run's model as ONNX: input `slices` uint8 [batch, S, H, W] with any batch, an output for each task. Returns the largest difference
-    from PyTorch that onnxruntime finds. Raises ConsiliumError, and leaves no file, where it is more than `CLOSE`."""
-    try:
-        import onnx as format
-        import onnxruntime
-        import onnxscript  # noqa: F401  PyTorch's exporter wants it
-    except ModuleNotFoundError as error:
-        raise ConsiliumError(f"ONNX needs {error.name}: pip install 'consilium[onnx]'") from None
-    named, config = model_file.load_model_file(_model_path(folder))
-    tasks = model_file.inference_tasks(_model_path(folder), config)
-    model = make_model(config.backbone, tasks, 0)
-    layout = build_layout(model)
-    set_model_weights(model, layout, layout.from_state_dict(named))
-    predictor = Predictor(model, tasks).eval()
-    size = (
-        config.preprocess.num_slices if config.preprocess.modality != "XR" else 1,
-        config.preprocess.image_size,
-        config.preprocess.image_size,
-    )
-    draw = np.random.default_rng(0)
-    pictures = [torch.from_numpy(draw.integers(0, 256, (batch, *size), np.uint8)) for batch in (2, 1, 5)]
-    with tempfile.TemporaryDirectory(dir=out.parent) as place, torch.inference_mode():
-        part = Path(place) / "model.onnx"
-        try:
-            torch.onnx.export(
-                predictor, (pictures[0],), part, input_names=["slices"], output_names=list(tasks), dynamo=True, external_data=False,
-                dynamic_shapes={"slices": {0: torch.export.Dim("batch")}}, verbose=False,
-            )  # fmt: skip
-        except torch.onnx.OnnxExporterError as error:
-            why = next(
-                (line for line in str(error).splitlines() if "No ONNX function" in line), type(error).__name__
-            )
-            raise ConsiliumError(
-                f"run '{folder.name}': its model has a part that ONNX cannot say ({why[:200]}); use safetensors"
-            ) from error
-        written = format.load(part)
-        about = {
-            "run": folder.name,
-            "recipe": config.recipe,
-            "classes": {n: t.classes for n, t in tasks.items() if t.classes},
-        }
-        about |= {"preprocess": vars(config.preprocess), "outputs": {n: t.type for n, t in tasks.items()}}
-        format.helper.set_model_props(written, {"consilium": json.dumps(about)})
-        format.save(written, part)
-        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
-        apart = 0.0
-        for slices in pictures:
-            theirs = session.run(list(tasks), {"slices": slices.numpy()})
-            apart = max(
-                apart,
-                *(float(np.abs(a.numpy() - b).max()) for a, b in zip(predictor(slices), theirs, strict=True)),
-            )
-        if not apart <= ONNX_TOLERANCE:
-            raise ConsiliumError(
-                f"run '{folder.name}': its ONNX file differs from PyTorch by {apart:.2g}, more than {ONNX_TOLERANCE:g}; it is not kept"
-            )
-        shutil.move(part, out)
-    return apart
-
-
-# --- metrics --------------------------------------------------------------------------------------------------------------------------
+# ---- scores
 
 
 def format_scores_csv(ledger: Ledger, run_id: str) -> str:
-    """Every score of a run as CSV, one value a line: centres, then views over them. A value that is undefined is empty, with the reason."""
+    """Return every score of a run as CSV, one value a line: each centre's, then the views over centres.
+
+    An undefined value is empty and has a reason.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADER)
     for row in ledger.read_scores(run_id):
-        at = [run_id, row["stage"], row["round"], row["split"], row["task"]]
-        writer.writerows([*at, *rest] for rest in _iterate_scores(row))
+        keys = [run_id, row["stage"], row["round"], row["split"], row["task"]]
+        for values in _list_csv_values(parse_task_scores(row)):
+            writer.writerow([*keys, *values])
     return text.getvalue()
 
 
-def _iterate_scores(row: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any, str]]:
-    """(over, centre, metric, value, why there is none)."""
-    for centre, values in row["centres"].items():
-        reasons = values.get("reasons", {})
-        yield from (
-            ("centre", centre, metric, value, reasons.get(metric, ""))
-            for metric, value in values.items()
-            if metric != "reasons"
-        )
-    for view, values in row["views"].items():
-        for metric, value in values.items() if isinstance(values, Mapping) else [(view, values)]:
-            if metric == "reasons":
-                continue
-            centre, number = (
-                (value.get("centre") or "", value.get("value")) if isinstance(value, Mapping) else ("", value)
-            )
-            yield ("macro" if metric == view else view), centre, metric, number, ""
+def _list_csv_values(scores: TaskScores) -> Iterator[list[CsvValue]]:
+    """Return the columns from `over` on of each of a task's scores."""
+    for centre, centre_scores in scores.centres.items():
+        metrics = {**centre_scores.metrics, "loss": centre_scores.loss}
+        for metric, value in metrics.items():
+            yield ["centre", centre, metric, value, centre_scores.reasons.get(metric, "")]
+    for view in View:
+        for metric, (value, worst_centre) in view_metrics(scores, view).items():
+            yield [view, worst_centre, metric, value, ""]
+    if scores.challenge_score is not None:
+        yield [View.MACRO, "", "challenge_score", scores.challenge_score, ""]
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------------------
+# ---- the command
 
 
-def make_model_card(folder: Path, ledger: Ledger) -> str:
-    """The card of a finished run, as Markdown. Raises ConsiliumError."""
-    if not (folder / "metrics.json").is_file():
+def make_model_card(run_dir: Path, ledger: Ledger) -> str:
+    """Return the model card of a finished run as Markdown.
+
+    Raises:
+        ConsiliumError: the run is not finished.
+    """
+    metrics = run_dir / METRICS_FILE
+    if not metrics.is_file():
         raise ConsiliumError(
-            f"run '{folder.name}' has no metrics.json: it is not finished, and a card speaks of the test"
+            f"run '{run_dir.name}' has no {METRICS_FILE}: it is not finished, and a card reports the test"
         )
-    code = next((row["code"] for row in ledger.read_runs() if row["id"] == folder.name), "")
-    model = (
-        hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
-        if (folder / MODEL_FILE).is_file()
-        else ""
-    )
-    return model_card.render_card_markdown(json.loads((folder / "metrics.json").read_text()), code, model)
+    card = CardInput(parse_result(json.loads(metrics.read_text())))
+    run = ledger.read_run(run_dir.name)
+    if run:
+        card.code_fingerprint = run["code_fingerprint"]
+    model = run_dir / MODEL_FILE
+    if model.is_file():
+        card.model_digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    return render_card_markdown(card)
 
 
-def _to_safetensors(folder: Path, ledger: Ledger, out: str) -> str:
-    path = Path(out or f"{folder.name}.safetensors")
-    export_safetensors(folder, path)
+def _to_safetensors(run_dir: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or f"{run_dir.name}.safetensors")
+    export_safetensors(run_dir, path)
     return f"weights: {path}"
 
 
-def _to_onnx(folder: Path, ledger: Ledger, out: str) -> str:
-    path = Path(out or folder / "model.onnx")
-    apart = export_onnx(folder, path)
-    return f"ONNX: {path}, at most {apart:.1g} from PyTorch by onnxruntime"
+def _to_onnx(run_dir: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or run_dir / "model.onnx")
+    difference = export_onnx(run_dir, path)
+    return f"ONNX: {path}, outputs within {difference:.1g} of PyTorch's"
 
 
-def _to_csv(folder: Path, ledger: Ledger, out: str) -> str:
-    path = Path(out or folder / "scores.csv")
-    path.write_text(format_scores_csv(ledger, folder.name))
+def _to_csv(run_dir: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or run_dir / "scores.csv")
+    path.write_text(format_scores_csv(ledger, run_dir.name))
     return f"scores: {path}"
 
 
-def _to_card(folder: Path, ledger: Ledger, out: str) -> str:
-    path = Path(out or folder / "card.html")
-    text = make_model_card(folder, ledger)
-    path.write_text(model_card.render_card_html(text) if path.suffix == ".html" else text)
+def _to_card(run_dir: Path, ledger: Ledger, out: str) -> str:
+    path = Path(out or run_dir / "card.html")
+    text = make_model_card(run_dir, ledger)
+    if path.suffix == ".html":
+        text = render_card_html(text)
+    path.write_text(text)
     return f"model card: {path}"
 
 
-def _to_tensorboard(folder: Path, ledger: Ledger, out: str) -> str:
-    place = Path(out or "tensorboard")
-    count = tensorboard.export_tensorboard(ledger, folder.name, place)
-    return f"{count} points: tensorboard --logdir {place}"
+def _to_tensorboard(run_dir: Path, ledger: Ledger, out: str) -> str:
+    folder = Path(out or "tensorboard")
+    count = tensorboard.export_tensorboard(ledger, run_dir.name, folder)
+    return f"{count} points; show them with: tensorboard --logdir {folder}"
 
 
+# {format: function of the run's folder, the ledger and the output path (may be ""); returns a line to print}
 EXPORTERS: dict[str, Callable[[Path, Ledger, str], str]] = {
     "safetensors": _to_safetensors,
     "onnx": _to_onnx,

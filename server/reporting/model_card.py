@@ -1,231 +1,277 @@
-"""The model card of a run, made from its result alone: Markdown, and the same as one HTML page.
+"""The model card of a run, made from its result alone: as Markdown, and the same as one HTML page.
 
-Its headings are those of Mitchell et al., "Model cards for model reporting" (2019). What a person must add, the use it was really made for, cannot be
-known here and is marked so.
+The headings are those of Mitchell et al., "Model Cards for Model Reporting" (2019). The card marks what a
+person must add: what the model is really meant for cannot be read from a result.
 """
 
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
-from typing import Any
 
 from markdown_it import MarkdownIt
 
-from server.reporting.figures import METRIC_COLUMNS, METRIC_NAMES, Rounds, RunResult, to_finite_float
-from server.reporting.report import list_centre_names, list_rounds, primary_task_metric
+from common.config.parse import parse_config
+from common.config.schema import Config, PreprocessConfig, Task
+from server.reporting.centre_tables import build_drift_table, build_label_count_tables
+from server.reporting.labels import View, format_number, label_metric, to_finite_float
+from server.reporting.markdown import escape_markdown, format_table, join_names
+from server.reporting.numbered_rounds import list_rounds
 from server.reporting.report_tables import (
-    ReportTable,
-    build_drift_table,
-    build_label_count_tables,
     build_privacy_table,
     build_score_table,
     build_stage_table,
     build_weight_table,
-    format_number,
-    list_metrics,
 )
+from server.reporting.result_summary import (
+    get_label_counts,
+    get_selection_metric,
+    list_centre_names,
+    primary_task_metric,
+)
+from server.reporting.scores import list_short_metrics, view_value
+from server.run.records import CentreScores, RunResult
 
-OUTPUT_DESCRIPTIONS = {
+FEW_TEST_SCANS = 50  # below it the card warns that a centre's numbers are uncertain
+OUTPUT_DESCRIPTIONS = {  # task types that predict something
     "binary": "a probability",
     "multiclass": "a probability for each class",
     "regression": "a number",
-    "segmentation": "a mask on every kept slice",
+    "segmentation": "a mask of every slice",
 }
-EGRESS_SUMMARY = "counts of scans by class, summed metrics and score histograms, changes of the model's weights with their number of scans and steps"
+SENT_DATA = (
+    "counts of scans by class, summed metrics and score histograms, updates of the model's weights with "
+    "their number of scans and steps"
+)
 PRIVACY_STATEMENTS = {
-    "none": "No noise was added (no differential privacy): the weights are derived from patients' data and may tell of single patients.",
+    "none": "No noise was added (no differential privacy): the weights are derived from patients' data and "
+    "may reveal information about single patients.",
     "patient": "Training was differentially private at each hospital; the unit is the patient.",
-    "central": "The coordinator added noise to each round's sum, so that the model does not tell what one hospital brought in; the unit is the "
-    "hospital, and the coordinator itself saw every contribution.",
+    "central": "The coordinator added noise to each round's sum, so that the model does not reveal what one "
+    "hospital contributed; the unit is the hospital, and the coordinator itself saw every contribution.",
 }
-CARD_CSS = """:root{color-scheme:light dark} body{margin:0 auto;padding:28px 24px 60px;max-width:900px;
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;font-variant-numeric:tabular-nums} h1{font-size:22px} h2{font-size:17px;margin-top:28px}
-table{border-collapse:collapse;font-size:13.5px;display:block;overflow-x:auto} th,td{padding:3px 9px;text-align:left;border-bottom:1px solid #8884}
-code{overflow-wrap:anywhere} @media print{body{max-width:none;padding:0}}"""
+CARD_CSS = """\
+:root { color-scheme: light dark }
+body { margin:0 auto; padding:28px 24px 60px; max-width:900px; font-variant-numeric:tabular-nums;
+ font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif }
+h1 { font-size:22px } h2 { font-size:17px; margin-top:28px }
+table { border-collapse:collapse; font-size:13.5px; display:block; overflow-x:auto }
+th, td { padding:3px 9px; text-align:left; border-bottom:1px solid #8884 }
+code { overflow-wrap:anywhere }
+@media print { body { max-width:none; padding:0 } }
+"""
 
 
-def render_card_markdown(result: RunResult, code_fingerprint: str = "", model_digest: str = "") -> str:
-    """Markdown. `result`: what `metrics.json` holds; `code`: the fingerprint that the centres approved; `model`: SHA-256 of model.safetensors."""
-    config = result.get("config", {})
-    rounds = list_rounds(result)
-    return "\n".join(
-        [
-            f"# Model card: {_escape_markdown(str(result.get('recipe', '')))}, run {_escape_markdown(str(result.get('run', '')))}",
-            "",
-            *_details_section(result, config, code_fingerprint, model_digest),
-            *_intended_use_section(config),
-            *_data_section(result),
-            *_metrics_section(result, config),
-            *_limits_section(result, rounds),
-            *_privacy_section(result, config, rounds),
-            *_training_section(result, config, rounds),
-            "",
-        ]
-    )
+@dataclass
+class CardInput:
+    """What a card is made from."""
+
+    result: RunResult
+    code_fingerprint: str = ""  # of the code that the centres approved
+    model_digest: str = ""  # SHA-256 of model.safetensors; empty: no common model was saved
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return parse_config(self.result.config)
+
+
+def render_card_markdown(card: CardInput) -> str:
+    """Return the card as Markdown."""
+    title = f"{escape_markdown(card.result.recipe)}, run {escape_markdown(card.result.run_id)}"
+    sections: list[Callable[[CardInput], Iterator[str]]] = [
+        _details_section,
+        _intended_use_section,
+        _data_section,
+        _metrics_section,
+        _limits_section,
+        _privacy_section,
+        _training_section,
+    ]
+    lines = [f"# Model card: {title}", ""]
+    for section in sections:
+        lines += section(card)
+    return "\n".join([*lines, ""])
 
 
 def render_card_html(markdown: str) -> str:
-    """The card as one HTML page that loads nothing."""
+    """Return the card as one HTML page that loads nothing."""
     title = html.escape(markdown.splitlines()[0].lstrip("# ").replace("\\", ""))
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{title}</title><style>{CARD_CSS}</style></head>\n'
-        f"<body><main>\n{body}</main></body></html>\n"
-    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{title}</title><style>{CARD_CSS}</style></head>
+<body><main>
+{body}</main></body></html>
+"""
 
 
-def _details_section(
-    result: RunResult, config: RunResult, code_fingerprint: str, model_digest: str
-) -> Iterator[str]:
-    backbone, kept = config.get("backbone", {}), config.get("preprocess", {})
-    tasks = {
-        n: t
-        for n, t in config.get("tasks", {}).items()
-        if t.get("inference", True) and t["kind"] in OUTPUT_DESCRIPTIONS
-    }
+def _details_section(card: CardInput) -> Iterator[str]:
+    result, config = card.result, card.config
+    backbone = config.backbone
     yield "## Model details\n"
-    yield f"- Encoder: {backbone.get('name')} (timm), starting from {backbone.get('weights')} weights, {backbone.get('pool')} over the slices."
-    what = (
-        "a radiograph"
-        if kept.get("modality") == "XR"
-        else f"{kept.get('slices')} slices of a scan, chosen by `{kept.get('selection')}`"
-    )
-    low, high = kept.get("window", (0, 0))
-    yield f"- Input: {what}, {kept.get('size')} x {kept.get('size')} pixels, window {low:g} to {high:g} HU."
-    yield from (
-        f"- Output `{name}`: {OUTPUT_DESCRIPTIONS[task['kind']]}{_format_classes(task)}."
-        for name, task in tasks.items()
-    )
-    yield f"- Run: {result.get('mode')}, {result.get('status')}, started {result.get('started', 'at an unknown time')}, seed {result.get('seed')}."
-    versions = sorted(
-        {f"{k} {v}" for c in result.get("centres", {}).values() for k, v in c.get("versions", {}).items()}
-    )
-    ours = f"Consilium{f', code {code_fingerprint}' if code_fingerprint else ''}, coordinator PyTorch {version('torch')}"
-    yield f"- Software: {ours}; centres: {', '.join(versions) or 'unknown'}."
     yield (
-        f"- File: model.safetensors, SHA-256 `{model_digest}`.\n"
-        if model_digest
-        else "- File: none; no common model was saved.\n"
+        f"- Encoder: {backbone.name} (timm), starting from {backbone.weights} weights, "
+        f"{backbone.slice_pooling} over the slices."
+    )
+    yield f"- Input: {_describe_input(config.preprocess)}."
+    for name, task in config.tasks.items():
+        if task.inference and task.type in OUTPUT_DESCRIPTIONS:
+            yield f"- Output `{name}`: {OUTPUT_DESCRIPTIONS[task.type]}{_list_class_names(task)}."
+    started = result.started or "at an unknown time"
+    yield f"- Run: {result.mode}, {result.status}, started {started}, seed {result.seed}."
+    yield f"- Software: {_describe_software(card)}."
+    if card.model_digest:
+        yield f"- File: model.safetensors, SHA-256 `{card.model_digest}`.\n"
+    else:
+        yield "- File: none; no common model was saved.\n"
+
+
+def _describe_input(preprocess: PreprocessConfig) -> str:
+    if preprocess.modality == "XR":
+        scan = "a radiograph"
+    else:
+        scan = f"{preprocess.num_slices} slices of a scan, selected by `{preprocess.selection}`"
+    low, high = preprocess.window
+    size = preprocess.image_size
+    return f"{scan}, {size} x {size} pixels, window {low:g} to {high:g} HU"
+
+
+def _list_class_names(task: Task) -> str:
+    if not task.classes:
+        return ""
+    return f" ({join_names(task.classes)})"
+
+
+def _describe_software(card: CardInput) -> str:
+    versions: set[str] = set()
+    for centre in card.result.centres.values():
+        versions |= {f"{package} {number}" for package, number in centre.versions.items()}
+    package = "Consilium"
+    if card.code_fingerprint:
+        package += f", code {card.code_fingerprint}"
+    centres = ", ".join(sorted(versions)) or "unknown"
+    return f"{package}, coordinator PyTorch {version('torch')}; centres: {centres}"
+
+
+def _intended_use_section(card: CardInput) -> Iterator[str]:
+    yield "## Intended use\n"
+    yield (
+        "Research on chest imaging: comparing ways to train across hospitals, and preparing studies at "
+        "hospitals like those below.\n"
+    )
+    yield (
+        "**To be completed by the model's owner**: the clinical question, the users, and the population it "
+        "was made for.\n"
+    )
+    yield (
+        "Not for: diagnosis or triage of patients without a study at the place of use and the approval that "
+        "the law requires; children, other body parts or modalities; scanners and protocols unlike those it "
+        "was trained on. It is not a medical device.\n"
     )
 
 
-def _format_classes(task: Mapping[str, Any]) -> str:
-    return f" ({', '.join(map(_escape_markdown, task['classes']))})" if task.get("classes") else ""
-
-
-def _intended_use_section(config: RunResult) -> Iterator[str]:
-    yield "## Intended use\n"
-    yield "Research on chest imaging: comparing ways to train across hospitals, and preparing studies at hospitals like those below.\n"
-    yield "**To be completed by the model's owner**: the clinical question, the users, and the population it was made for.\n"
-    yield "Not for: diagnosis or triage of patients without a study at the place of use and the approval that the law asks for; children, other "
-    yield "body parts or modalities; scanners and protocols unlike those it was trained on. It is not a medical device.\n"
-
-
-def _data_section(result: RunResult) -> Iterator[str]:
+def _data_section(card: CardInput) -> Iterator[str]:
+    result = card.result
     yield "## Data by centre\n"
-    for grid in build_label_count_tables(result):
-        yield from _format_table(
-            grid, f"Scans by centre, split and class: {grid.caption.removesuffix(', scans')}"
-        )
-    yield "| centre | sources | scans that could not be read |\n|---|---|--:|"
-    for name, facts in result.get("centres", {}).items():
-        sources = ", ".join(map(str, facts.get("sources", [])))
-        yield f"| {_escape_markdown(name)} | {_escape_markdown(sources)} | {facts.get('skipped', 0)} |"
-    yield "\nA cell below a hospital's smallest reportable size is reported as that size.\n"
-    drift = build_drift_table(result.get("quality", {}))
+    for table in build_label_count_tables(get_label_counts(result)):
+        task = table.caption.removesuffix(", scans")
+        yield from format_table(table, f"Scans by centre, split and class: {task}")
+    yield "| centre | sources | unreadable scans |\n|---|---|--:|"
+    for name, centre in result.centres.items():
+        sources = escape_markdown(", ".join(centre.sources))
+        yield f"| {escape_markdown(name)} | {sources} | {centre.skipped} |"
+    yield "\nA count below a hospital's smallest reportable count is reported as that count.\n"
+    drift = build_drift_table(result.image_statistics)
     if drift.rows:
-        yield from _format_table(drift, drift.caption)
+        yield from format_table(drift, drift.caption)
 
 
-def _metrics_section(result: RunResult, config: RunResult) -> Iterator[str]:
+def _metrics_section(card: CardInput) -> Iterator[str]:
     yield "## Metrics\n"
-    test = result.get("test", {})
-    if not test:
-        yield "The test scans were not touched: the run has not finished.\n"
+    if not card.result.test:
+        yield "The test scans were not used: the run has not finished.\n"
         return
-    threshold = config.get("evaluation", {}).get("threshold", 0.5)
-    yield f"On each centre's test scans, touched once, by the round that the last stage took (see Stages); decisions at {threshold:g}.\n"
-    for task, scores in test.items():
-        columns = [
-            name
-            for name in list_metrics(scores)
-            if name in METRIC_COLUMNS and METRIC_COLUMNS[name].short_name
-        ]
-        yield from _format_table(build_score_table(task, scores, columns), f"Task {task}")
+    yield (
+        "On each centre's test scans, used once, by the best round of the last stage (see Stages); decision "
+        f"threshold {card.config.evaluation.threshold:g}.\n"
+    )
+    for task, scores in card.result.test.items():
+        yield from format_table(build_score_table(task, scores, list_short_metrics(scores)), f"Task {task}")
 
 
-def _limits_section(result: RunResult, rounds: Rounds) -> Iterator[str]:
-    """What the run itself shows of where not to trust it."""
-    task, metric = primary_task_metric(result)
-    scores = result.get("test", {}).get(task, {})
-    name = METRIC_NAMES.get(metric, metric)
+def _limits_section(card: CardInput) -> Iterator[str]:
+    """Say where the run's own numbers give reason not to trust the model."""
+    result = card.result
     yield "## Limits\n"
-    worst, spread = scores.get("worst", {}).get(metric) or {}, scores.get("spread", {}).get(metric)
-    if to_finite_float(worst.get("value")) is not None:
-        yield f"- Worst centre: {_escape_markdown(str(worst['centre']))}, {name} {format_number(worst['value'])}; best less worst {format_number(spread)}."
-    for centre, values in scores.get("centres", {}).items():
-        if why := values.get("reasons", {}).get(metric):
-            yield f"- At {_escape_markdown(centre)} {name} is undefined: {_escape_markdown(why)}. How the model does there is not known."
-        elif to_finite_float(values.get("n")) is not None and values["n"] < 50:
-            yield f"- At {_escape_markdown(centre)} only {values['n']:.0f} test scans: its numbers are uncertain."
-    left_out = sorted({str(out["centre"]) for out in result.get("left_out", [])})
+    task, metric = primary_task_metric(result)
+    scores = result.test.get(task)
+    name = label_metric(metric)
+    if scores:
+        worst, centre = view_value(scores, View.WORST, metric)
+        spread = format_number(scores.spread.get(metric))
+        if to_finite_float(worst) is not None:
+            worst_centre = f"{escape_markdown(centre)}, {name} {format_number(worst)}"
+            yield f"- Worst centre: {worst_centre}; best minus worst {spread}."
+        for centre, centre_scores in scores.centres.items():
+            yield from _list_centre_limits(escape_markdown(centre), centre_scores, metric)
+    left_out = sorted({exclusion.centre for exclusion in result.left_out})
     if left_out:
-        yield f"- Contributions of {', '.join(map(_escape_markdown, left_out))} were left out of some rounds."
-    yield from (f"- {_escape_markdown(str(note))}" for note in result.get("notes", []))
-    yield "- Each centre's test scans come from the same hospital as its training scans: other hospitals may do worse.\n"
+        yield f"- Contributions of {join_names(left_out)} were left out of some rounds."
+    for note in result.notes:
+        yield f"- {escape_markdown(note)}"
+    yield (
+        "- Each centre's test scans come from the same hospital as its training scans: other hospitals may "
+        "do worse.\n"
+    )
 
 
-def _privacy_section(result: RunResult, config: RunResult, rounds: Rounds) -> Iterator[str]:
-    privacy = config.get("privacy", {})
+def _list_centre_limits(centre: str, scores: CentreScores, metric: str) -> Iterator[str]:
+    reason = scores.reasons.get(metric)
+    num_scans = to_finite_float(scores.metrics.get("n"))
+    if reason:
+        undefined = f"{label_metric(metric)} is undefined: {escape_markdown(reason)}"
+        yield f"- At {centre} {undefined}. How well the model does there is unknown."
+    elif num_scans is not None and num_scans < FEW_TEST_SCANS:
+        yield f"- At {centre} only {num_scans:.0f} test scans: its numbers are uncertain."
+
+
+def _privacy_section(card: CardInput) -> Iterator[str]:
+    privacy = card.config.privacy
     yield "## Privacy\n"
-    looks = ", histograms of what the scans look like" if result.get("quality") else ""
-    yield f"What left the hospitals: {EGRESS_SUMMARY}{looks}, facts about the centre's software. No image, no identifier, no score of a single scan.\n"
-    if result.get("matrix"):
+    sent_data = SENT_DATA
+    if card.result.image_statistics:
+        sent_data += ", histograms of image statistics"
+    yield (
+        f"Data that left the hospitals: {sent_data}, versions of the centre's software. No image, no "
+        "identifier, no score of a single scan.\n"
+    )
+    if card.result.cross_site:
         yield "Each hospital's own model of the last round was sent to the others, to be scored there.\n"
-    yield f"{PRIVACY_STATEMENTS[privacy.get('kind', 'none')]}\n"
-    if privacy.get("kind", "none") != "none":
-        grid = build_privacy_table(rounds, privacy)
-        yield from _format_table(grid, grid.caption)
-    if secagg := privacy.get("secagg"):
-        hidden = (
-            "changes of the weights"
-            if secagg["hide"] == "model"
-            else "changes of the weights, counts and scores"
-        )
-        yield f"Secure aggregation: the coordinator saw sums of the centres' {hidden}, no centre's own.\n"
+    yield f"{PRIVACY_STATEMENTS[privacy.dp_level]}\n"
+    if privacy.dp_level != "none":
+        table = build_privacy_table(list_rounds(card.result), privacy)
+        yield from format_table(table, table.caption)
+    if privacy.secagg:
+        hidden = "weight updates"
+        if privacy.secagg.scope == "all":
+            hidden = "weight updates, counts and scores"
+        yield f"Secure aggregation: the coordinator saw the centres' {hidden} as sums only.\n"
 
 
-def _training_section(result: RunResult, config: RunResult, rounds: Rounds) -> Iterator[str]:
-    aggregation = config.get("aggregation", {})
+def _training_section(card: CardInput) -> Iterator[str]:
+    result, aggregation = card.result, card.config.aggregation
     yield "## Training\n"
-    yield f"- Aggregation: {aggregation.get('method')}, centre weights by tau {aggregation.get('tau')} (0: by scans, 1: all alike)."
-    yield f"- Changes travel as {aggregation.get('codec')}.\n"
-    yield from _format_table(build_stage_table(result, *primary_task_metric(result)), "Stages")
-    weights = build_weight_table(rounds, list_centre_names(result, rounds))
-    if weights.rows:
-        yield from _format_table(weights, weights.caption)
-
-
-def _format_table(table: ReportTable, caption: str) -> Iterator[str]:
-    """A grid as Markdown; of column groups, each column names its own."""
-    heads = [head.text for head in table.header_rows[-1]]
-    if len(table.header_rows) > 1:
-        groups = [group.text for group in table.header_rows[0] for _ in range(group.column_span)]
-        heads = [f"{group} {head}".strip() for group, head in zip(groups, heads, strict=True)]
-    yield f"**{_escape_markdown(caption)}**\n"
-    yield f"| {' | '.join(map(_escape_markdown, heads))} |"
-    yield f"|{'|'.join('--:' if head.is_numeric else '---' for head in table.header_rows[-1])}|"
-    for row in table.rows:
-        yield f"| {' | '.join(_escape_markdown(' '.join(filter(None, (cell.text, cell.subtext)))) for cell in row.cells)} |"
-    yield ""
-    yield from (f"{_escape_markdown(note)}\n" for note in table.notes)
-
-
-def _escape_markdown(text: str) -> str:
-    """Text that is no markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
+    weights = f"centre weights by tau {aggregation.tau} (0: by number of scans, 1: all equal)"
+    yield f"- Aggregation: {aggregation.method}, {weights}."
+    yield f"- Updates are sent as {aggregation.compression}.\n"
+    yield from format_table(build_stage_table(result, get_selection_metric(result)), "Stages")
+    table = build_weight_table(list_rounds(result), list_centre_names(result))
+    if table.rows:
+        yield from format_table(table, table.caption)

@@ -1,326 +1,256 @@
-"""A run's report: one HTML file that needs nothing else, and the table a terminal shows when a run ends.
+"""A run's report: one HTML file that loads nothing else.
 
-Both are made from the dict that is also saved as ``metrics.json``, so that a report can be made again. Every part may be missing (a run
-that paused has no test), and a metric that is undefined is shown as such, never as a number.
+It is made from the run's result alone, which is also saved as ``metrics.json``, so that it can be made again.
+A part that the result lacks is left out, and an undefined metric is never shown as a number.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from rich.table import Table
-from rich.text import Text
 
-from common.learning.metrics import primary_metric
+from common.config.parse import parse_config
+from common.config.schema import Config
 from common.utils.atomic_files import atomic_write
+from server.reporting.centre_tables import (
+    build_centre_table,
+    build_drift_table,
+    build_label_count_tables,
+)
+from server.reporting.cross_site_figures import build_cross_site_figures
 from server.reporting.figures import (
-    METRIC_COLUMNS,
-    METRIC_NAMES,
-    NUM_COLOURS,
-    Figure,
-    Rounds,
-    RunResult,
     build_cost_figures,
-    build_cross_site_figures,
     build_image_statistics_figures,
     build_round_figures,
     build_score_figures,
     build_weight_figures,
-    pick_dash_style,
 )
+from server.reporting.labels import count_noun, format_duration
+from server.reporting.numbered_rounds import Rounds, list_rounds, select_indices
+from server.reporting.plot_traces import NUM_COLOURS, Figure, select_dash
 from server.reporting.report_tables import (
-    VIEW_LABELS,
-    build_centre_table,
+    ReportTable,
     build_cost_table,
-    build_drift_table,
     build_exclusion_table,
-    build_label_count_tables,
     build_privacy_table,
     build_score_table,
     build_stage_table,
     build_weight_table,
-    format_number,
-    list_metrics,
 )
 from server.reporting.report_template import REPORT_TEMPLATE
+from server.reporting.result_summary import (
+    HeadlineNumber,
+    build_headline,
+    describe_headline,
+    get_label_counts,
+    get_selection_metric,
+    list_centre_names,
+    primary_task_metric,
+)
+from server.reporting.scores import TaskMetric, list_metrics
+from server.run.records import RunResult
 
-MAX_FIGURE_POINTS, MIN_CURVE_POINTS = 10_000, 100
+MAX_FIGURE_POINTS = 10_000  # of all lines of a figure: a browser still draws them at once
+MIN_CURVE_POINTS = 100  # of one line
+BORDER_STYLES = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}  # CSS, by Plotly's
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A centre's button in the legend."""
+
+    name: str
+    colour: int
+    border_style: str
+
+
+@dataclass
+class ReportFigures:
+    """The report's figures by section."""
+
+    scores: list[Figure] = field(default_factory=list)
+    rounds: list[Figure] = field(default_factory=list)
+    weights: list[Figure] = field(default_factory=list)
+    costs: list[Figure] = field(default_factory=list)
+    cross_site: list[Figure] = field(default_factory=list)
+    image_statistics: list[Figure] = field(default_factory=list)
+
+    def list_all(self) -> list[Figure]:
+        """Return the figures of all sections."""
+        return list(itertools.chain.from_iterable(vars(self).values()))
+
+
+@dataclass(frozen=True)
+class ReportTables:
+    """The report's tables by section."""
+
+    scores: list[ReportTable]
+    stages: ReportTable
+    weights: ReportTable
+    label_counts: list[ReportTable]
+    centres: ReportTable
+    drift: ReportTable
+    costs: ReportTable
+    privacy: ReportTable
+    exclusions: ReportTable
+
+
+@dataclass(frozen=True)
+class ReportPage:
+    """Everything that the report shows."""
+
+    title: str
+    heading: str
+    status: str
+    facts: list[str]
+    notes: list[str]
+    headline: list[HeadlineNumber]
+    headline_note: str
+    legend: list[LegendEntry]
+    figures: ReportFigures
+    sampling_note: str  # which rounds the curves show, if not all
+    tables: ReportTables
+    config: str  # YAML
 
 
 def write_report(path: Path, result: RunResult) -> None:
-    """Writes the page to `path`, whole or not at all. `result`: see `tests/server/reporting/made_up_results.py` for one with every part."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    """Write a run's report to a file; a failure leaves no partial file."""
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    page = build_page(result)
     text = environment.from_string(REPORT_TEMPLATE).render(
-        **_template_context(result), plotly=Markup(get_plotlyjs())
+        page=page,
+        figures=page.figures,
+        tables=page.tables,
+        figure_data=serialise_figures(page.figures.list_all()),
+        plotly=Markup(get_plotlyjs()),
     )
     atomic_write(path, text.encode())
 
 
-def build_result_table(result: RunResult) -> Table:
-    """The chosen task's test metrics by centre, for a terminal; of the run's last validation where there was no test."""
-    task, metric = primary_task_metric(result)
-    split, scores = "test", result.get("test", {}).get(task)
-    if not scores:
-        split, scores = (
-            "validation",
-            next(
-                (r["val"][task] for _, _, r in reversed(list_rounds(result)) if task in r.get("val", {})), {}
-            ),
-        )
-    columns = (
-        [
-            name
-            for name in list_metrics(scores)
-            if name == metric or (name in METRIC_COLUMNS and METRIC_COLUMNS[name].short_name)
-        ]
-        if scores
-        else []
-    )
-    grid = build_score_table(task, scores, columns)
-    drawn = Table(
-        title=f"{task}, {split}: run {result.get('run', '')}",
-        caption="\n".join(grid.notes) or None,
-        caption_justify="left",
-    )
-    drawn.title = Text(str(drawn.title))  # names are text, not markup
-    drawn.add_column("centre", overflow="fold")
-    for name in columns:
-        drawn.add_column(
-            Text(
-                METRIC_COLUMNS[name].short_name or METRIC_COLUMNS[name].name
-                if name in METRIC_COLUMNS
-                else name
-            ),
-            justify="right",
-            overflow="fold",
-        )
-    for i, row in enumerate(grid.rows):
-        ends = i + 1 < len(grid.rows) and grid.rows[i + 1].css_class == "view first"
-        # what is undefined is a dash here: a cell is too narrow for the reason, which stands below the table
-        shown = [
-            Text("–", "dim") if c.css_class == "none" else Text("\n".join(filter(None, (c.text, c.subtext))))
-            for c in row.cells
-        ]
-        drawn.add_row(*shown, end_section=ends)
-    if drawn.caption:
-        drawn.caption = Text(str(drawn.caption))
-    return drawn
+def serialise_figures(figures: Sequence[Figure]) -> Markup:
+    """Write {id: {data, layout}} as JSON for a script element, which no name in it can end."""
+    data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in figures}
+    return Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
-def build_comparison_table(results: Mapping[str, RunResult]) -> Table:
-    """Several runs' chosen test metric by centre, one column a run (`make compare`), with the steps and seconds that each took."""
-    task, metric = primary_task_metric(next(iter(results.values())))
-    scores = [result.get("test", {}).get(task, {}) for result in results.values()]
-    drawn = Table(title=Text(f"{task}, test {METRIC_NAMES.get(metric, metric)}"))
-    drawn.add_column("centre")
-    for name in results:
-        drawn.add_column(Text(name), justify="right")
-    centres = list(dict.fromkeys(centre for of in scores for centre in of.get("centres", {})))
-    for centre in centres:
-        drawn.add_row(
-            Text(centre),
-            *(format_number(of.get("centres", {}).get(centre, {}).get(metric)) or "–" for of in scores),
-        )
-    drawn.add_section()
-    for view, label in VIEW_LABELS.items():
-        values = [of.get(view, {}).get(metric) for of in scores]
-        shown = [
-            (v.get("value"), v.get("centre") or "") if isinstance(v, Mapping) else (v, "") for v in values
-        ]
-        drawn.add_row(
-            label, *(Text("\n".join(filter(None, (format_number(v) or "–", who)))) for v, who in shown)
-        )
-    drawn.add_section()
-    replies = [
-        [reply for _, _, r in list_rounds(result) for reply in r["centres"].values()]
-        for result in results.values()
-    ]
-    drawn.add_row(
-        "optimiser steps, all centres",
-        *(format_number(sum(reply.get("steps") or 0 for reply in of), 0) for of in replies),
-    )
-    drawn.add_row("time, s", *(format_number(result.get("seconds"), 0) or "–" for result in results.values()))
-    return drawn
-
-
-def _template_context(result: RunResult) -> dict[str, Any]:
-    """All that the page shows."""
+def build_page(result: RunResult) -> ReportPage:
+    """Gather everything that the report shows."""
+    config = parse_config(result.config)
     rounds = list_rounds(result)
-    names = list_centre_names(result, rounds)
-    task, metric = primary_task_metric(result)
-    test = result.get("test", {})
-    tasks = sorted(test, key=lambda name: name != task)  # the chosen one first
-    drawn_of, step = downsample_rounds(rounds, len(names))
-    figures: dict[str, list[Figure]] = {
-        "score_figures": [
-            f for t in tasks if test[t].get("hist") for f in build_score_figures(t, test[t]["hist"], names)
-        ],
-        "round_figures": build_round_figures(drawn_of, names, task, metric),
-        "weight_figures": build_weight_figures(drawn_of, names),
-        "cost_figures": build_cost_figures(drawn_of, names),
-        "matrix_figures": build_cross_site_figures(result.get("matrix", {}), names, task, metric),
-        "quality_figures": build_image_statistics_figures(result.get("quality", {}), names),
-    }
-    drawn = [figure for some in figures.values() for figure in some]
-    for i, figure in enumerate(drawn):
-        figure["id"] = f"figure{i}"
-    # "<" escaped: a name cannot end the script element
-    data = json.dumps(
-        {f["id"]: {"data": f["data"], "layout": f["layout"]} for f in drawn}, allow_nan=False
-    ).replace("<", "\\u003c")
-    recipe, mode, run = (str(result.get(key, "")) for key in ("recipe", "mode", "run"))
-    centres, played = (
-        len(result.get("centres", {})),
-        sum(r["round"] > 0 for _, _, r in rounds),
-    )  # round 0 is what a stage starts from
-    facts = [
-        f"run {run}",
-        mode,
-        f"{centres} centre{'s'[: centres != 1]}",
-        f"{played} round{'s'[: played != 1]}",
-    ]
-    facts.append(f"seed {result.get('seed', '?')}")
-    facts += [f"started {result['started']}"] if result.get("started") else []
-    facts += [f"took {format_duration(result['seconds'])}"] if result.get("seconds") is not None else []
-    styles = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "double"}
-    return {
-        "title": f"{recipe} · {run}",
-        "heading": f"{recipe}, {mode}",
-        "status": str(result.get("status", "unknown")),
-        "facts": facts,
-        "notes": [str(note) for note in result.get("notes", [])],
-        "thinned": f"Of {len(rounds)} rounds the curves show every {step}th, the first and the last of each stage."
-        if step > 1
-        else "",
-        **_headline_numbers(result, task, metric),
-        "results": [build_score_table(name, test[name], list_metrics(test[name])) for name in tasks],
-        "who": [
-            {"name": name, "colour": i % NUM_COLOURS, "style": styles[pick_dash_style(i)]}
-            for i, name in enumerate(names)
-        ]
-        if drawn
-        else [],
-        "stages": build_stage_table(result, *_selection_metric(result)),
-        "weights": build_weight_table(rounds, names),
-        "labels": build_label_count_tables(result),
-        "about": build_centre_table(result),
-        "drift": build_drift_table(result.get("quality", {})),
-        "costs": build_cost_table(rounds),
-        "privacy": build_privacy_table(rounds, result.get("config", {}).get("privacy", {})),
-        "left_out": build_exclusion_table(result),
-        "config": yaml.safe_dump(result.get("config", {}), sort_keys=False, allow_unicode=True, width=120),
-        "figures": Markup(data),
-        **figures,
-    }
-
-
-# ---- numbers and tables
-
-
-def _headline_numbers(result: RunResult, task: str, metric: str) -> dict[str, Any]:
-    scores = result.get("test", {}).get(task)
-    if not scores:
-        return {"headline": [], "headline_note": ""}
-    worst = scores.get("worst", {}).get(metric) or {}
-    macro, pooled, spread = (scores.get(view, {}).get(metric) for view in ("macro", "pooled", "spread"))
-    said = [
-        ("mean of centres", macro, ""),
-        ("pooled", pooled, ""),
-        ("worst centre", worst.get("value"), worst.get("centre") or ""),
-    ]
-    said.append(("spread", spread, "best less worst"))
-    if scores.get("challenge_score") is not None:
-        said.append(("challenge score", scores["challenge_score"], "mean over sources of (F1⁺ + F1⁻)/2"))
-    last = next((stage for stage in reversed(result.get("stages", [])) if stage.get("best")), None)
-    after = ""
-    if last:  # where nothing is exchanged, each centre has its own best
-        one = "round" in last["best"]
-        which = f"round {last['best']['round']}" if one else "each centre's own best round"
-        compared = _evaluation_config(result).get("choose") != "last" and (
-            not one or last["best"].get("value") is not None
+    centre_names = list_centre_names(result)
+    shown = primary_task_metric(result)
+    curve_rounds, step = downsample_rounds(rounds, len(centre_names))
+    figures = _build_figures(result, curve_rounds, centre_names, shown)
+    drawn = figures.list_all()
+    for index, figure in enumerate(drawn):
+        figure.id = f"figure{index}"
+    sampling_note = ""
+    if step > 1:
+        sampling_note = (
+            f"Of {len(rounds)} rounds the curves show every {step}th, and the first and last of each stage."
         )
-        after = f", after {which} of {last['name']}" + (", the best on validation" if compared else "")
-    return {
-        "headline": [
-            {"label": label, "value": format_number(value) or "undefined", "small": small}
-            for label, value, small in said
-        ],
-        "headline_note": f"{METRIC_NAMES.get(metric, metric)} of {task} on the test scans{after}.",
-    }
+    headline = build_headline(result, shown)
+    headline_note = describe_headline(result, shown)
+    return ReportPage(
+        title=f"{result.recipe} · {result.run_id}",
+        heading=f"{result.recipe}, {result.mode}",
+        status=result.status,
+        facts=_list_facts(result, rounds),
+        notes=result.notes,
+        headline=headline,
+        headline_note=headline_note,
+        legend=_build_legend(centre_names) if drawn else [],
+        figures=figures,
+        sampling_note=sampling_note,
+        tables=_build_tables(result, config, rounds, centre_names, shown),
+        config=yaml.safe_dump(result.config, sort_keys=False, allow_unicode=True, width=120),
+    )
 
 
-# ---- small things
+def _build_figures(
+    result: RunResult, rounds: Rounds, centre_names: Sequence[str], shown: TaskMetric
+) -> ReportFigures:
+    figures = ReportFigures(
+        rounds=build_round_figures(rounds, centre_names, shown.task, shown.metric),
+        weights=build_weight_figures(rounds, centre_names),
+        costs=build_cost_figures(rounds, centre_names),
+        cross_site=build_cross_site_figures(result.cross_site, centre_names, shown.task, shown.metric),
+        image_statistics=build_image_statistics_figures(result.image_statistics, centre_names),
+    )
+    for task in _order_tasks(result, shown.task):
+        scores = result.test[task]
+        if "auc" in scores.pooled and scores.sums:  # a binary task: its sums are histograms of scores
+            figures.scores += build_score_figures(task, scores.sums, centre_names)
+    return figures
 
 
-def list_rounds(result: RunResult) -> Rounds:
-    """(number over all stages from 1, stage, round)."""
-    flat = [(stage["name"], r) for stage in result.get("stages", []) for r in stage.get("rounds", [])]
-    return [(i, stage, r) for i, (stage, r) in enumerate(flat, 1)]
+def _build_tables(
+    result: RunResult, config: Config, rounds: Rounds, centre_names: Sequence[str], shown: TaskMetric
+) -> ReportTables:
+    score_tables = []
+    for task in _order_tasks(result, shown.task):
+        scores = result.test[task]
+        score_tables.append(build_score_table(task, scores, list_metrics(scores)))
+    return ReportTables(
+        scores=score_tables,
+        stages=build_stage_table(result, get_selection_metric(result)),
+        weights=build_weight_table(rounds, centre_names),
+        label_counts=build_label_count_tables(get_label_counts(result)),
+        centres=build_centre_table(result.centres),
+        drift=build_drift_table(result.image_statistics),
+        costs=build_cost_table(rounds),
+        privacy=build_privacy_table(rounds, config.privacy),
+        exclusions=build_exclusion_table(result),
+    )
+
+
+def _order_tasks(result: RunResult, first: str) -> list[str]:
+    """Return the tested tasks, the main one first."""
+    return sorted(result.test, key=lambda task: task != first)
+
+
+def _list_facts(result: RunResult, rounds: Rounds) -> list[str]:
+    num_rounds = sum(entry.round > 0 for entry in rounds)
+    facts = [
+        f"run {result.run_id}",
+        result.mode,
+        count_noun(len(result.centres), "centre"),
+        count_noun(num_rounds, "round"),
+        f"seed {result.seed}",
+    ]
+    if result.started:
+        facts.append(f"started {result.started}")
+    if result.seconds:
+        facts.append(f"took {format_duration(result.seconds)}")
+    return facts
+
+
+def _build_legend(centre_names: Sequence[str]) -> list[LegendEntry]:
+    legend = []
+    for index, name in enumerate(centre_names):
+        legend.append(LegendEntry(name, index % NUM_COLOURS, BORDER_STYLES[select_dash(index)]))
+    return legend
 
 
 def downsample_rounds(rounds: Rounds, num_centres: int) -> tuple[Rounds, int]:
-    """The rounds that curves show, and every how manieth: about POINTS of a figure, which a browser still draws at once, but no fewer than FEWEST a
-    curve. The first and the last of a stage always."""
-    step = max(1, len(rounds) // max(MIN_CURVE_POINTS, MAX_FIGURE_POINTS // max(1, num_centres)))
-    ends = {k for i in range(1, len(rounds)) if rounds[i - 1][1] != rounds[i][1] for k in (i - 1, i)} | {
-        0,
-        len(rounds) - 1,
-    }
-    return [one for i, one in enumerate(rounds) if i % step == 0 or i in ends], step
+    """Choose the rounds that curves show: every `step`th, and the first and the last of each stage.
 
+    A figure gets about `MAX_FIGURE_POINTS`, but each line at least `MIN_CURVE_POINTS`.
 
-def list_centre_names(result: RunResult, rounds: Rounds) -> list[str]:
-    """Every centre that is named anywhere, in the order of the federation."""
-    named = dict.fromkeys(result.get("centres", {}))
-    for _, _, r in rounds:
-        for of in (
-            r.get("centres", {}),
-            *r.get("weights", {}).values(),
-            *(val.get("centres", {}) for val in r.get("val", {}).values()),
-        ):
-            named |= dict.fromkeys(of)
-    for of in result.get("quality", {}).values():  # of pooled cohorts, each is named
-        named |= dict.fromkeys(of["centres"])
-    for scores in result.get("test", {}).values():
-        named |= dict.fromkeys([*scores.get("centres", {}), *scores.get("hist", {})])
-    return list(named)
-
-
-def primary_task_metric(result: RunResult) -> tuple[str, str]:
-    """The task and metric to show first: what the run was judged by, if its last scores have it, else what they have."""
-    task, metric = _selection_metric(result)
-    scores: RunResult = result.get("test") or next(
-        (r["val"] for _, _, r in reversed(list_rounds(result)) if r.get("val")), {}
-    )
-    if scores and task not in scores:
-        task = next(
-            (name for name, views in scores.items() if views.get("macro", {}).keys() - {"loss"}),
-            next(iter(scores)),
-        )
-    return task, primary_metric(metric, scores.get(task, {}).get("macro", {}))
-
-
-def _selection_metric(result: RunResult) -> tuple[str, str]:
-    """The task and metric that choose the best round."""
-    return _evaluation_config(result).get("task", "covid"), _evaluation_config(result).get("metric", "auc")
-
-
-def _evaluation_config(result: RunResult) -> RunResult:
-    evaluation: RunResult = result.get("config", {}).get("evaluation", {})
-    return evaluation
-
-
-def format_duration(seconds: float) -> str:
-    """For people: `1 h 2 min`, `2 min 3 s`, `3.4 s`."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-    )
+    Returns:
+        The chosen rounds and the step.
+    """
+    points_per_curve = max(MIN_CURVE_POINTS, MAX_FIGURE_POINTS // max(1, num_centres))
+    step = max(1, len(rounds) // points_per_curve)
+    indices = select_indices([entry.stage for entry in rounds], step)
+    return [rounds[index] for index in indices], step

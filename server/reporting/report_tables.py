@@ -1,22 +1,32 @@
-"""The report's tables: rows of cells, drawn as HTML by `server/reporting/report_template.py` and in the terminal by `server/reporting/report.py`."""
+"""The report's tables of scores, stages, weights, costs, privacy and exclusions.
+
+A table is drawn as HTML by `server/reporting/report_template.py`, as Markdown by
+`server/reporting/model_card.py` and in the terminal by `server/reporting/terminal_tables.py`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from common.config.schema import PrivacyConfig
 from common.learning.metrics import COUNT_METRICS
-from server.reporting.figures import METRIC_COLUMNS, METRIC_NAMES, Rounds, RunResult, to_finite_float
-
-VIEW_LABELS = {"macro": "mean of centres", "pooled": "pooled", "worst": "worst centre", "spread": "spread"}
-SPLIT_LABELS = {"train": "training", "val": "validation", "test": "test"}
+from server.reporting.labels import (
+    VIEW_LABELS,
+    describe_metric,
+    format_number,
+    label_metric,
+    to_finite_float,
+)
+from server.reporting.numbered_rounds import Rounds
+from server.reporting.scores import TaskMetric, view_metrics
+from server.run.records import CentreScores, RunResult, StageRecord, TaskScores
 
 
 class TableCell(NamedTuple):
+    """A cell of a table's body."""
+
     text: str
     css_class: str = ""  # n: a number; none: undefined; text: long
     subtext: str = ""
@@ -24,326 +34,250 @@ class TableCell(NamedTuple):
 
 
 class HeaderCell(NamedTuple):
+    """A cell of a table's head."""
+
     text: str
     is_numeric: bool = True
     column_span: int = 1
 
 
 class TableRow(NamedTuple):
+    """A row; its first cell is its heading."""
+
     cells: list[TableCell]
-    css_class: str = ""
+    css_class: str = ""  # view: a summary over centres; view first: with a line above it
 
 
 class ReportTable(NamedTuple):
-    """A table; `head` is one row or, with column groups above, two."""
+    """A table; its head is one row, or two where columns are grouped."""
 
     header_rows: list[list[HeaderCell]]
     rows: list[TableRow]
     caption: str = ""
-    notes: list[str] = []  # noqa: RUF012  (a NamedTuple's default, never changed)
+    notes: Sequence[str] = ()
 
 
-def build_score_table(task: str, scores: RunResult, columns: Sequence[str]) -> ReportTable:
-    """Centre x metric, then the four views over centres. A centre without a scan to score has no row, but is named."""
+def number_cell(text: str | None) -> TableCell:
+    """Return a cell that holds a number, or a dash where there is none."""
+    return TableCell(text or "–", "n")
+
+
+def number_cells(values: Iterable[float | None], decimals: int = 3) -> list[TableCell]:
+    """Return a cell for each number, with a dash where there is none."""
+    return [number_cell(format_number(value, decimals)) for value in values]
+
+
+# ---- scores
+
+
+def build_score_table(task: str, scores: TaskScores, columns: Sequence[str]) -> ReportTable:
+    """Return metrics by centre, then the views over centres.
+
+    A centre without scans to score has no row; a note names it. Notes also say why a metric is undefined.
+    """
     rows: list[TableRow] = []
-    absent: list[str] = []
-    undefined: dict[str, list[str]] = {}  # what is so and why: the centres
-    for centre, values in scores.get("centres", {}).items():
-        why = {name: reason for name, reason in values.get("reasons", {}).items() if name in columns}
-        if values.get("n") == 0 and all(
-            to_finite_float(v) is None for k, v in values.items() if k not in COUNT_METRICS
-        ):
-            absent.append(centre)
+    unscored: list[str] = []
+    for centre, centre_scores in scores.centres.items():
+        if _has_nothing_to_score(centre_scores):
+            unscored.append(centre)
+        else:
+            rows.append(_centre_row(centre, centre_scores, columns))
+    rows += _view_rows(scores, columns)
+    notes = _explain_undefined(scores, columns, unscored)
+    if unscored:
+        notes.append(f"Nothing to score at {', '.join(unscored)}.")
+    header = [HeaderCell("centre", False), *(HeaderCell(label_metric(name)) for name in columns)]
+    return ReportTable([header], rows, f"{task}, test scans", notes)
+
+
+def _has_nothing_to_score(scores: CentreScores) -> bool:
+    if scores.metrics.get("n") != 0 or to_finite_float(scores.loss) is not None:
+        return False
+    measured = scores.metrics.keys() - set(COUNT_METRICS)
+    return all(to_finite_float(scores.metrics[name]) is None for name in measured)
+
+
+def _centre_row(centre: str, scores: CentreScores, columns: Sequence[str]) -> TableRow:
+    cells = [_score_cell(name, scores.get_metric(name), scores.reasons.get(name, "")) for name in columns]
+    return TableRow([TableCell(centre), *cells])
+
+
+def _view_rows(scores: TaskScores, columns: Sequence[str]) -> list[TableRow]:
+    rows: list[TableRow] = []
+    for view, label in VIEW_LABELS.items():
+        metrics = view_metrics(scores, view)
+        if not metrics:
             continue
-        cells = [_score_cell(values.get(name), name, why.get(name, "")) for name in columns]
-        rows.append(TableRow([TableCell(centre), *cells]))
-        for reason in dict.fromkeys(why.values()):
-            of = ", ".join(METRIC_NAMES.get(n, n) for n, r in why.items() if r == reason)
-            undefined.setdefault(f"{of} undefined: {reason}.", []).append(centre)
-    for i, (view, label) in enumerate((view, label) for view, label in VIEW_LABELS.items() if view in scores):
-        over, cells = scores[view], [TableCell(label)]
+        cells = [TableCell(label)]
         for name in columns:
-            value = over.get(name)
-            who = value.get("centre") or "" if isinstance(value, Mapping) else ""
-            value = value.get("value") if isinstance(value, Mapping) else value
-            blank = name not in over  # a view that does not speak of this column
-            cells.append(
-                TableCell("")
-                if blank
-                else _score_cell(value, name, over.get("reasons", {}).get(name, ""))._replace(subtext=who)
-            )
-        rows.append(TableRow(cells, "view first" if i == 0 else "view"))
-    head = [HeaderCell("centre", False), *(HeaderCell(METRIC_NAMES.get(name, name)) for name in columns)]
-    notes = [f"{', '.join(centres)}: {what}" for what, centres in undefined.items()]
-    return ReportTable(
-        [head],
-        rows,
-        f"{task}, test scans",
-        notes + ([f"Nothing to score at {', '.join(absent)}."] if absent else []),
-    )
+            if name not in metrics:  # the number of scans has no mean, for example
+                cells.append(TableCell(""))
+            else:
+                value, centre = metrics[name]
+                cells.append(_score_cell(name, value)._replace(subtext=centre))
+        rows.append(TableRow(cells, "view" if rows else "view first"))
+    return rows
 
 
-def _score_cell(value: Any, name: str, why: str) -> TableCell:
-    if (
-        text := format_number(value, METRIC_COLUMNS[name].decimals if name in METRIC_COLUMNS else 3)
-    ) is not None:
+def _score_cell(metric: str, value: float | None, reason: str = "") -> TableCell:
+    text = format_number(value, describe_metric(metric).decimals)
+    if text is not None:
         return TableCell(text, "n")
-    return TableCell(f"undefined: {why.split(' (')[0]}" if why else "undefined", "none", tooltip=why)
+    if not reason:
+        return TableCell("undefined", "none")
+    short_reason = reason.split(" (")[0]
+    return TableCell(f"undefined: {short_reason}", "none", tooltip=reason)
 
 
-def list_metrics(scores: RunResult) -> list[str]:
-    """The metrics that are there, in the order of COLUMNS, others after."""
-    there = dict.fromkeys(
-        name
-        for of in (*scores.get("centres", {}).values(), scores.get("pooled", {}))
-        for name in of
-        if name != "reasons"
-    )
-    return sorted(
-        there,
-        key=lambda name: list(METRIC_COLUMNS).index(name) if name in METRIC_COLUMNS else len(METRIC_COLUMNS),
-    )
+def _explain_undefined(scores: TaskScores, columns: Sequence[str], skip: Sequence[str]) -> list[str]:
+    """Return a note for each reason, with the centres it holds for.
+
+    For example ``south: F1 undefined: no labelled scans.``
+    """
+    centres_by_note: dict[str, list[str]] = {}
+    for centre, centre_scores in scores.centres.items():
+        if centre in skip:
+            continue
+        metrics_by_reason: dict[str, list[str]] = {}
+        for metric, reason in centre_scores.reasons.items():
+            if metric in columns:
+                metrics_by_reason.setdefault(reason, []).append(label_metric(metric))
+        for reason, metrics in metrics_by_reason.items():
+            note = f"{', '.join(metrics)} undefined: {reason}."
+            centres_by_note.setdefault(note, []).append(centre)
+    return [f"{', '.join(centres)}: {note}" for note, centres in centres_by_note.items()]
 
 
-def build_stage_table(result: RunResult, task: str, metric: str) -> ReportTable:
-    """What each stage trained, for how long, and which of its rounds the next one, or the test, began from."""
-    rows = []
-    for stage in result.get("stages", []):
-        rounds, best = stage.get("rounds", []), stage.get("best") or {}
-        tasks = ", ".join(dict.fromkeys(name for r in rounds for name in r.get("val", {})))
-        taken = "–" if not best else f"round {best['round']}" if "round" in best else "each centre's own best"
-        value = format_number(best.get("value"))
-        played = sum(r["round"] > 0 for r in rounds)
-        rows.append(
-            TableRow(
-                [
-                    TableCell(stage["name"]),
-                    TableCell(tasks, "text"),
-                    TableCell(str(played), "n"),
-                    TableCell(taken, "text"),
-                    TableCell(value or "–", "n"),
-                ]
-            )
-        )
-    head = [
+# ---- stages, weights and costs
+
+
+def build_stage_table(result: RunResult, selected_by: TaskMetric) -> ReportTable:
+    """Return each stage's tasks, rounds and best round, from which the next stage or the test starts."""
+    header = [
         HeaderCell("stage", False),
         HeaderCell("tasks", False),
         HeaderCell("rounds"),
-        HeaderCell("taken", False),
-        HeaderCell(f"{task}: {METRIC_NAMES.get(metric, metric)}"),
+        HeaderCell("best round", False),
+        HeaderCell(f"{selected_by.task}: {label_metric(selected_by.metric)}"),
     ]
-    return ReportTable([head], rows)
+    return ReportTable([header], [_stage_row(stage) for stage in result.stages])
+
+
+def _stage_row(stage: StageRecord) -> TableRow:
+    tasks: dict[str, None] = {}
+    num_rounds = 0
+    for record in stage.rounds:
+        tasks |= dict.fromkeys(record.validation)
+        num_rounds += record.round > 0
+    best_round = "–"
+    value = None
+    if stage.best_by_centre:
+        best_round = "each centre's own best"
+    elif stage.best:
+        best_round = f"round {stage.best.round}"
+        value = stage.best.value
+    cells = [
+        TableCell(stage.name),
+        TableCell(", ".join(tasks), "text"),
+        TableCell(str(num_rounds), "n"),
+        TableCell(best_round, "text"),
+        number_cell(format_number(value)),
+    ]
+    return TableRow(cells)
 
 
 def build_weight_table(rounds: Rounds, centre_names: Sequence[str]) -> ReportTable:
-    """Shares in the last round that had any."""
-    last = next(((stage, r) for _, stage, r in reversed(rounds) if r.get("weights")), None)
-    if not last:
+    """Return the centres' weights in the last round that had any; an empty table where no round had."""
+    last = next((entry for entry in reversed(rounds) if entry.record.weights), None)
+    if last is None:
         return ReportTable([], [])
-    stage, r = last
-    parts = list(r["weights"])
-    rows = [
-        TableRow(
-            [
-                TableCell(name),
-                *(TableCell(format_number(r["weights"][part].get(name)) or "–", "n") for part in parts),
-            ]
-        )
-        for name in centre_names
-        if any(name in r["weights"][part] for part in parts)
-    ]
-    effective = [TableCell(format_number(r.get("effective", {}).get(part), 2) or "–", "n") for part in parts]
-    rows.append(TableRow([TableCell("effective number"), *effective], "view first"))
-    return ReportTable(
-        [[HeaderCell("centre", False), *map(HeaderCell, parts)]],
-        rows,
-        f"Shares in round {r['round']} of {stage}",
-    )
-
-
-def build_label_count_tables(result: RunResult) -> list[ReportTable]:
-    """One table a task: scans by centre, split and class."""
-    counts = {centre: facts.get("counts", {}) for centre, facts in result.get("centres", {}).items()}
-    tasks = dict.fromkeys(task for of in counts.values() for split in of.values() for task in split)
-    grids = []
-    for task in tasks:
-        splits = [
-            split
-            for split in dict.fromkeys([*SPLIT_LABELS, *(s for of in counts.values() for s in of)])
-            if any(split in of for of in counts.values())
-        ]
-        keys = list(
-            dict.fromkeys(k for of in counts.values() for split in of.values() for k in split.get(task, {}))
-        )
-        wide = len(keys) > 9  # then sizes instead of every class
-        if wide:
-            keys.sort(key=lambda key: key == "unlabelled")
-        columns = ["scans", "classes", "unlabelled"][: 2 + (keys[-1] == "unlabelled")] if wide else keys
-        rows, every = [], []
-        for centre, of in counts.items():
-            every.append(
-                np.array(
-                    [[of.get(split, {}).get(task, {}).get(key, 0) for key in keys] for split in splits], float
-                )
-            )
-            rows.append(TableRow([TableCell(centre), *_count_cells(every[-1], columns)]))
-        rows.append(TableRow([TableCell("all"), *_count_cells(np.sum(every, axis=0), columns)], "view first"))
-        groups = [
-            HeaderCell("", False),
-            *(HeaderCell(SPLIT_LABELS.get(split, split), column_span=len(columns)) for split in splits),
-        ]
-        head = [HeaderCell("centre", False), *(HeaderCell(column) for _ in splits for column in columns)]
-        grids.append(ReportTable([groups, head], rows, f"{task}, scans"))
-    return grids
-
-
-def _count_cells(counts: NDArray[np.float64], columns: list[str]) -> list[TableCell]:
-    """Of [splits, classes]: as they are, or as many columns as are asked for: scans, classes that have any, unlabelled (the last class)."""
-    if counts.shape[1] > len(columns):
-        of = counts[:, : -1 if len(columns) == 3 else None]
-        counts = np.stack([of.sum(1), (of > 0).sum(1), counts[:, -1]], axis=1)[:, : len(columns)]
-    return [TableCell(format_number(float(n), 0) or "", "n") for n in counts.ravel()]
-
-
-def build_centre_table(result: RunResult) -> ReportTable:
-    """Who the centres are: sources, device, versions, and the scans they could not read."""
-    head = [
-        HeaderCell("centre", False),
-        HeaderCell("sources", False),
-        HeaderCell("device", False),
-        HeaderCell("scans not readable"),
-        HeaderCell("versions", False),
-    ]
+    weights = last.record.weights
+    weighed = set().union(*weights.values())
     rows = []
-    for centre, facts in result.get("centres", {}).items():
-        versions = facts.get("versions") or {}
-        said = (
-            ", ".join(f"{k} {v}" for k, v in versions.items())
-            if isinstance(versions, Mapping)
-            else str(versions)
-        )
-        lost = str(facts.get("skipped", 0))
-        why = "; ".join(f"{n} {reason}" for reason, n in (facts.get("skipped_why") or {}).items())
-        sources = TableCell(", ".join(map(str, facts.get("sources", []))), "text")
-        rows.append(
-            TableRow(
-                [
-                    TableCell(centre),
-                    sources,
-                    TableCell(str(facts.get("device", "")), "text"),
-                    TableCell(lost, "n", why),
-                    TableCell(said, "text"),
-                ]
-            )
-        )
-    return ReportTable([head], rows)
+    for name in centre_names:
+        if name in weighed:
+            values = [group_weights.get(name) for group_weights in weights.values()]
+            rows.append(TableRow([TableCell(name), *number_cells(values)]))
+    effective = [last.record.effective_centres.get(group) for group in weights]
+    rows.append(TableRow([TableCell("effective number"), *number_cells(effective, 2)], "view first"))
+    header = [HeaderCell("centre", False), *map(HeaderCell, weights)]
+    return ReportTable([header], rows, f"Weights in round {last.round} of {last.stage}")
 
 
-def build_drift_table(image_statistics: RunResult) -> ReportTable:
-    """How unlike all the others' scans each centre's are."""
-    centres = dict.fromkeys(centre for of in image_statistics.values() for centre in of["centres"])
-    rows = [
-        TableRow(
-            [
-                TableCell(c),
-                *(
-                    TableCell(format_number(of["drift"].get(c), 2) or "–", "n")
-                    for of in image_statistics.values()
-                ),
-            ]
-        )
-        for c in centres
-    ]
-    caption = "Distance of each centre's histogram from all others' together (Jensen-Shannon: 0 alike, 1 nothing in common)"
-    return ReportTable(
-        [[HeaderCell("centre", False), *(HeaderCell(of["name"]) for of in image_statistics.values())]],
-        rows,
-        caption,
-    )
+@dataclass
+class _StageCost:
+    """What a stage's rounds took."""
+
+    num_rounds: int = 0
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 def build_cost_table(rounds: Rounds) -> ReportTable:
-    """Time and bytes by stage."""
-    stages: dict[str, list[RunResult]] = {}
-    for _, stage, r in rounds:
-        if r["round"]:  # round 0 is no round, but the score of what the stage starts from
-            stages.setdefault(stage, []).append(r)
+    """Return time and traffic by stage. A stage's round 0 is its first validation, and does not count."""
+    costs: dict[str, _StageCost] = {}
+    for entry in rounds:
+        if entry.round > 0:
+            cost = costs.setdefault(entry.stage, _StageCost())
+            cost.num_rounds += 1
+            cost.seconds += entry.record.seconds
+            cost.bytes_down += entry.record.bytes_down
+            cost.bytes_up += entry.record.bytes_up
     rows = []
-    for stage, some in stages.items():
-        sums = {
-            key: math.fsum(r.get(key) or 0 for r in some) for key in ("seconds", "bytes_down", "bytes_up")
-        }
-        cells = [
-            TableCell(str(len(some)), "n"),
-            TableCell(f"{sums['seconds']:.1f}", "n"),
-            TableCell(f"{sums['seconds'] / len(some):.1f}", "n"),
-        ]
-        rows.append(
-            TableRow(
-                [
-                    TableCell(stage),
-                    *cells,
-                    *(TableCell(f"{sums[key] / 1e6:.1f}", "n") for key in ("bytes_down", "bytes_up")),
-                ]
-            )
-        )
-    heads = ("rounds", "time, s", "time per round, s", "to centres, MB", "from centres, MB")
-    return ReportTable([[HeaderCell("stage", False), *map(HeaderCell, heads)]], rows)
+    for stage, cost in costs.items():
+        seconds_per_round = cost.seconds / cost.num_rounds
+        numbers = [cost.seconds, seconds_per_round, cost.bytes_down / 1e6, cost.bytes_up / 1e6]
+        cells = [TableCell(stage), number_cell(str(cost.num_rounds)), *number_cells(numbers, 1)]
+        rows.append(TableRow(cells))
+    names = ("rounds", "time, s", "time per round, s", "to centres, MB", "from centres, MB")
+    return ReportTable([[HeaderCell("stage", False), *map(HeaderCell, names)]], rows)
 
 
-def build_privacy_table(rounds: Rounds, privacy: RunResult) -> ReportTable:
-    """What each centre's patients (in this and earlier runs), or each centre (in this run), have lost by the last round each contributed to."""
-    spent: dict[str, list[tuple[int, float]]] = {}
-    for number, _, r in rounds:
-        for centre, said in r.get("centres", {}).items():
-            if to_finite_float(said.get("epsilon")) is not None:
-                spent.setdefault(centre, []).append((number, said["epsilon"]))
-    rows = [
-        TableRow(
-            [
-                TableCell(centre),
-                *(TableCell(format_number(v, 2) or "", "n") for v in (of[0][1], of[-1][1])),
-                TableCell(str(len(of)), "n"),
-            ]
-        )
-        for centre, of in spent.items()
-    ]
-    heads = ("epsilon, first round", "epsilon, last round", "rounds")
-    central = privacy.get("kind") == "central"
-    whose = (
-        "Centres' privacy loss, to those who see the models but not to the coordinator,"
-        if central
-        else "Patients' privacy loss"
-    )
-    caption = f"{whose} at delta {privacy.get('delta', 0):g}, clipped at {privacy.get('clip', 0):g}"
-    return ReportTable([[HeaderCell("centre", False), *map(HeaderCell, heads)]], rows, caption)
+# ---- privacy and exclusions
+
+
+def build_privacy_table(rounds: Rounds, privacy: PrivacyConfig) -> ReportTable:
+    """Return epsilon by centre after the first and the last round that it contributed to.
+
+    With ``privacy=central`` the loss is each centre's, of this run; else it is its patients', of all their
+    runs.
+    """
+    epsilons: dict[str, list[float]] = {}
+    for entry in rounds:
+        for centre, reply in entry.record.centres.items():
+            epsilon = to_finite_float(reply.epsilon)
+            if epsilon is not None:
+                epsilons.setdefault(centre, []).append(epsilon)
+    rows = []
+    for centre, values in epsilons.items():
+        first_and_last = number_cells([values[0], values[-1]], 2)
+        rows.append(TableRow([TableCell(centre), *first_and_last, number_cell(str(len(values)))]))
+    names = ("epsilon, first round", "epsilon, last round", "rounds")
+    header = [HeaderCell("centre", False), *map(HeaderCell, names)]
+    if privacy.dp_level == "central":
+        whose = "Centres' privacy loss towards those who see the models, but not towards the coordinator,"
+    else:
+        whose = "Patients' privacy loss"
+    caption = f"{whose} at delta {privacy.delta:g}, clip norm {privacy.clip_norm:g}"
+    return ReportTable([header], rows, caption)
 
 
 def build_exclusion_table(result: RunResult) -> ReportTable:
-    """Contributions that were not used, and why."""
-    head = [
+    """Return the contributions that were not used, and why."""
+    header = [
         HeaderCell("stage", False),
         HeaderCell("round"),
         HeaderCell("centre", False),
         HeaderCell("reason", False),
     ]
     rows = []
-    for out in result.get("left_out", []):
-        stage, round, centre, reason = (str(out[key]) for key in ("stage", "round", "centre", "reason"))
-        rows.append(
-            TableRow(
-                [
-                    TableCell(stage),
-                    TableCell(round, "n"),
-                    TableCell(centre, "text"),
-                    TableCell(reason, "text"),
-                ]
-            )
-        )
-    return ReportTable([head], rows)
-
-
-def format_number(value: Any, decimals: int = 3) -> str | None:
-    """With thin spaces between thousands; None for what is no finite number."""
-    number = to_finite_float(value)
-    return None if number is None else f"{number:,.{decimals}f}".replace(",", "\u2009")
+    for exclusion in result.left_out:
+        cells = [
+            TableCell(exclusion.stage),
+            TableCell(str(exclusion.round), "n"),
+            TableCell(exclusion.centre, "text"),
+            TableCell(exclusion.reason, "text"),
+        ]
+        rows.append(TableRow(cells))
+    return ReportTable([header], rows)

@@ -1,85 +1,93 @@
-"""The best round of a stage on validation: which it is, its weights, and which personal ones the centres lay over them."""
+"""The best round of a stage on validation: which it is, its weights, and which local layers belong to it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.modeling.parameters import EMPTY_PARAMS, Weights
-from server.analysis import score_tables
+from server.analysis.score_tables import get_centre_score, get_selection_score
 from server.run import checkpoint
+from server.run.records import BestRound, RoundRecord, StageRecord
 from server.run.run_state import Run
 
-
-def personal_layers_for(
-    run: Run, stage_record: dict[str, Any], centre: str, round_number: int
-) -> list[tuple[str, int]]:
-    """Whose personal weights a centre lays over the global ones: the best round of each finished stage, then this stage's up to `round`."""
-    bests = [
-        (s["name"], best_round_for(s, centre))
-        for s in run.result["stages"]
-        if s["finished"] and s["name"] != stage_record["name"]
-    ]
-    before = [
-        (name, best["round"]) for name, best in bests if best
-    ]  # none of a centre that was excluded all the time
-    return [
-        (name, last)
-        for name, last in [*before, (stage_record["name"], round_number)]
-        if run.config.stages[name].local_layers
-    ]
+PersonalRounds = list[
+    tuple[str, int]
+]  # (stage, round) of a centre's own local layers; later ones replace earlier ones
 
 
-def rounds_to_keep(stage_record: dict[str, Any], centre: str, round_number: int) -> list[int]:
-    """Rounds of a stage whose personal weights may still be asked for: the last two (a resume repeats a round) and the best."""
-    return [round_number - 1, round_number - 2, best_round_for(stage_record, centre).get("round", 0)]
+def personal_layers_for(run: Run, record: StageRecord, centre: str, round_number: int) -> PersonalRounds:
+    """Return which of its own local layers a centre uses in place of the global ones.
+
+    They are those of the best round of each finished stage, then those of this stage up to `round_number`.
+    """
+    rounds: PersonalRounds = []
+    for stage in run.result.stages:
+        if stage.finished and stage.name != record.name:
+            best = best_round_for(stage, centre)
+            if best:  # a centre that was excluded all the time has none
+                rounds.append((stage.name, best.round))
+    rounds.append((record.name, round_number))
+    return [(stage, number) for stage, number in rounds if run.config.stages[stage].local_layers]
 
 
-def best_round_for(stage_record: dict[str, Any], centre: str) -> dict[str, Any]:
-    """The best round so far: each centre's own when nothing is exchanged, else one for all."""
-    best: dict[str, Any] = stage_record["best"]
-    return best.get(centre, {}) if stage_record["personal"] else best
+def rounds_to_keep(record: StageRecord, centre: str, round_number: int) -> list[int]:
+    """Return the rounds whose local layers may be needed: the last two, as a resume repeats one; the best."""
+    best = best_round_for(record, centre)
+    return [round_number - 1, round_number - 2, best.round if best else 0]
 
 
-def best_rounds(stage_record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What patience looks at: the best of all, or of every centre that has a value of its own to compare."""
-    bests = list(stage_record["best"].values()) if stage_record["personal"] else [stage_record["best"]]
-    return [best for best in bests if best["value"] is not None] or bests
+def best_round_for(record: StageRecord, centre: str) -> BestRound | None:
+    """Return the best round so far: of the shared model, or the centre's own where nothing is exchanged."""
+    return record.best_by_centre.get(centre) if record.local_only else record.best
 
 
-def update_best(run: Run, stage_record: dict[str, Any], round_record: dict[str, Any]) -> None:
-    """A round becomes the stage's best, or a centre's own, where validation says so; without a value to compare (one class only, another task)
-    the latest is as good as can be said."""
-    evaluation, val = run.config.evaluation, round_record["val"]
+def has_stalled(run: Run, record: StageRecord) -> bool:
+    """Return whether no round has been better for as long as `evaluation.patience` allows."""
+    evaluation = run.config.evaluation
+    if not evaluation.patience:
+        return False
+    last_round = len(record.rounds) - 1
+    rounds_since_best = [last_round - max(best.round, evaluation.warmup) for best in _best_rounds(record)]
+    return all(rounds >= evaluation.patience for rounds in rounds_since_best)
 
-    def pick_better(best: dict[str, Any], value: float | None) -> dict[str, Any]:
-        if (
-            evaluation.checkpoint_selection == "last"
-            or value is None
-            or not best
-            or best["value"] is None
-            or value > best["value"]
-        ):
-            return {"stage": stage_record["name"], "round": round_record["round"], "value": value}
-        return best
 
-    if stage_record["personal"]:
-        for centre in run.expected_centres:
-            cohorts = run.members[centre].cohorts if centre in run.members else [centre]
-            stage_record["best"][centre] = pick_better(
-                stage_record["best"].get(centre, {}), score_tables.centre_score(val, evaluation, cohorts)
-            )
-    else:
-        stage_record["best"] = pick_better(
-            stage_record["best"], score_tables.selection_score(val, evaluation)
-        )
+def _best_rounds(record: StageRecord) -> list[BestRound]:
+    """Return what patience looks at: the best of all, or of every centre that has a value to compare."""
+    if not record.local_only:
+        return [record.best] if record.best else []
+    bests = list(record.best_by_centre.values())
+    with_value = [best for best in bests if best.value is not None]
+    return with_value or bests
+
+
+def update_best(run: Run, record: StageRecord, round_record: RoundRecord) -> None:
+    """Make a round the stage's best, or a centre's own, if its validation is better.
+
+    Where there is no value to compare (a single class, another task), the latest round counts as the best.
+    """
+    evaluation = run.config.evaluation
+    if not record.local_only:
+        score = get_selection_score(round_record.validation, evaluation)
+        record.best = _choose_best(run, record.best, BestRound(record.name, round_record.round, score))
+        return
+    for centre in run.expected_centres:
+        member = run.membership.members.get(centre)
+        cohorts = member.cohorts if member else [centre]
+        score = get_centre_score(round_record.validation, evaluation, cohorts)
+        candidate = BestRound(record.name, round_record.round, score)
+        record.best_by_centre[centre] = _choose_best(run, record.best_by_centre.get(centre), candidate)
+
+
+def _choose_best(run: Run, best: BestRound | None, candidate: BestRound) -> BestRound:
+    takes_last = run.config.evaluation.checkpoint_selection == "last"
+    if takes_last or best is None or best.value is None or candidate.value is None:
+        return candidate
+    return candidate if candidate.value > best.value else best
 
 
 def load_best_weights(run: Run) -> Weights:
-    """The global weights of the last stage's best round; where nothing is exchanged they never changed."""
-    place = run.result["stages"][-1]
-    if place["personal"] or place["best"]["round"] == len(place["rounds"]) - 1:
-        return run.weights
-    run.weights = Weights(EMPTY_PARAMS, run.weights.int_buffers)  # its memory is wanted
-    return run.layout.from_state_dict(
-        checkpoint.load_weights(checkpoint.weights_path(run.run_dir, place["name"], place["best"]["round"]))
-    )
+    """Load the global weights of the last stage's best round; without exchange they never changed."""
+    record = run.result.stages[-1]
+    if record.best is None or record.best.round == len(record.rounds) - 1:
+        return run.model.weights
+    run.model.weights = Weights(EMPTY_PARAMS, run.model.weights.int_buffers)  # its memory is needed
+    path = checkpoint.weights_path(run.run_dir, record.name, record.best.round)
+    return run.model.layout.from_state_dict(checkpoint.load_weights(path))

@@ -1,7 +1,9 @@
-"""How the present weights reach the centres in few bytes: a centre that holds the last ones is sent what changed, in the run's codec.
+"""Send the global weights in few bytes: a centre that has the last ones receives the difference.
 
-The server rounds its own step before anybody sees it (`rounded`): the run's weights are then exactly what a centre gets that adds the codes to
-what it holds, wherever and however often they are put together, and what rounding took is added to the next step. Who lacks them gets them whole.
+The difference is encoded with the run's codec. The coordinator quantizes its own step before anybody receives
+it (`quantize_server_step`). The global weights are therefore exactly what a centre computes that adds the
+encoded difference to what it holds, and what quantization took from one step is added to the next. A centre
+that lacks the last weights receives all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.modeling.parameters import EMPTY_PARAMS, Weights
 from common.protocol.messages import (
@@ -26,153 +29,210 @@ from common.protocol.messages import (
     UnmaskRequest,
 )
 from common.protocol.update_codec import apply_update, encode_update, select_codec
+from common.utils.errors import RefusalCode
 from server.run.operator_commands import apply_pending_commands
-from server.run.run_state import Run, refusal_reason
+from server.run.run_state import Run, ServerStep
 from server.run.transport import ReceivedReply
 
 RESIDUAL_FILE = "left.npy"
+RESIDUAL_KEY = "left"  # in the optimiser's state: what quantization took from the last step
 
 
 def quantize_server_step(run: Run, next_weights: Weights) -> Weights:
-    """The next weights as the codec can say them; `after` is written over. What is lost lies in `run.moments`, which a checkpoint holds."""
+    """Return the next weights as the run's codec can express them, and note the step for the broadcast.
+
+    `next_weights` is overwritten. What quantization takes is kept in the optimiser's state, and so in the
+    checkpoint.
+    """
     codec = select_codec(run.config)
     if codec == "fp32":
         return next_weights
-    np.subtract(next_weights.floats, run.weights.floats, out=next_weights.floats)
-    left = run.optimiser_state.get("left")
-    if not isinstance(
-        left, np.memmap
-    ):  # a model's size, wanted once a round: on disk, from where a checkpoint takes it
-        clear_residual(run)
-        kept, left = (
-            left,
-            np.lib.format.open_memmap(
-                run.run_dir / RESIDUAL_FILE, "w+", np.float32, next_weights.floats.shape
-            ),
-        )
-        if kept is not None:
-            left[:] = kept
-    codes, run.optimiser_state["left"] = encode_update(next_weights.floats, run.layout, codec, left)
-    reached = Weights(
-        apply_update(run.weights.floats, codes, run.layout, codec, next_weights.floats),
-        next_weights.int_buffers,
+    weights, layout = run.model.weights, run.model.layout
+    np.subtract(next_weights.floats, weights.floats, out=next_weights.floats)
+    residual = _residual_on_disk(run, next_weights.floats.shape)
+    encoded, run.model.optimiser_state[RESIDUAL_KEY] = encode_update(
+        next_weights.floats, layout, codec, residual
     )
-    run.broadcast_delta = run.weights.digest, reached.digest, codes
-    return reached
+    floats = apply_update(weights.floats, encoded, layout, codec, next_weights.floats)
+    quantized = Weights(floats, next_weights.int_buffers)
+    run.broadcast.last_step = ServerStep(weights.digest, quantized.digest, encoded)
+    return quantized
+
+
+def _residual_on_disk(run: Run, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the last step's residual, in a file: it is as large as the model and needed once a round."""
+    residual = run.model.optimiser_state.get(RESIDUAL_KEY)
+    if isinstance(residual, np.memmap):
+        return residual
+    clear_residual(run)
+    on_disk = np.lib.format.open_memmap(run.run_dir / RESIDUAL_FILE, "w+", np.float32, shape)
+    if residual is not None:
+        on_disk[:] = residual
+    return on_disk
 
 
 def clear_residual(run: Run) -> None:
-    """What the last stage's rounding left is of no use to the next."""
-    run.optimiser_state.pop("left", None)
+    """Forget what quantization took from a finished stage's last step."""
+    run.model.optimiser_state.pop(RESIDUAL_KEY, None)
     (run.run_dir / RESIDUAL_FILE).unlink(missing_ok=True)
 
 
 def send_requests(run: Run, requests: Mapping[str, Request]) -> Iterator[ReceivedReply]:
-    """`run.transport.ask` with the run's weights as short as each centre can do with. Who lacks what they build on is asked again; who was never
-    met, or runs other code, is not asked at all."""
-    for centre in requests.keys() - run.members.keys():
-        run.traffic.setdefault(centre, (0, 0))
-        yield ReceivedReply(centre, Refusal(centre, run.refusals.get(centre, "not connected")))
-    requests = {c: r for c, r in requests.items() if c in run.members}
-    federated = select_codec(run.config) != "fp32" and any(
-        _request_weights(r) is run.weights for r in requests.values()
-    )
-    digest = run.weights.digest if federated else ""
-    short = {
-        c: as_delta_request(run, r, run.held_digests.get(c, ""), digest)
-        if _request_weights(r) is run.weights
-        else r
-        for c, r in requests.items()
-    }
-    lacking: dict[str, Request] = {}
-    while short:
-        again, lacking = bool(lacking), {}
-        for received in collect_replies(run, short, again):
-            centre, reply = received.centre, received.reply
-            up, down = run.traffic.get(centre, (0, 0))
-            run.traffic[centre] = up + received.bytes_up, down + received.bytes_down
-            if isinstance(reply, BaseWeightsMissing) and short[centre] is not requests[centre]:
-                lacking[centre] = requests[centre]
+    """Send requests with as few bytes of weights as each centre can do with, and yield the replies.
+
+    A centre that lacks the weights that its request builds on is asked again with all of them. A centre that
+    is no member of the run is not asked; it yields its refusal.
+    """
+    member_requests: dict[str, Request] = {}
+    for centre, request in requests.items():
+        if centre in run.membership.members:
+            member_requests[centre] = request
+    for centre in requests.keys() - member_requests.keys():
+        run.traffic.add(centre)
+        not_connected = Refusal(centre, "not connected", code=RefusalCode.OFFLINE)
+        yield ReceivedReply(centre, run.membership.refusals.get(centre, not_connected))
+    yield from _send_to_members(run, member_requests)
+
+
+def _send_to_members(run: Run, requests: Mapping[str, Request]) -> Iterator[ReceivedReply]:
+    digest = _broadcast_digest(run, requests)
+    to_send = {centre: _shorten_request(run, centre, request, digest) for centre, request in requests.items()}
+    is_retry = False
+    while to_send:
+        base_missing: dict[str, Request] = {}
+        for received in collect_replies(run, to_send, is_retry):
+            centre = received.centre
+            run.traffic.add(centre, received.bytes_up, received.bytes_down)
+            was_shortened = to_send[centre] is not requests[centre]
+            if was_shortened and isinstance(received.reply, BaseWeightsMissing):
+                base_missing[centre] = requests[centre]
                 continue
-            if (
-                isinstance(reply, StatisticsReply | TrainReply)
-                and digest
-                and _request_weights(requests[centre]) is run.weights
-            ):
-                run.held_digests[centre] = digest
-            elif isinstance(reply, Refusal | BaseWeightsMissing):
-                run.held_digests.pop(centre, None)
+            _note_held_weights(run, received, requests[centre], digest)
             yield received
-            del received, reply  # before the next is taken: its memory is wanted
-        short = lacking
+            del received  # before the next reply is received: its memory is needed
+        to_send = base_missing
+        is_retry = True
+
+
+def _broadcast_digest(run: Run, requests: Mapping[str, Request]) -> str:
+    """Return the digest of the global weights; "" if they travel unquantized, or if no request has them."""
+    if select_codec(run.config) == "fp32":
+        return ""
+    if not any(_carries_global_weights(run, request) for request in requests.values()):
+        return ""
+    return run.model.weights.digest
+
+
+def _carries_global_weights(run: Run, request: Request) -> bool:
+    return isinstance(request, StatisticsRequest | TrainRequest) and request.weights is run.model.weights
+
+
+def _shorten_request(run: Run, centre: str, request: Request, digest: str) -> Request:
+    if not _carries_global_weights(run, request):
+        return request
+    return as_delta_request(run, request, run.broadcast.held_digests.get(centre, ""), digest)
+
+
+def _note_held_weights(run: Run, received: ReceivedReply, request: Request, digest: str) -> None:
+    """Note which weights the centre holds now that it has replied."""
+    if isinstance(received.reply, Refusal | BaseWeightsMissing):
+        run.broadcast.held_digests.pop(received.centre, None)
+        return
+    used_weights = isinstance(received.reply, StatisticsReply | TrainReply)
+    if used_weights and digest and _carries_global_weights(run, request):
+        run.broadcast.held_digests[received.centre] = digest
 
 
 def collect_replies(run: Run, requests: Mapping[str, Request], is_retry: bool) -> Iterator[ReceivedReply]:
-    """`run.transport.ask`, written to the ledger as it happens; an operator who stops the run, or excludes who keeps it waiting, is heard.
+    """Send requests and yield the replies, each written to the ledger as it arrives.
 
-    `again`: these have been asked before, and lacked what the request builds on.
+    Operators' commands take effect in the meantime: a stop ends the run, an excluded centre is no longer
+    waited for.
+
+    Args:
+        run: the run.
+        requests: {centre: request}, all of one kind.
+        is_retry: the same centres were asked before and lacked the weights that the request builds on.
     """
-    (stage, round), doing = run.stage_and_round, _activity_name(next(iter(requests.values())))
+    activity = _activity_name(next(iter(requests.values())))
     if not is_retry:
-        run.ledger.log_progress(run.run_id, stage, round, doing, asked=list(requests))
-    waiting, began = set(requests), time.monotonic()
+        run.ledger.log_progress(run.run_id, *run.position, activity, asked_centres=list(requests))
+    waiting = set(requests)
+    started = time.monotonic()
     for received in run.transport.send_and_receive(requests, run.config.federation.round_timeout):
         apply_pending_commands(run)
+        excluded = run.commands.excluded_centres
         if received is None:
-            if waiting <= run.excluded_centres.keys():
+            if waiting <= excluded.keys():
                 break
             continue
         waiting.discard(received.centre)
-        if received.centre in run.excluded_centres:
-            received = replace(
-                received,
-                reply=Refusal(received.centre, run.excluded_centres[received.centre], permanent=True),
-            )
-        if not isinstance(received.reply, BaseWeightsMissing):
-            reason = refusal_reason(received.reply) if isinstance(received.reply, Refusal) else None
-            took = {
-                "seconds": time.monotonic() - began,
-                "bytes_up": received.bytes_up,
-                "bytes_down": received.bytes_down,
-            }
-            run.ledger.log_progress(
-                run.run_id, stage, round, doing, centre=received.centre, reason=reason, **took
-            )
+        if received.centre in excluded:
+            received = replace(received, reply=_exclusion_refusal(run, received.centre))
+        _log_reply(run, activity, received, time.monotonic() - started)
         yield received
-        del received  # as above
-    for centre in waiting:  # all of them excluded
-        yield ReceivedReply(centre, Refusal(centre, run.excluded_centres[centre], permanent=True))
+        del received  # before the next reply is received: its memory is needed
+    for centre in waiting:  # only excluded centres are left
+        yield ReceivedReply(centre, _exclusion_refusal(run, centre))
 
 
-def _activity_name(request: Request) -> str:
-    """In the words of `tables.progress`."""
-    if isinstance(request, ShareKeysRequest | MaskedInputRequest | UnmaskRequest):
-        return "secure sum"
-    return (
-        "train"
-        if isinstance(request, TrainRequest)
-        else request.name
-        if isinstance(request, StatisticsRequest)
-        else "meet"
+def _exclusion_refusal(run: Run, centre: str) -> Refusal:
+    reason = run.commands.excluded_centres[centre]
+    return Refusal(centre, reason, permanent=True, code=RefusalCode.EXCLUDED)
+
+
+def _log_reply(run: Run, activity: str, received: ReceivedReply, seconds: float) -> None:
+    if isinstance(received.reply, BaseWeightsMissing):
+        return  # the centre is asked again
+    refusal = received.reply if isinstance(received.reply, Refusal) else None
+    run.ledger.log_progress(
+        run.run_id,
+        *run.position,
+        activity,
+        centre=received.centre,
+        reason=refusal.reason if refusal else None,
+        code=refusal.code if refusal else None,
+        seconds=seconds,
+        bytes_up=received.bytes_up,
+        bytes_down=received.bytes_down,
     )
 
 
+def _activity_name(request: Request) -> str:
+    """Return what the ledger's progress table calls a request."""
+    match request:
+        case ShareKeysRequest() | MaskedInputRequest() | UnmaskRequest():
+            return "secure sum"
+        case TrainRequest():
+            return "train"
+        case StatisticsRequest():
+            return request.name
+        case _:
+            return "handshake"
+
+
 def as_delta_request(run: Run, request: Request, held_digest: str, target_digest: str) -> Request:
-    """A request for a centre that holds the weights of digest `held` and shall have those of `digest`."""
-    base, reached, change = run.broadcast_delta
-    short = Weights(EMPTY_PARAMS, run.weights.int_buffers)
-    if isinstance(request, StatisticsRequest | TrainRequest) and held_digest and held_digest == target_digest:
-        return replace(request, weights=short, base_digest=held_digest, target_digest=target_digest)
-    if (
-        isinstance(request, StatisticsRequest | TrainRequest)
-        and held_digest
-        and (held_digest, target_digest) == (base, reached)
-    ):
-        return replace(
-            request, weights=short, base_digest=held_digest, target_digest=target_digest, encoded_delta=change
-        )
-    return request
+    """Return the request with the difference in place of the weights, where the centre's weights allow it.
 
-
-def _request_weights(request: Request) -> Weights | None:
-    return request.weights if isinstance(request, StatisticsRequest | TrainRequest) else None
+    Args:
+        run: the run.
+        request: a request with the global weights.
+        held_digest: the digest of the weights that the centre holds; "" if unknown.
+        target_digest: the digest of the weights that it shall use.
+    """
+    if not isinstance(request, StatisticsRequest | TrainRequest) or not held_digest:
+        return request
+    step = run.broadcast.last_step
+    if held_digest == target_digest:
+        encoded_delta = request.encoded_delta
+    elif step and (held_digest, target_digest) == (step.base_digest, step.target_digest):
+        encoded_delta = step.encoded_delta
+    else:
+        return request
+    return replace(
+        request,
+        weights=Weights(EMPTY_PARAMS, run.model.weights.int_buffers),
+        base_digest=held_digest,
+        target_digest=target_digest,
+        encoded_delta=encoded_delta,
+    )

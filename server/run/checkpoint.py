@@ -1,152 +1,238 @@
-"""A run's state after a round, on disk, so that killing the coordinator at any moment costs at most the round it was in.
+"""A run's state after a round, on disk: killing the coordinator costs at most the round in progress.
 
-``checkpoints/<stage>-<round>.safetensors`` holds the weights, ``.optimiser.safetensors`` the server optimiser's arrays, ``.json`` the rest
-and the checksums of both. The JSON is written last: a checkpoint exists only when it is complete. The newest two are kept, and the best of
-each, so that going back by one never finds its best gone. What the run has been through lies beside them, an entry a file
-(``checkpoints/history/<number>.json``), so that the thousandth round writes no more than the first; a checkpoint says how many entries are its own.
+``checkpoints/<stage>-<round>.safetensors`` holds the weights, ``.optimiser.safetensors`` the server
+optimiser's arrays, ``.json`` the result without its rounds, and the checksums of both. The JSON is written
+last: a checkpoint exists only when it is complete. The newest two are kept, and the best round of each, so
+that going back by one always finds its best. The records of the rounds lie beside them, one a file
+(``checkpoints/history/<number>.json``), so that the thousandth round writes no more than the first; a
+checkpoint says how many of them it includes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.utils.atomic_files import atomic_path, atomic_write, hash_file
 from common.utils.errors import ConsiliumError
+from server.run.records import BestRound, RoundRecord, RunResult, parse_result, parse_round, result_to_dict
 
 Arrays = dict[str, NDArray[Any]]
 
-WEIGHTS_SUFFIX, OPTIMISER_SUFFIX = ".safetensors", ".optimiser.safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
+OPTIMISER_SUFFIX = ".optimiser.safetensors"
+HEADER_SUFFIX = ".json"
 CHECKPOINTS_KEPT = 2
 
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on after `round` of `stage` as if it had never stopped."""
+    """Everything a run needs to continue after a round as if it had never stopped."""
 
     stage: str
     round: int
     weights: Arrays
+    result: RunResult
     optimiser_state: Arrays = field(default_factory=dict)
-    metadata: dict[str, Any] = field(
-        default_factory=dict
-    )  # JSON: finished stages, random state, "best": {"stage", "round", "value"}
-    history: list[Any] = field(default_factory=list)  # JSON, only ever added to, at most one entry a save
-    recovery_note: str = ""  # of `load_latest`: why this is not the newest
+    recovery_note: str = ""  # set by `load_latest`: why this is not the newest checkpoint
+
+
+@dataclass
+class CheckpointHeader:
+    """A checkpoint's JSON file."""
+
+    number: int  # counts checkpoints in the order of writing
+    stage: str
+    round: int
+    checksums: dict[str, str]  # {suffix of a file of arrays: its SHA-256}
+    rounds_by_stage: list[int]  # how many rounds of each stage the history holds
+    best: BestRound | None  # the round whose weights this checkpoint still needs
+    result: dict[str, Any]  # a RunResult without its rounds
+
+    @property
+    def num_rounds(self) -> int:
+        """The number of records of rounds that belong to the checkpoint."""
+        return sum(self.rounds_by_stage)
+
+
+_HEADER_ADAPTER = TypeAdapter(CheckpointHeader)
 
 
 def weights_path(run_dir: Path, stage: str, round_number: int) -> Path:
-    """Where the weights after this round lie, if they are kept."""
+    """Return where the weights after a round lie, if they are kept."""
     return Path(run_dir) / "checkpoints" / f"{quote(stage, safe='')}-{round_number:05d}{WEIGHTS_SUFFIX}"
 
 
+# --- writing
+
+
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """Writes the state, whole or not at all, removes what is no longer kept, returns the weights' path. Raises ConsiliumError."""
-    weights = weights_path(run_dir, checkpoint.stage, checkpoint.round)
-    folder, name = weights.parent, weights.name.removesuffix(WEIGHTS_SUFFIX)
+    """Write the state, all of it or none, and remove what is no longer needed.
+
+    Returns the path of the weights. Raises ConsiliumError when the folder cannot be written.
+    """
+    path = weights_path(run_dir, checkpoint.stage, checkpoint.round)
     try:
-        (folder / "history").mkdir(parents=True, exist_ok=True)
-        known = _read_headers(folder)
-        sums = {}
-        for suffix, arrays in (
-            (WEIGHTS_SUFFIX, checkpoint.weights),
-            (OPTIMISER_SUFFIX, checkpoint.optimiser_state),
-        ):
-            with atomic_path(
-                folder / f"{name}{suffix}"
-            ) as part:  # straight to the file: a model's size in memory is another's place
-                save_file({key: np.asarray(value, order="C") for key, value in arrays.items()}, part)
-                sums[suffix] = hash_file(part)
-                if name in known and known[name]["sha256"][suffix] != sums[suffix]:
-                    (folder / f"{name}.json").unlink(
-                        missing_ok=True
-                    )  # a round done again: its old JSON would vouch for the wrong arrays
-        last = max(known.values(), key=lambda header: header["number"], default={"number": 0, "entries": 0})
-        entries = len(checkpoint.history)
-        new = max(
-            0, min(last.get("entries", 0), entries - 1)
-        )  # the last one always: its round may have been done again
-        for k in range(new, entries):
-            atomic_write(_history_path(folder, k), json.dumps(checkpoint.history[k]).encode())
-        header = {
-            "number": last["number"] + 1,
-            "stage": checkpoint.stage,
-            "round": checkpoint.round,
-            "sha256": sums,
-            "entries": entries,
-        }
-        header["facts"] = checkpoint.metadata
-        atomic_write(folder / f"{name}.json", json.dumps(header).encode())
-        _remove_stale_files(folder, {**known, name: header})
+        (path.parent / "history").mkdir(parents=True, exist_ok=True)
+        _write_files(path, checkpoint)
     except (OSError, SafetensorError) as error:
-        raise ConsiliumError(
-            f"the checkpoint cannot be written to {folder}: {getattr(error, 'strerror', error)}"
-        ) from error
-    return weights
+        reason = getattr(error, "strerror", error)
+        raise ConsiliumError(f"the checkpoint cannot be written to {path.parent}: {reason}") from error
+    return path
+
+
+def _write_files(path: Path, checkpoint: Checkpoint) -> None:
+    folder = path.parent
+    name = path.name.removesuffix(WEIGHTS_SUFFIX)
+    headers = _read_headers(folder)
+    old_header = headers.get(name)
+    checksums = {
+        WEIGHTS_SUFFIX: _write_arrays(folder, name, WEIGHTS_SUFFIX, checkpoint.weights, old_header),
+        OPTIMISER_SUFFIX: _write_arrays(
+            folder, name, OPTIMISER_SUFFIX, checkpoint.optimiser_state, old_header
+        ),
+    }
+    newest = max(headers.values(), key=lambda header: header.number, default=None)
+    rounds = list(itertools.chain.from_iterable(stage.rounds for stage in checkpoint.result.stages))
+    _write_history(folder, rounds, newest.num_rounds if newest else 0)
+    header = _make_header(checkpoint, checksums, newest.number + 1 if newest else 1)
+    atomic_write(folder / f"{name}{HEADER_SUFFIX}", json.dumps(dataclasses.asdict(header)).encode())
+    _remove_stale_files(folder, {**headers, name: header})
+
+
+def _write_arrays(
+    folder: Path, name: str, suffix: str, arrays: Arrays, old_header: CheckpointHeader | None
+) -> str:
+    """Write arrays and return their checksum; remove a header of the same round that vouches for others."""
+    with atomic_path(folder / f"{name}{suffix}") as part:  # not in memory first: they are a model's size
+        save_file({key: np.asarray(value, order="C") for key, value in arrays.items()}, part)
+        checksum = hash_file(part)
+        if old_header and old_header.checksums[suffix] != checksum:
+            (folder / f"{name}{HEADER_SUFFIX}").unlink(missing_ok=True)
+    return checksum
+
+
+def _write_history(folder: Path, rounds: list[RoundRecord], num_written: int) -> None:
+    """Write the records of new rounds, and always the last one, because its round may have been repeated."""
+    first = max(0, min(num_written, len(rounds) - 1))
+    for number in range(first, len(rounds)):
+        values = dataclasses.asdict(rounds[number])
+        atomic_write(_history_path(folder, number), json.dumps(values).encode())
+
+
+def _make_header(checkpoint: Checkpoint, checksums: dict[str, str], number: int) -> CheckpointHeader:
+    stages = checkpoint.result.stages
+    without_rounds = replace(checkpoint.result, stages=[replace(stage, rounds=[]) for stage in stages])
+    return CheckpointHeader(
+        number=number,
+        stage=checkpoint.stage,
+        round=checkpoint.round,
+        checksums=checksums,
+        rounds_by_stage=[len(stage.rounds) for stage in stages],
+        best=stages[-1].best if stages else None,
+        result=result_to_dict(without_rounds),
+    )
+
+
+def _remove_stale_files(folder: Path, headers: Mapping[str, CheckpointHeader]) -> None:
+    """Remove all but the newest checkpoints and their best rounds, and what a killed write left."""
+    newest = sorted(headers, key=lambda name: headers[name].number, reverse=True)[:CHECKPOINTS_KEPT]
+    needed = set(newest)
+    for name in newest:
+        best = headers[name].best
+        if best:
+            best_path = weights_path(folder.parent, best.stage, best.round)
+            needed.add(best_path.name.removesuffix(WEIGHTS_SUFFIX))
+    # The JSON first: a checkpoint that is half removed must not look complete.
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix != HEADER_SUFFIX):
+        file_name = re.sub(r"\.\d+\.part$", "", path.name)
+        is_part = file_name != path.name  # left by a killed write
+        is_ours = file_name.endswith((HEADER_SUFFIX, WEIGHTS_SUFFIX))
+        if is_ours and (is_part or _checkpoint_name(file_name) not in needed):
+            path.unlink(missing_ok=True)
+
+
+def _checkpoint_name(file_name: str) -> str:
+    """Return the name of the checkpoint that a file belongs to."""
+    return file_name.removesuffix(HEADER_SUFFIX).removesuffix(OPTIMISER_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
+
+
+# --- reading
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest complete state; None where the run has none yet.
+    """Return the newest complete state; None where the run has none yet.
 
-    One whose files do not match their checksums is passed over, and `note` says so. Raises ConsiliumError where none is left: beginning
-    anew is for a person to decide.
+    A checkpoint whose files do not match their checksums is skipped, and `recovery_note` says so. Raises
+    ConsiliumError where no intact one is left, because starting from scratch is for a person to decide.
     """
     folder = Path(run_dir) / "checkpoints"
-    torn = []
-    for name, header in sorted(
-        _read_headers(folder).items(), key=lambda item: item[1]["number"], reverse=True
-    ):
+    headers = _read_headers(folder)
+    damaged: list[str] = []
+    for name in sorted(headers, key=lambda name: headers[name].number, reverse=True):
         try:
-            weights, optimiser = (
-                _load_verified(folder / f"{name}{suffix}", header["sha256"][suffix])
-                for suffix in (WEIGHTS_SUFFIX, OPTIMISER_SUFFIX)
-            )
-            history = [json.loads(_history_path(folder, k).read_bytes()) for k in range(header["entries"])]
+            checkpoint = _load_checkpoint(folder, name, headers[name])
         except (OSError, SafetensorError, ValueError, KeyError):
-            torn.append(name)
+            damaged.append(name)
             continue
-        note = f"checkpoint {' and '.join(torn)} is damaged; went on from {name}" if torn else ""
-        return Checkpoint(
-            header["stage"], header["round"], weights, optimiser, header["facts"], history, note
-        )
-    if torn:
+        if damaged:
+            checkpoint.recovery_note = f"checkpoint {' and '.join(damaged)} is damaged; resumed from {name}"
+        return checkpoint
+    if damaged:
         raise ConsiliumError(
-            f"no checkpoint in {folder} is intact (damaged: {', '.join(torn)}); restore the folder or start a new run"
+            f"no checkpoint in {folder} is intact (damaged: {', '.join(damaged)}); "
+            "restore the folder or start a new run"
         )
     return None
 
 
+def _load_checkpoint(folder: Path, name: str, header: CheckpointHeader) -> Checkpoint:
+    """Load a checkpoint. Raises OSError, SafetensorError, ValueError or KeyError for a damaged file."""
+    weights = _load_verified(folder / f"{name}{WEIGHTS_SUFFIX}", header.checksums[WEIGHTS_SUFFIX])
+    optimiser = _load_verified(folder / f"{name}{OPTIMISER_SUFFIX}", header.checksums[OPTIMISER_SUFFIX])
+    result = parse_result(header.result)
+    rounds = iter(_read_history(folder, header.num_rounds))
+    for stage, num_rounds in zip(result.stages, header.rounds_by_stage, strict=True):
+        stage.rounds = list(itertools.islice(rounds, num_rounds))
+    return Checkpoint(header.stage, header.round, weights, result, optimiser)
+
+
 def load_weights(path: Path) -> Arrays:
-    """The arrays of a safetensors file by name. Raises ConsiliumError."""
+    """Return the arrays of a safetensors file by name. Raises ConsiliumError."""
     try:
         return load_file(path)
     except OSError as error:
         raise ConsiliumError(f"the weights {path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise ConsiliumError(f"the weights {path} are no intact safetensors file: {error}") from error
+        raise ConsiliumError(f"the weights {path} are not an intact safetensors file: {error}") from error
 
 
-def _read_headers(folder: Path) -> dict[str, dict[str, Any]]:
-    """{checkpoint's name: its JSON}. One that cannot be parsed was torn by something worse than a kill, and does not count."""
-    found = {}
-    for path in folder.glob("*.json"):
+def _read_headers(folder: Path) -> dict[str, CheckpointHeader]:
+    """Return {checkpoint's name: header}; a file that cannot be parsed is skipped."""
+    headers = {}
+    for path in folder.glob(f"*{HEADER_SUFFIX}"):
         try:
-            header = json.loads(path.read_bytes())
+            headers[path.stem] = _HEADER_ADAPTER.validate_python(json.loads(path.read_bytes()))
         except (OSError, ValueError):
             continue
-        if isinstance(header, dict) and {"number", "stage", "round", "sha256", "facts"} <= header.keys():
-            found[path.stem] = header
-    return found
+    return headers
+
+
+def _read_history(folder: Path, num_rounds: int) -> list[RoundRecord]:
+    return [parse_round(json.loads(_history_path(folder, k).read_bytes())) for k in range(num_rounds)]
 
 
 def _history_path(folder: Path, number: int) -> Path:
@@ -157,28 +243,3 @@ def _load_verified(path: Path, sha256: str) -> Arrays:
     if hash_file(path) != sha256:
         raise ValueError("checksum")
     return load_file(path)
-
-
-def _remove_stale_files(folder: Path, headers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Removes all but the newest checkpoints, the best that each of them names, and what a killed save left behind."""
-    newest = sorted(headers, key=lambda name: headers[name]["number"], reverse=True)[:CHECKPOINTS_KEPT]
-    bests = [best for name in newest if (best := headers[name]["facts"].get("best"))]
-    kept = {
-        *newest,
-        *(
-            weights_path(folder.parent, best["stage"], best["round"]).name.removesuffix(WEIGHTS_SUFFIX)
-            for best in bests
-        ),
-    }
-    files = [path for path in folder.iterdir() if _final_name(path).endswith((".json", WEIGHTS_SUFFIX))]
-    for path in sorted(
-        files, key=lambda path: path.suffix != ".json"
-    ):  # the JSON first: what is half removed must not look complete
-        name = path.name.removesuffix(".json").removesuffix(OPTIMISER_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
-        if name not in kept:
-            path.unlink(missing_ok=True)
-
-
-def _final_name(path: Path) -> str:
-    """The name a file has or, where a killed save left a part of it, was to have."""
-    return re.sub(r"\.\d+\.part$", "", path.name)

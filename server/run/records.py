@@ -1,17 +1,21 @@
-"""The records of a run's result: what the coordinator gathers, the checkpoint keeps, and ``metrics.json`` publishes.
+"""The records of a run's result: what a checkpoint keeps and ``metrics.json`` publishes.
 
-`RunResult` is the root. ``metrics.json`` is `to_json(result)`; its JSON Schema (`metrics_schema`) is generated from these
-classes, so a field added here is part of the published format and needs a new `SCHEMA_VERSION`.
+`RunResult` is the root. ``metrics.json`` is `result_to_dict(result)` as JSON; its JSON Schema
+(`metrics_schema`) is generated from these classes, so a field added here is part of the published format and
+needs a new `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from pydantic import TypeAdapter
+
+from common.utils.errors import RefusalCode
 
 SCHEMA_VERSION = 2  # 1 was 0.1.0's, which had no version number
 
@@ -41,6 +45,10 @@ class CentreScores:
     loss: float | None = None  # mean over the labelled scans
     reasons: dict[str, str] = field(default_factory=dict)  # {metric: why it is undefined}
 
+    def get_metric(self, name: str) -> float | None:
+        """Return a metric, or the loss under the name "loss"; None where it is undefined or unknown."""
+        return self.loss if name == "loss" else self.metrics.get(name)
+
 
 @dataclass
 class TaskScores:
@@ -52,7 +60,8 @@ class TaskScores:
     worst: dict[str, WorstCentre]  # {metric: ...}
     spread: Metrics  # best less worst
     challenge_score: float | None = None  # mean over sources of (F1+ + F1-) / 2; binary tasks only
-    sums: dict[str, Any] = field(default_factory=dict)  # {centre: histogram, confusion matrix, ... as nested lists}; test split only
+    # {centre: histogram, confusion matrix, ... as nested lists}; test split only
+    sums: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +70,7 @@ class CentreRound:
 
     accepted: bool
     reason: str = ""
+    code: RefusalCode | None = None  # of the reason, for programs; None where it was accepted
     scans: int | None = None  # None: unknown to the coordinator (secure aggregation with ``scope: all``)
     steps: int | None = None  # optimiser steps
     seconds: float | None = None
@@ -81,7 +91,8 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     weights: dict[str, dict[str, float]] = field(default_factory=dict)  # {parameter group: {centre: weight}}
-    effective_centres: dict[str, float] = field(default_factory=dict)  # {parameter group: 1 / sum of squared weights}
+    # {parameter group: 1 / sum of squared weights}
+    effective_centres: dict[str, float] = field(default_factory=dict)
     centres: dict[str, CentreRound] = field(default_factory=dict)
     validation: dict[str, TaskScores] = field(default_factory=dict)  # {task: ...}
 
@@ -103,7 +114,7 @@ class StageRecord:
     local_only: bool = False  # every parameter stays at the centres (``local_layers: [all]``)
     rounds: list[RoundRecord] = field(default_factory=list)
     best: BestRound | None = None  # of the shared model
-    best_by_centre: dict[str, BestRound] = field(default_factory=dict)  # where `local_only`: each centre's own
+    best_by_centre: dict[str, BestRound] = field(default_factory=dict)  # each centre's own, if `local_only`
     finished: bool = False
 
 
@@ -127,6 +138,7 @@ class Exclusion:
     round: int
     centre: str
     reason: str
+    code: RefusalCode  # of the reason, for programs
 
 
 @dataclass
@@ -141,7 +153,7 @@ class CrossSiteScores:
 
 @dataclass
 class ImageStatistic:
-    """A histogram of one image statistic over each centre's scans, and how far each centre is from the others."""
+    """A histogram of an image statistic over each centre's scans, and its distance from the others'."""
 
     name: str
     unit: str
@@ -178,30 +190,73 @@ class RunResult:
     left_out: list[Exclusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fitted_tasks: dict[str, FittedTask] = field(default_factory=dict)
-    label_counts: dict[str, list[float]] = field(default_factory=dict)  # {"cohort/split/task": scans per class, then unlabelled}
+    # {"cohort/split/task": scans per class, then unlabelled}; only with ``privacy.secagg.scope=all``
+    label_counts: dict[str, list[float]] = field(default_factory=dict)
     image_statistics: dict[str, ImageStatistic] = field(default_factory=dict)
     cross_site: CrossSiteScores | None = None
     clip_norm: float | None = None  # the adaptive clip norm reached (``privacy=central``)
-    test_sums: dict[str, Any] = field(default_factory=dict)  # the test's sums as nested lists, for a cross-validation to add up
+    # The test's sums as nested lists, for a cross-validation to add up.
+    test_sums: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CrossValidationSummary:
+    """What the runs of a cross-validation say together: the form of ``crossval.json``."""
+
+    evaluation: str  # loco | kfold
+    untrained: dict[str, str]  # {fold that could not be trained: why}
+    folds: dict[
+        str, dict[str, Metrics]
+    ]  # {fold: {task: test metrics}}: mean over centres; loco: of the centre left out
+    total: RunResult  # as of one run: `test` is computed from the sum of the folds' sums
 
 
 _ADAPTER = TypeAdapter(RunResult)
 _ROUND_ADAPTER = TypeAdapter(RoundRecord)
+_SUMMARY_ADAPTER = TypeAdapter(CrossValidationSummary)
+_CROSS_SITE_ADAPTER = TypeAdapter(CrossSiteScores)
+_IMAGE_STATISTICS_ADAPTER = TypeAdapter(dict[str, ImageStatistic])
 
 
-def result_to_dict(result: RunResult) -> dict[str, Any]:
-    """Return plain values, as they stand in ``metrics.json`` and in a checkpoint."""
+def result_to_dict(result: RunResult | CrossValidationSummary) -> dict[str, Any]:
+    """Return plain values, as they stand in ``metrics.json``, ``crossval.json`` and in a checkpoint."""
     return dataclasses.asdict(result)
 
 
 def parse_result(values: Any) -> RunResult:
-    """Build the records from plain values. Raises pydantic.ValidationError for values of another form or version."""
+    """Build the records from plain values. Raises pydantic.ValidationError for values of another form."""
     return _ADAPTER.validate_python(values)
 
 
 def parse_round(values: Any) -> RoundRecord:
     """Build one round's record from plain values. Raises pydantic.ValidationError."""
     return _ROUND_ADAPTER.validate_python(values)
+
+
+def parse_task_scores(row: Mapping[str, Any]) -> TaskScores:
+    """Build a task's scores from a row of the ledger's table `scores`, with or without each centre's own.
+
+    The values are not validated again: of a long run the console reads some 10,000 centres' scores a page.
+    """
+    summaries = row["summaries"]
+    worst = {metric: WorstCentre(**lowest) for metric, lowest in summaries["worst"].items()}
+    centres = {name: CentreScores(**scores) for name, scores in row.get("centres", {}).items()}
+    return TaskScores(**{**summaries, "worst": worst}, centres=centres)
+
+
+def parse_summary(values: Any) -> CrossValidationSummary:
+    """Build a cross-validation's summary from plain values. Raises pydantic.ValidationError."""
+    return _SUMMARY_ADAPTER.validate_python(values)
+
+
+def parse_cross_site(values: Any) -> CrossSiteScores:
+    """Build cross-site scores from plain values (the ledger's artifact). Raises pydantic.ValidationError."""
+    return _CROSS_SITE_ADAPTER.validate_python(values)
+
+
+def parse_image_statistics(values: Any) -> dict[str, ImageStatistic]:
+    """Build image statistics from plain values (the ledger's artifact). Raises pydantic.ValidationError."""
+    return _IMAGE_STATISTICS_ADAPTER.validate_python(values)
 
 
 def metrics_schema() -> dict[str, Any]:

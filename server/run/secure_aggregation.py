@@ -1,21 +1,22 @@
-"""The coordinator's half of a secure sum (common/privacy/secure_aggregation.py): it passes keys and encrypted shares on, adds masked numbers up as they arrive, and
-takes the masks away with what the centres open.
+"""The coordinator's half of a secure sum (common/privacy/secure_aggregation.py).
 
-Who stays away in a step is left out of it, down to the threshold. Nothing but the total is kept: memory does not grow with the centres. A sum
-that fails is begun again with new keys; what it was about lies at the centres.
+The coordinator forwards keys and encrypted shares, adds masked numbers as they arrive, and removes the masks
+with the secrets that the centres reveal. A centre that is away in one step is left out of it, down to the
+threshold. Only the total is kept: memory does not grow with the number of centres. A sum that fails is
+started again with new keys; what is to be summed lies at the centres.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config.compose import config_to_dict
 from common.privacy import secure_aggregation
 from common.privacy.secure_aggregation import ByteArray
 from common.protocol.messages import (
@@ -32,29 +33,57 @@ from common.protocol.messages import (
     UnmaskReply,
     UnmaskRequest,
 )
-from common.utils.errors import ConsiliumError
+from common.utils.errors import ConsiliumError, RefusalCode
 from server.run.broadcast import send_requests
-from server.run.run_state import Run, RunPaused, group_by_reason, refusal_reason
+from server.run.run_state import Run, RunPaused, group_by_reason, to_refusal
+
+PUBLIC_KEYS_SHAPE = (96,)  # bytes: two X25519 keys and a digest
+SEED_BYTES = 16  # of a survivor's own mask
+PRIVATE_KEY_BYTES = 32  # of a dropout's key to the masks that it shares with others
 
 
 class NotEnoughCentres(ConsiliumError):
-    """Fewer centres than a sum needs stayed to its end; nothing was opened. `why`: {centre: reason}."""
+    """Fewer centres than a sum needs stayed until its end; nothing was revealed."""
 
-    def __init__(self, needed: int, stayed: int, dropouts: Mapping[str, str]) -> None:
+    def __init__(self, needed: int, stayed: int, dropouts: Mapping[str, Refusal]) -> None:
+        """Keep why each centre is missing, for the record of exclusions."""
+        reasons = {centre: refusal.reason for centre, refusal in dropouts.items()}
         super().__init__(
-            f"{stayed} centres stayed in a secure sum that needs {needed} ({group_by_reason(dropouts)})"
+            f"{stayed} centres stayed in a secure sum that needs {needed} ({group_by_reason(reasons)})"
         )
         self.dropouts = dict(dropouts)
 
 
 @dataclass
 class SecureSumResult:
-    """The sum over `survivors`: `values` [V] on their grid, `sums` as in the blank. `why`: {centre that is not in it: reason}."""
+    """The sum over `survivors`."""
 
-    values: NDArray[np.signedinteger]
-    sums: Sums
+    values: NDArray[np.signedinteger]  # [V] the weighted updates' sum, in quantization steps
+    sums: Sums  # with the keys and shapes of the template
     survivors: list[str]
-    dropouts: dict[str, str]
+    dropouts: dict[str, Refusal]  # {centre that is not in the sum: why}
+
+
+@dataclass
+class SumInProgress:
+    """A secure sum between its steps."""
+
+    run: Run
+    sum_id: str
+    roster: dict[str, ByteArray]  # {centre: its public keys}, in the order of names
+    min_centres: int  # fewer than these, and nothing is revealed
+    dropouts: dict[str, Refusal]
+    values: secure_aggregation.RingValues  # [V] masked, then the sum
+    fixed_point_sums: NDArray[np.uint64]  # [R] masked, then the sum
+    bytes_per_value: int
+    encrypted_shares: dict[str, dict[str, ByteArray]] = field(default_factory=dict)  # {from: {to: shares}}
+    survivors: list[str] = field(default_factory=list)
+    revealed: dict[str, UnmaskReply] = field(default_factory=dict)  # {survivor: shares that it reveals}
+
+    def require_quorum(self, num_present: int) -> None:
+        """Raise NotEnoughCentres where too few centres are left."""
+        if num_present < self.min_centres:
+            raise NotEnoughCentres(self.min_centres, num_present, self.dropouts)
 
 
 def secure_sum(
@@ -64,133 +93,208 @@ def secure_sum(
     empty_sums: Sums,
     min_centres: int = 0,
 ) -> SecureSumResult:
-    """Add up what the centres that have `said` their keys keep masked: `size` parameters and the sums of `blank`. Raises TooFew where fewer than
-    the threshold, or than `least`, stay; the latter is asked before anything is opened."""
-    why: dict[str, str] = {}
-    name, roster = select_roster(key_replies, why)
-    config, threshold = (
-        config_to_dict(run.config),
-        secure_aggregation.compute_min_survivors(run.config, len(roster)),
-    )
+    """Add up what the centres keep masked, without seeing any of it alone.
 
-    def require_quorum(present: int, needed: int) -> None:
-        if present < needed:
-            raise NotEnoughCentres(needed, present, why)
+    Args:
+        run: the run.
+        key_replies: {centre: the reply with which it gave its public keys}.
+        num_parameters: the length V of the masked update.
+        empty_sums: the keys and shapes of the masked sums.
+        min_centres: how many centres the sum must include, if more than the threshold of the protocol.
 
-    require_quorum(len(roster), max(threshold, min_centres))
-    boxes: dict[str, dict[str, ByteArray]] = {}
-    share = {c: ShareKeysRequest(run.run_id, config, name, roster) for c in roster}
-    for centre, reply in collect_step_replies(run, share, why):
-        if isinstance(reply, ShareKeysReply) and reply.shares.keys() == roster.keys() - {centre}:
-            boxes[centre] = reply.shares
-        else:
-            why[centre] = refusal_reason(reply)
-    require_quorum(len(boxes), max(threshold, min_centres))
-
-    width = secure_aggregation.bytes_per_parameter(run.config)
-    values, exact = (
-        np.zeros(num_parameters, secure_aggregation.ring_dtype(width)),
-        np.zeros(sum(a.size for a in empty_sums.values()), np.uint64),
-    )
-    survivors: list[str] = []
-    mask = {
-        c: MaskedInputRequest(run.run_id, config, name, {by: box[c] for by, box in boxes.items() if by != c})
-        for c in boxes
-    }
-    for centre, reply in collect_step_replies(run, mask, why):
-        if not isinstance(reply, MaskedInputReply):
-            why[centre] = refusal_reason(reply)
-        elif reply.values.shape != (num_parameters * width,) or reply.values.dtype != np.uint8:
-            why[centre] = f"wrong shape: {reply.values.size} bytes instead of {num_parameters * width}"
-        elif reply.fixed_point_sums.shape != exact.shape or reply.fixed_point_sums.dtype != np.uint64:
-            why[centre] = f"wrong shape: {reply.fixed_point_sums.size} sums instead of {exact.size}"
-        else:
-            values += secure_aggregation.unpack_ring_values(reply.values, width)
-            exact += reply.fixed_point_sums
-            survivors.append(centre)
-    survivors.sort()
-    require_quorum(len(survivors), max(threshold, min_centres))
-
-    opened: dict[str, UnmaskReply] = {}
-    unmask = {c: UnmaskRequest(run.run_id, config, name, survivors) for c in survivors}
-    for centre, reply in collect_step_replies(run, unmask, why):
-        if isinstance(reply, UnmaskReply) and reply.shares.keys() == boxes.keys():
-            opened[centre] = reply
-        else:
-            why[centre] = refusal_reason(reply)
-    require_quorum(len(opened), threshold)
-    helpers = dict(list(opened.items())[:threshold])
-    for centre in sorted(boxes):
-        remove_masks(name, roster, sorted(boxes), survivors, centre, helpers, values, exact)
-    absent = {
-        c: reason for c, reason in why.items() if c not in survivors
-    }  # who is silent at the end is in the sum all the same
+    Raises:
+        NotEnoughCentres: too few centres stayed. This is checked before anything is revealed.
+    """
+    secure = _start_sum(run, key_replies, num_parameters, empty_sums, min_centres)
+    secure.require_quorum(len(secure.roster))
+    _exchange_shares(secure)
+    secure.require_quorum(len(secure.encrypted_shares))
+    _add_masked_inputs(secure)
+    secure.require_quorum(len(secure.survivors))
+    _collect_revealed_shares(secure)
+    _remove_all_masks(secure)
+    # A centre that is silent in the last step is in the sum all the same.
+    dropouts = {centre: why for centre, why in secure.dropouts.items() if centre not in secure.survivors}
+    sums = secure_aggregation.from_fixed_point(secure.fixed_point_sums)
     return SecureSumResult(
-        secure_aggregation.to_signed_integers(values, width),
-        secure_aggregation.unflatten_sums(secure_aggregation.from_fixed_point(exact), empty_sums),
-        survivors,
-        absent,
+        secure_aggregation.to_signed_integers(secure.values, secure.bytes_per_value),
+        secure_aggregation.unflatten_sums(sums, empty_sums),
+        secure.survivors,
+        dropouts,
+    )
+
+
+def _start_sum(
+    run: Run,
+    key_replies: Mapping[str, TrainReply | StatisticsReply],
+    num_parameters: int,
+    empty_sums: Sums,
+    min_centres: int,
+) -> SumInProgress:
+    dropouts: dict[str, Refusal] = {}
+    sum_id, roster = select_roster(key_replies, dropouts)
+    threshold = secure_aggregation.compute_min_survivors(run.config, len(roster))
+    bytes_per_value = secure_aggregation.bytes_per_parameter(run.config)
+    return SumInProgress(
+        run=run,
+        sum_id=sum_id,
+        roster=roster,
+        min_centres=max(threshold, min_centres),
+        dropouts=dropouts,
+        values=np.zeros(num_parameters, secure_aggregation.ring_dtype(bytes_per_value)),
+        fixed_point_sums=np.zeros(sum(array.size for array in empty_sums.values()), np.uint64),
+        bytes_per_value=bytes_per_value,
     )
 
 
 def select_roster(
-    key_replies: Mapping[str, TrainReply | StatisticsReply], dropouts: dict[str, str]
+    key_replies: Mapping[str, TrainReply | StatisticsReply], dropouts: dict[str, Refusal]
 ) -> tuple[str, dict[str, ByteArray]]:
-    """The sum that most centres mean, and the public keys of those who do."""
-    names = Counter(reply.sum_id for reply in key_replies.values())
-    name = max(names, key=lambda n: (names[n], n), default="")
+    """Return the id of the sum that most centres mean, and the public keys of those centres."""
+    votes = Counter(reply.sum_id for reply in key_replies.values())
+    sum_id = max(votes, key=lambda name: (votes[name], name), default="")
     roster: dict[str, ByteArray] = {}
     for centre, reply in sorted(key_replies.items()):
         keys = reply.public_keys
-        if reply.sum_id != name or keys is None or keys.dtype != np.uint8 or keys.shape != (96,):
-            dropouts[centre] = (
-                "means another sum than the others: it was told other settings or weights, or runs without secure aggregation"
+        is_valid = keys is not None and keys.dtype == np.uint8 and keys.shape == PUBLIC_KEYS_SHAPE
+        if keys is None or not is_valid or reply.sum_id != sum_id:
+            dropouts[centre] = Refusal(
+                centre,
+                "means another sum than the others: it received other settings or weights, "
+                "or runs without secure aggregation",
+                code=RefusalCode.BAD_REPLY,
             )
         else:
             roster[centre] = keys
-    return name, roster
+    return sum_id, roster
 
 
-def remove_masks(
-    sum_id: str, roster: Mapping[str, ByteArray], members: list[str], survivors: list[str], centre: str, helpers: Mapping[str, UnmaskReply],
-    values: secure_aggregation.RingValues, exact: NDArray[np.uint64],
-) -> None:  # fmt: skip
-    """A survivor's own mask, or those that a drop-out shares with the survivors, out of the total. Raises Paused for shares that do not fit."""
-    numbers = {c: n for n, c in enumerate(sorted(roster), 1)}
-    shares = {numbers[c]: reply.shares[centre].tobytes() for c, reply in helpers.items()}
-    keys, size = secure_aggregation.parse_public_keys(roster[centre]), 16 if centre in survivors else 32
-    secret = (
-        secure_aggregation.shamir_combine(shares)
-        if {len(share) for share in shares.values()} == {size}
-        else b""
+def _exchange_shares(secure: SumInProgress) -> None:
+    """Step 2: send everybody the public keys, and receive each centre's secrets in encrypted shares."""
+    run = secure.run
+    request = ShareKeysRequest(run.run_id, run.config_values, secure.sum_id, secure.roster)
+    requests = dict.fromkeys(secure.roster, request)
+    for centre, reply in collect_step_replies(run, requests, secure.dropouts):
+        if isinstance(reply, ShareKeysReply) and reply.shares.keys() == secure.roster.keys() - {centre}:
+            secure.encrypted_shares[centre] = reply.shares
+        else:
+            secure.dropouts[centre] = to_refusal(centre, reply)
+
+
+def _add_masked_inputs(secure: SumInProgress) -> None:
+    """Step 3: forward the shares, and add up the masked numbers."""
+    run = secure.run
+    requests = {}
+    for centre in secure.encrypted_shares:
+        shares = _shares_for(secure, centre)
+        requests[centre] = MaskedInputRequest(run.run_id, run.config_values, secure.sum_id, shares)
+    for centre, reply in collect_step_replies(run, requests, secure.dropouts):
+        refusal = _check_masked_input(secure, centre, reply)
+        if refusal:
+            secure.dropouts[centre] = refusal
+        elif isinstance(reply, MaskedInputReply):
+            secure.values += secure_aggregation.unpack_ring_values(reply.values, secure.bytes_per_value)
+            secure.fixed_point_sums += reply.fixed_point_sums
+            secure.survivors.append(centre)
+    secure.survivors.sort()
+
+
+def _shares_for(secure: SumInProgress, receiver: str) -> dict[str, ByteArray]:
+    """Return {sender: its encrypted shares for the receiver}."""
+    shares = secure.encrypted_shares
+    return {sender: shares[sender][receiver] for sender in shares if sender != receiver}
+
+
+def _check_masked_input(secure: SumInProgress, centre: str, reply: Reply) -> Refusal | None:
+    """Return why a reply cannot be added to the sum; None where it can."""
+    if not isinstance(reply, MaskedInputReply):
+        return to_refusal(centre, reply)
+    num_bytes = secure.values.size * secure.bytes_per_value
+    if reply.values.shape != (num_bytes,) or reply.values.dtype != np.uint8:
+        reason = f"wrong shape: {reply.values.size} bytes instead of {num_bytes}"
+        return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
+    sums = reply.fixed_point_sums
+    if sums.shape != secure.fixed_point_sums.shape or sums.dtype != np.uint64:
+        reason = f"wrong shape: {sums.size} sums instead of {secure.fixed_point_sums.size}"
+        return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
+    return None
+
+
+def _collect_revealed_shares(secure: SumInProgress) -> None:
+    """Step 4: tell the survivors who is in the sum, and receive what removes the masks."""
+    run = secure.run
+    request = UnmaskRequest(run.run_id, run.config_values, secure.sum_id, secure.survivors)
+    requests = dict.fromkeys(secure.survivors, request)
+    for centre, reply in collect_step_replies(run, requests, secure.dropouts):
+        if isinstance(reply, UnmaskReply) and reply.shares.keys() == secure.encrypted_shares.keys():
+            secure.revealed[centre] = reply
+        else:
+            secure.dropouts[centre] = to_refusal(centre, reply)
+
+
+def _remove_all_masks(secure: SumInProgress) -> None:
+    """Step 5: leave the sum of the survivors' numbers."""
+    threshold = secure_aggregation.compute_min_survivors(secure.run.config, len(secure.roster))
+    if len(secure.revealed) < threshold:
+        raise NotEnoughCentres(threshold, len(secure.revealed), secure.dropouts)
+    helpers = dict(itertools.islice(secure.revealed.items(), threshold))
+    for centre in sorted(secure.encrypted_shares):
+        if centre in secure.survivors:
+            _remove_own_mask(secure, centre, helpers)
+        else:
+            _remove_pairwise_masks(secure, centre, helpers)
+
+
+def _remove_own_mask(secure: SumInProgress, survivor: str, helpers: Mapping[str, UnmaskReply]) -> None:
+    """Subtract the mask that a survivor added to its numbers."""
+    seed = _combine_shares(secure, survivor, helpers, SEED_BYTES)
+    keys = secure_aggregation.parse_public_keys(secure.roster[survivor])
+    if hashlib.sha256(seed).digest() != keys.seed_digest:
+        raise _inconsistent_shares(survivor, helpers)
+    mask_seed = secure_aggregation.expand_seed(seed)
+    secure_aggregation.add_mask(mask_seed, -1, secure.fixed_point_sums, secure.values)
+
+
+def _remove_pairwise_masks(secure: SumInProgress, dropout: str, helpers: Mapping[str, UnmaskReply]) -> None:
+    """Subtract the masks that the survivors share with a dropout, which its own would have cancelled."""
+    private_key = _combine_shares(secure, dropout, helpers, PRIVATE_KEY_BYTES)
+    keys = secure_aggregation.parse_public_keys(secure.roster[dropout])
+    if not private_key or secure_aggregation.derive_public_key(private_key) != keys.mask_key:
+        raise _inconsistent_shares(dropout, helpers)
+    context = secure_aggregation.hash_mask_context(
+        secure.sum_id, secure.roster, sorted(secure.encrypted_shares)
     )
-    if size == 16:
-        fits = hashlib.sha256(secret).digest() == keys.seed_digest
-    else:
-        fits = len(secret) == 32 and secure_aggregation.derive_public_key(secret) == keys.mask_key
-    if not fits:
-        raise RunPaused(
-            f"the shares of {centre}'s secret do not fit together: a centre ({', '.join(helpers)}, {centre}) runs other code"
-        )
-    if centre in survivors:
-        secure_aggregation.add_mask(secure_aggregation.expand_seed(secret), -1, exact, values)
-        return
-    bound = b"mask" + secure_aggregation.hash_mask_context(sum_id, roster, members)
-    for peer in survivors:
-        common = secure_aggregation.derive_shared_key(
-            secret, secure_aggregation.parse_public_keys(roster[peer]).mask_key, bound
-        )
-        secure_aggregation.add_mask(
-            common, -secure_aggregation.compute_pair_sign(peer, centre), exact, values
-        )
+    for survivor in secure.survivors:
+        survivor_key = secure_aggregation.parse_public_keys(secure.roster[survivor]).mask_key
+        seed = secure_aggregation.derive_shared_key(private_key, survivor_key, b"mask" + context)
+        sign = -secure_aggregation.compute_pair_sign(survivor, dropout)
+        secure_aggregation.add_mask(seed, sign, secure.fixed_point_sums, secure.values)
+
+
+def _combine_shares(
+    secure: SumInProgress, centre: str, helpers: Mapping[str, UnmaskReply], num_bytes: int
+) -> bytes:
+    """Return a centre's secret from the helpers' shares of it; empty where a share has another length."""
+    share_numbers = {name: number for number, name in enumerate(sorted(secure.roster), 1)}
+    shares = {share_numbers[name]: reply.shares[centre].tobytes() for name, reply in helpers.items()}
+    if any(len(share) != num_bytes for share in shares.values()):
+        return b""
+    return secure_aggregation.shamir_combine(shares)
+
+
+def _inconsistent_shares(centre: str, helpers: Mapping[str, UnmaskReply]) -> RunPaused:
+    centres = ", ".join([*helpers, centre])
+    return RunPaused(
+        f"the shares of {centre}'s secret do not fit together: a centre ({centres}) runs other code"
+    )
 
 
 def collect_step_replies(
-    run: Run, requests: Mapping[str, Request], dropouts: dict[str, str]
+    run: Run, requests: Mapping[str, Request], dropouts: dict[str, Refusal]
 ) -> Iterator[tuple[str, Reply]]:
-    """Each centre's reply as it comes; `why` there is none of one."""
+    """Yield each centre's reply as it arrives; note the refusals."""
     for received in send_requests(run, requests):
         if isinstance(received.reply, Refusal):
-            dropouts[received.centre] = received.reply.reason
+            dropouts[received.centre] = received.reply
         else:
             yield received.centre, received.reply

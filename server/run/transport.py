@@ -1,4 +1,4 @@
-"""How the coordinator reaches the centres: one protocol, so that rounds run, and are tested, without Flower."""
+"""How the coordinator reaches the centres: a protocol, so that rounds run and are tested without Flower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.protocol.messages import Reply, Request
 
 @dataclass
 class ReceivedReply:
-    """A centre's reply; no reply in time is a Refusal that says so. Bytes are those of the arrays."""
+    """A centre's reply and the bytes of arrays that were exchanged; no reply in time is a Refusal."""
 
     centre: str
     reply: Reply
@@ -20,16 +20,19 @@ class ReceivedReply:
 
 
 class Transport(Protocol):
-    """Sends requests to centres by name and yields each reply as it arrives; None now and then while there is none, so that the asker can act."""
+    """Sends requests to centres by name and yields each reply as it arrives.
+
+    It also yields None now and then while it waits, so that the caller can act in the meantime.
+    """
 
     def discover(
         self, request: Request, expected: list[str], timeout: float
     ) -> Iterator[ReceivedReply | None]:
-        """Ask every node who it is, until `expected` centres are there or `wait` seconds have passed."""
+        """Ask every node who it is, until all `expected` centres have replied or `timeout` seconds pass."""
         ...
 
     def send_and_receive(
         self, requests: Mapping[str, Request], timeout: float
     ) -> Iterator[ReceivedReply | None]:
-        """Yield exactly one Received for each request, at the latest after `deadline` seconds."""
+        """Yield exactly one `ReceivedReply` for each request, at the latest after `timeout` seconds."""
         ...

@@ -1,9 +1,9 @@
-"""For busy machines: one thread (tensors are small, more would only wait for each other; set before torch is loaded), no deadlines."""
+"""Settings for busy machines: one thread, since more would only wait for each other, and no deadlines."""
 
 import os
 
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is loaded
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")

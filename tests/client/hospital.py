@@ -1,4 +1,4 @@
-"""A small made-up hospital, and requests to it as the coordinator sends them."""
+"""A small phantom hospital, and requests to it as the coordinator sends them."""
 
 from __future__ import annotations
 
@@ -11,72 +11,83 @@ import pytest
 
 from client.phantom.federation import write_centre
 from client.site.config import Site
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import Config, PhantomConfig
 from common.modeling.model import make_model
 from common.modeling.parameters import Weights, build_layout, get_model_weights
 from common.protocol.messages import Refusal, Reply, TrainReply, TrainRequest
 
-WHO = "DOE^JANE-1957"  # stands in every path of these hospitals, and must stay there
-TINY = PhantomConfig(scale=0.001, num_slices=10, image_size=64)  # 8 scans to train on, 6 and 6 others
+PATIENT_NAME = "DOE^JANE-1957"  # is part of every path of these hospitals, and must not leave them
+TINY_PHANTOM = PhantomConfig(scale=0.001, num_slices=10, image_size=64)  # 8 training scans, 6 and 6 others
 
 
 @pytest.fixture(scope="module")
 def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_centre(tmp_path_factory.mktemp("data") / WHO, "north", TINY)
+    return write_centre(tmp_path_factory.mktemp("data") / PATIENT_NAME, "north", TINY_PHANTOM)
 
 
 @pytest.fixture
-def copy(hospital: Path, tmp_path: Path) -> Path:
-    """The same hospital, to be spoilt; what is preprocessed already comes along."""
-    return shutil.copytree(hospital, tmp_path / WHO)
+def hospital_copy(hospital: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage; scans that are preprocessed already come along."""
+    return shutil.copytree(hospital, tmp_path / PATIENT_NAME)
 
 
-def config_of(*overrides: str) -> Config:
-    few = [
+def make_config(*overrides: str) -> Config:
+    small = [
         "federation=folder",
         "federation.centres=[north,south]",
         "preprocess.image_size=32",
         "preprocess.crop=none",
         "stage.batch_size=4",
+        "stage.precision=fp32",
+        "aggregation.compression=fp32",
     ]
-    config = compose_config([*few, "stage.precision=fp32", "aggregation.compression=fp32", *overrides])
-    tasks = {
-        n: replace(t, classes=["north", "south"]) if n == "source" else t for n, t in config.tasks.items()
-    }
+    config = compose_config([*small, *overrides])
+    tasks = dict(config.tasks)
+    if "source" in tasks:
+        tasks["source"] = replace(tasks["source"], classes=["north", "south"])
     return replace(config, tasks=tasks)
 
 
-def site_of(data: Path, **more: object) -> Site:
-    return Site(centre="north", data=str(data), device="cpu", threads=1, **more)  # type: ignore[arg-type]
+def make_site(data: Path, **settings: object) -> Site:
+    return Site(centre="north", data=str(data), device="cpu", threads=1, **settings)  # type: ignore[arg-type]
 
 
-def start(config: Config) -> Weights:
+def initial_weights(config: Config) -> Weights:
     model = make_model(config.backbone, config.tasks, 1)
     return get_model_weights(model, build_layout(model))
 
 
-def train(config: Config, round: int = 1, weights: Weights | None = None, **more: object) -> TrainRequest:
-    counts = {"covid": [8.0, 8.0], "source": [8.0, 8.0]}
+def train_request(
+    config: Config, round_number: int = 1, weights: Weights | None = None, **fields: object
+) -> TrainRequest:
     return TrainRequest(
-        "run", config_to_dict(config), "main", round, weights or start(config), counts, **more
-    )  # type: ignore[arg-type]
+        "run",
+        config_to_dict(config),
+        "main",
+        round_number,
+        weights or initial_weights(config),
+        {"covid": [8.0, 8.0], "source": [8.0, 8.0]},
+        **fields,  # type: ignore[arg-type]
+    )
 
 
-def contribution(reply: Reply) -> TrainReply:
+def expect_train_reply(reply: Reply) -> TrainReply:
     assert isinstance(reply, TrainReply), reply
     return reply
 
 
-def reason(reply: Reply) -> str:
-    """A refusal's text, which is one sentence without a path or a name."""
+def refusal_reason(reply: Reply) -> str:
+    """Return a refusal's reason, which is one sentence without a path or a name."""
     assert isinstance(reply, Refusal), reply
-    assert WHO not in f"{reply.centre} {reply.reason}"
+    assert PATIENT_NAME not in f"{reply.centre} {reply.reason}"
     assert "\n" not in reply.reason
     assert "/" not in reply.reason
     return reply.reason
 
 
-def relabel(folder: Path, **columns: object) -> None:
+def set_columns(folder: Path, **columns: object) -> None:
+    """Change columns of the cohort's table."""
     table = pd.read_csv(folder / "cohort.csv")
     table.assign(**columns).to_csv(folder / "cohort.csv", index=False)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from server.ledger.ledger import Ledger
-from server.run.operator_commands import first_broken_link
+from server.ledger.audit_trail import first_broken_link
 from tests.deploy import processes as p
 from tests.deploy.faults import BUSY, PHANTOM
 
@@ -155,7 +155,7 @@ def test_a_run_is_started_ordered_about_and_stopped(console: Console) -> None:
     ledger, processes = console.ledger, console.processes
     console.until("both hospitals are online", lambda: console.text("/").count('"state online"') == 2)
     console.send("/start", recipe="multisource", overrides=OVERRIDES, why="a first look")
-    [begun] = [entry for entry in ledger.read_audit() if entry["what"] == "start"]
+    [begun] = [entry for entry in ledger.read_audit() if entry["action"] == "start"]
     run = begun["run"]
     assert f"{run}: started by anna" in console.text("/runs")
     console.until("it begins, or says why not", lambda: "are coming up" not in console.text("/runs"))
@@ -198,8 +198,8 @@ def test_a_run_is_started_ordered_about_and_stopped(console: Console) -> None:
         ("readmit", "south"),
         ("stopped", None),
     ]
-    trail = [(e["who"], e["what"], e["centre"]) for e in ledger.read_audit(run)]
+    trail = [(e["actor"], e["action"], e["centre"]) for e in ledger.read_audit(run)]
     assert trail == [("anna", what, centre) for what, centre in [
         ("start", ""), ("pause", ""), ("resume", ""), ("exclude", "south"), ("readmit", "south"), ("stop", "")]]  # fmt: skip
     assert first_broken_link(ledger.read_audit()) is None
-    assert f"a first look [multisource {OVERRIDES}]" == begun["why"]
+    assert f"a first look [multisource {OVERRIDES}]" == begun["reason"]

@@ -236,7 +236,7 @@ def test_a_run(hospitals: Path, data: Path, tmp_path: Path) -> None:
         assert {entry["run"] for entry in sent} == {Path(run).name}
         assert "TrainReply" in {entry["kind"] for entry in sent}
         if name == "north":
-            assert f"{len(sent)} messages left, the chain is whole" in c.said(
+            assert f"{len(sent)} messages left; the chain is intact" in c.said(
                 ["./start", "egress"], folder=state.parent
             )
 

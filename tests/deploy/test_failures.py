@@ -57,7 +57,7 @@ def test_the_coordinators_app_is_killed_and_the_superlink_away_for_long(
     assert federation.kinds(run) == ["started"]  # it could say nothing any more
     federation.start(resume=run)
     [resumed] = [event for event in federation.events(run) if event["kind"] == "resumed"]
-    assert resumed["detail"] == "the coordinator's process had ended without a word"
+    assert resumed["detail"] == "the previous coordinator process exited without a status"
     federation.note(
         "kill -9 of the coordinator's app", "resumed by hand, same weights", time.monotonic() - killed
     )
@@ -198,7 +198,7 @@ def test_a_contribution_is_not_finite(federation: Federation, long: str) -> None
     """A centre whose memory, or GPU, is broken: NaN in one weight."""
     script = federation.folder / "home-south" / "bin" / "image.py"
     whole = script.read_text()
-    spoiled = "import client.round as a\nwas = a.train\n"
+    spoiled = "import client.federation.local_round as a\nwas = a.train\n"
     spoiled += "def train(model, *n, **k):\n    said = was(model, *n, **k)\n    next(model.parameters()).data.fill_(float('nan'))\n    return said\n"
     round = federation.rounds(long)
     script.write_text(whole.replace("if __name__", spoiled + "a.train = train\nif __name__"))

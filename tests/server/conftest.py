@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests that want one."""
+"""A real PostgreSQL server for the tests that need one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.deploy import processes
 
 @pytest.fixture(scope="session")
 def database() -> Iterator[str]:
-    """The address of a server of our own; its processes end with the tests."""
+    """The address of a server that is started for the tests and ends with them."""
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.skip("no PostgreSQL server is installed")
     with processes.postgresql() as (address, _):
@@ -23,7 +23,7 @@ def database() -> Iterator[str]:
 
 @pytest.fixture
 def postgresql(database: str) -> str:
-    """The same, without a table."""
+    """The address of the server, after all tables have been dropped."""
     engine = sa.create_engine(database.replace("postgresql:", "postgresql+psycopg:"))
     schema.drop_all(engine)
     engine.dispose()

@@ -1,6 +1,9 @@
-"""A process that begins or resumes a tiny phantom run and kills itself with SIGKILL at a given moment.
+"""A process that starts or resumes a tiny phantom run and kills itself with SIGKILL at a given moment.
 
 python -m tests.server.killed_run ROOT RUNS RUN begin|resume MOMENT COUNT [OVERRIDE ...]
+
+MOMENT is `training`, `aggregation`, `checkpoint` or `never`; the process dies the COUNTth time that it comes
+there.
 """
 
 from __future__ import annotations
@@ -18,37 +21,41 @@ from tests.in_process_federation import InProcess, phantom_config, sites
 
 
 def main() -> None:
-    root, runs, run, how, moment, count, *overrides = sys.argv[1:]
-    left = [int(count)]
+    root, runs, run_id, action, deadly_moment, count, *overrides = sys.argv[1:]
+    times_left = int(count)
 
-    def strike(at: str) -> None:
-        if at == moment:
-            left[0] -= 1
-            if left[0] == 0:
+    def come_to(moment: str) -> None:
+        nonlocal times_left
+        if moment == deadly_moment:
+            times_left -= 1
+            if times_left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
         if isinstance(request, TrainRequest):
-            strike("training")  # after a centre trained, before its contribution arrives
+            come_to("training")  # after a centre has trained, before its update arrives
         return reply
 
-    before_save, before_step = checkpoint.write_checkpoint, aggregate.server_step
+    write_checkpoint = checkpoint.write_checkpoint
+    server_step = aggregate.server_step
 
-    def saving(*args: object) -> object:
-        strike("checkpoint")  # the ledger has the round, the checkpoint has not
-        return before_save(*args)  # type: ignore[arg-type]
+    def write_or_die(*args: object) -> object:
+        come_to("checkpoint")  # the round is in the ledger, but not in a checkpoint
+        return write_checkpoint(*args)  # type: ignore[arg-type]
 
-    def stepping(*args: object) -> object:
-        strike("aggregation")
-        return before_step(*args)  # type: ignore[arg-type]
+    def step_or_die(*args: object) -> object:
+        come_to("aggregation")
+        return server_step(*args)  # type: ignore[arg-type]
 
-    checkpoint.write_checkpoint, aggregate.server_step = saving, stepping  # type: ignore[assignment]
-    folder = Path(runs)
+    checkpoint.write_checkpoint = write_or_die  # type: ignore[assignment]
+    aggregate.server_step = step_or_die  # type: ignore[assignment]
+    runs_dir = Path(runs)
     transport = InProcess(sites(), hook)
-    if how == "begin":
-        start_run(phantom_config(Path(root), *overrides), transport, folder, open_ledger(folder), run)
+    ledger = open_ledger(runs_dir)
+    if action == "begin":
+        start_run(phantom_config(Path(root), *overrides), transport, runs_dir, ledger, run_id)
     else:
-        resume_run(run, transport, folder, open_ledger(folder))
+        resume_run(run_id, transport, runs_dir, ledger)
 
 
 if __name__ == "__main__":

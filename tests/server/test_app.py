@@ -1,72 +1,89 @@
-"""Flower's grid as transport, with a grid of which every node answers at once."""
+"""Flower's grid as transport, with a fake grid whose nodes reply at once; signals; the log of a run's end."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import sys
+import time
 from typing import Any
 
 import pytest
 from flwr.superlink.grid.http_grid import HttpGrid
 
-import server.app
 from common.protocol.flower_records import from_records, to_records
 from common.protocol.messages import JoinReply, JoinRequest, Refusal
-from server.app import FlowerTransport, pause_on_signals
+from common.utils.errors import ConsiliumError
+from server.app import drop_traceback
+from server.run import flower_transport
+from server.run.flower_transport import FlowerTransport
 from server.run.run_state import RunPaused
+from server.run.stop_signal import StopSignal
 
 
-class Note:
-    """A Flower message outside a run, where the real one cannot be made."""
+class FakeMessage:
+    """A Flower message outside a run, where a real one cannot be made."""
 
     def __init__(self, content: Any, dst_node_id: int = 0, **_: Any) -> None:
-        self.content, self.to = content, dst_node_id
+        self.content = content
+        self.node_id = dst_node_id
 
     def has_error(self) -> bool:
         return False
 
 
-class Grid:
-    """Node 1 is north; node 2 has no part."""
+class FakeGrid:
+    """Node 1 is north; node 2 has no part in the run."""
 
     def __init__(self) -> None:
-        self.sent: dict[str, Note] = {}
+        self.sent: dict[str, FakeMessage] = {}
 
     def get_node_ids(self) -> list[int]:
         return [1, 2]
 
-    def push_messages(self, messages: list[Note]) -> list[str]:
+    def push_messages(self, messages: list[FakeMessage]) -> list[str]:
         names = [str(len(self.sent) + k) for k in range(len(messages))]
         self.sent |= dict(zip(names, messages, strict=True))
         return names
 
-    def pull_messages(self, ids: list[str]) -> list[Note]:
-        found = []
-        for note in (self.sent[name] for name in ids):
-            run = from_records(note.content).run_id  # type: ignore[union-attr]
-            here = JoinReply("north", ["north"], "f", [], [], {}, {}, {}, "cpu", [run])
-            found.append(Note(to_records(here if note.to == 1 else Refusal("", "no part"))))
-        return found
+    def pull_messages(self, ids: list[str]) -> list[FakeMessage]:
+        replies = []
+        for message in (self.sent[name] for name in ids):
+            run_id = from_records(message.content).run_id  # type: ignore[union-attr]
+            reply: JoinReply | Refusal = Refusal("", "no part")
+            if message.node_id == 1:
+                reply = JoinReply("north", ["north"], "f", [], [], {}, {}, {}, "cpu", [run_id])
+            replies.append(FakeMessage(to_records(reply)))
+        return replies
 
 
-def test_every_run_of_a_study_meets_the_centres_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.app, "Message", Note)
-    transport = FlowerTransport(Grid())  # type: ignore[arg-type]
-    for run in ("part-a", "part-b"):
-        heard = [
-            r.reply
-            for r in transport.discover(JoinRequest(run, {}), ["north"], 5.0)
-            if r and isinstance(r.reply, JoinReply)
-        ]
-        assert [said.notes for said in heard] == [[run]]
-        # Within a run who is known is not asked again; who refused is.
-        assert [r.centre for r in transport.discover(JoinRequest(run, {}), ["south"], 0.0) if r] == ["node 2"]
+class SilentGrid(FakeGrid):
+    """A SuperLink that is away: no call returns."""
+
+    def get_node_ids(self) -> list[int]:
+        time.sleep(60)
+        return []
 
 
-def test_a_superlink_that_stays_away_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.app, "RECONNECT_TIMEOUT", 0.6)
-    with socket.socket() as closed:  # bound, and nobody listens
+def test_every_run_of_a_cross_validation_asks_the_nodes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_transport, "Message", FakeMessage)
+    transport = FlowerTransport(FakeGrid())  # type: ignore[arg-type]
+    for run_id in ("fold-a", "fold-b"):
+        replies = []
+        for received in transport.discover(JoinRequest(run_id, {}), ["north"], 5.0):
+            if received and isinstance(received.reply, JoinReply):
+                replies.append(received.reply)
+        assert [reply.notes for reply in replies] == [[run_id]]
+        # Within a run, a centre that has joined is not asked again; one that was refused is.
+        again = [r for r in transport.discover(JoinRequest(run_id, {}), ["south"], 0.0) if r]
+        assert [received.centre for received in again] == ["node 2"]
+
+
+def test_unreachable_superlink_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_transport, "RECONNECT_TIMEOUT", 0.6)
+    with socket.socket() as closed:  # bound, but not listening
         closed.bind(("127.0.0.1", 0))
         grid = HttpGrid(f"127.0.0.1:{closed.getsockname()[1]}", insecure=True, token="none")
         with pytest.raises(RunPaused, match="SuperLink has been away"):
@@ -74,8 +91,34 @@ def test_a_superlink_that_stays_away_pauses_the_run(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_ends_the_process_pauses_the_run(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with pytest.raises(RunPaused, match=number.name), pause_on_signals():
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before
+def test_signal_is_noted_and_pauses_the_run_when_polled(number: signal.Signals) -> None:
+    handler_before = signal.getsignal(number)
+    stop_signal = StopSignal()
+    with stop_signal.listen():
+        os.kill(os.getpid(), number)  # the handler does not raise
+        with pytest.raises(RunPaused, match=number.name):
+            stop_signal.raise_if_set()
+    assert signal.getsignal(number) is handler_before
+
+
+def test_signal_ends_the_wait_for_a_superlink_that_is_away() -> None:
+    stop_signal = StopSignal()
+    stop_signal.set(signal.SIGTERM)
+    transport = FlowerTransport(SilentGrid(), stop_signal)  # type: ignore[arg-type]
+    with pytest.raises(RunPaused, match="SIGTERM"):
+        list(transport.discover(JoinRequest("run", {}), ["north"], 5.0))
+
+
+def test_expected_errors_are_logged_without_a_traceback() -> None:
+    def log_record(error: Exception) -> logging.LogRecord:
+        try:
+            raise error
+        except Exception:
+            return logging.LogRecord("flwr", logging.ERROR, "", 0, "%s failed", ("App",), sys.exc_info())
+
+    record = log_record(ConsiliumError("the disk is full"))
+    assert drop_traceback(record)
+    assert (record.getMessage(), record.exc_info) == ("App failed: the disk is full", None)
+    record = log_record(ValueError("a bug"))
+    assert drop_traceback(record)
+    assert record.exc_info is not None

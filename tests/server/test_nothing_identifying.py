@@ -1,4 +1,4 @@
-"""Paths, file names, patients, scan names and what DICOM files say stay in the hospital: a whole run is searched for them, failures included."""
+"""No path, file name, scan name, patient or DICOM element leaves a hospital, even when something fails."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pandas as pd
 import pydicom
 import pytest
 
-from client.federation import handlers
-from client.federation.query_handlers import QueryContext
+from client.federation import query_handlers
+from client.federation.query_context import QueryContext
 from client.phantom.federation import write_centre
 from client.site.config import Site
-from common.protocol.messages import Reply, Request, Sums, pack_message
+from common.protocol.message_packing import pack_message
+from common.protocol.messages import Reply, Request, Sums
+from server.ledger.ledger import Ledger
 from server.rounds.run_lifecycle import open_ledger, start_run
 from tests.client.planted import plant
 from tests.in_process_federation import InProcess, phantom_config
@@ -23,18 +25,21 @@ from tests.server.dashboard.console_client import PAGES, logged_in
 SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 
 
-def hospital(source: Path, home: Path) -> None:
-    """A phantom centre whose folder, files, table and DICOM elements name patients; one scan is unreadable, and says whose it is."""
+def plant_identifiers(source: Path, home: Path) -> None:
+    """Move a phantom centre, and name patients in its folder, file names, table and DICOM elements.
+
+    One scan is unreadable, and its content names a patient.
+    """
     source.rename(home)
     table = pd.read_csv(home / "cohort.csv")
-    table["patient"] = [f"DOE^JANE-{p}" for p in table["patient"]]
-    table["scan"] = [f"MRN0815-{s}" for s in table["scan"]]
+    table["patient"] = [f"DOE^JANE-{patient}" for patient in table["patient"]]
+    table["scan"] = [f"MRN0815-{scan}" for scan in table["scan"]]
     table["jane_doe_note"] = "DOE^JANE, born 19340229"
     table.to_csv(home / "cohort.csv", index=False)
     for scan in table["path"][1:3]:
-        for i, file in enumerate(sorted((home / scan).glob("*"))):
+        for number, file in enumerate(sorted((home / scan).glob("*"))):
             plant(pydicom.dcmread(file)).save_as(file)
-            file.rename(file.with_name(f"jane_doe_{i}.dcm"))
+            file.rename(file.with_name(f"jane_doe_{number}.dcm"))
     for file in (home / table["path"][0]).glob("*"):
         file.write_bytes(b"DICM jane_doe 19340229")
 
@@ -43,67 +48,70 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    plain = phantom_config(tmp_path / "source")
-    assert plain.federation.phantom
-    sites, runs, homes = (
-        [],
-        tmp_path / "runs",
-        tmp_path / "jane_doe_19340229",
-    )  # what a folder of a hospital may be called
+    phantom = phantom_config(tmp_path / "source").federation
+    assert phantom.phantom
+    runs = tmp_path / "runs"
+    homes = tmp_path / "jane_doe_19340229"  # what a folder of a hospital may be called
     homes.mkdir()
-    for centre in plain.federation.centres:
-        hospital(write_centre(tmp_path / "source", centre, plain.federation.phantom), homes / centre)
+    sites = []
+    for centre in phantom.centres:
+        plant_identifiers(write_centre(tmp_path / "source", centre, phantom.phantom), homes / centre)
         sites.append(Site(centre=centre, data=str(homes / centre), threads=1, device="cpu"))
     sent: list[str] = []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
-        arrays, facts = pack_message(reply)
-        sent.append(
-            f"{sorted(arrays)} {facts} {b''.join(array.tobytes() for array in arrays.values()).decode('latin-1')}"
-        )
+        arrays, metadata = pack_message(reply)
+        content = b"".join(array.tobytes() for array in arrays.values()).decode("latin-1")
+        sent.append(f"{sorted(arrays)} {metadata} {content}")
         if centre == "west":
-            (homes / "west" / "cohort.csv").unlink(missing_ok=True)  # its next answer fails
+            (homes / "west" / "cohort.csv").unlink(missing_ok=True)  # its next reply is a failure
         return reply
 
-    true, text_of_accident = handlers.QUERY_HANDLERS["scores"], f"DOE^JANE in {homes}/south/MRN0815"
+    scores_handler = query_handlers.QUERY_HANDLERS["scores"]
 
-    def failing(q: QueryContext) -> Sums:
-        if "south" in q.datasets["val"].centres:
-            raise RuntimeError(text_of_accident)
-        return true(q)
+    def fail_at_south(context: QueryContext) -> Sums:
+        if "south" in context.datasets["val"].centres:
+            raise RuntimeError(f"DOE^JANE in {homes}/south/MRN0815")
+        return scores_handler(context)
 
-    monkeypatch.setitem(handlers.QUERY_HANDLERS, "scores", failing)
+    monkeypatch.setitem(query_handlers.QUERY_HANDLERS, "scores", fail_at_south)
     config = phantom_config(tmp_path / "nowhere", "federation.quorum=0.5", "stage.rounds=1")
     ledger = open_ledger(runs)
     result = start_run(config, InProcess(sites, hook), runs, ledger, "r")
-    assert sum(c["skipped"] for c in result["centres"].values()) == 4  # the provoked failures did happen
-    assert {"south"} <= {o["centre"] for o in result["left_out"] if "RuntimeError" in o["reason"]}
-    database = sqlite3.connect(runs / "ledger.db")
-    rows = [
-        str(row)
-        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        for row in database.execute(f"SELECT * FROM {name}")
-    ]
-    files = [p for p in runs.rglob("*") if p.is_file()]
-    assert {"report.html", "metrics.json", "model.safetensors", "config.yaml"} <= {p.name for p in files}
-    assert any("checkpoint" in str(p) for p in files)
-    egress = [
-        (homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in config.federation.centres
-    ]
-    client = logged_in(ledger, runs=runs)
-    console = [
-        client.get(path)
-        for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv")
-    ]
-    assert [page.status_code for page in console] == [200] * len(console)
-    assert "RuntimeError" in "".join(page.text for page in console)  # the failures are shown
-    for text in [
-        *sent,
-        *rows,
-        *(p.read_bytes().decode("latin-1") for p in files),
-        *egress,
-        caplog.text,
-        *(page.text for page in console),
-    ]:
+    # The provoked failures did happen.
+    assert sum(centre.skipped for centre in result.centres.values()) == 4
+    assert "south" in {left.centre for left in result.left_out if "RuntimeError" in left.reason}
+
+    rows = read_rows(runs / "ledger.db")
+    files = [path for path in runs.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"report.html", "metrics.json", "model.safetensors", "config.yaml"} <= names
+    assert any("checkpoint" in str(path) for path in files)
+    egress_logs = [(homes / centre / ".consilium" / "egress.jsonl").read_text() for centre in phantom.centres]
+    pages = read_console(ledger, runs)
+    assert "RuntimeError" in "".join(pages)  # the failures are shown
+    file_contents = [path.read_bytes().decode("latin-1") for path in files]
+    for text in [*sent, *rows, *file_contents, *egress_logs, caplog.text, *pages]:
         for secret in SECRETS:
             assert secret not in text
+
+
+def read_rows(path: Path) -> list[str]:
+    """All rows of all tables of a SQLite database."""
+    database = sqlite3.connect(path)
+    tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    rows: list[str] = []
+    for (table,) in tables:
+        rows += [str(row) for row in database.execute(f"SELECT * FROM {table}")]
+    return rows
+
+
+def read_console(ledger: Ledger, runs: Path) -> list[str]:
+    """The texts of the console's pages."""
+    client = logged_in(ledger, runs=runs)
+    texts = []
+    for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv"):
+        page = client.get(path)
+        assert page.status_code == 200, path
+        texts.append(page.text)
+    return texts

@@ -1,4 +1,4 @@
-"""Cohorts: who is in, under which label, source and split, and what is said when something is wrong."""
+"""Cohorts: which scans are in, their labels, sources and splits, and the errors when something is wrong."""
 
 from __future__ import annotations
 
@@ -14,29 +14,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.data.cohort import assign_split, build_cohort, filter_modality, load_cohort, save_cohort
+from client.data.columns import find_label_columns
 from client.phantom.chest_ct import draw_chest
-from client.data.cohort import build_cohort, find_label_columns, load_cohort, filter_modality, save_cohort, assign_split
-from client.phantom.federation import CENTRE_PROFILES, write_ct_series
+from client.phantom.dicom_files import write_ct_series
+from client.phantom.profiles import CENTRE_PROFILES
 from common.utils.errors import ConsiliumError
 
 
-def picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.full((20, 20), 90, np.uint8))
 
 
-def series(folder: Path, patient: str, *names: object, slices: int = 4) -> None:
+def write_series(folder: Path, patient: str, *names: object, slices: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     voxels, _ = draw_chest(rng, rng, CENTRE_PROFILES["north"].scanner, True, slices, 64)
     write_ct_series(folder, voxels, CENTRE_PROFILES["north"].scanner, names, patient, rng)
 
 
-def pharos(folder: Path) -> Path:
-    """Four scans of one name, as in COV19-CT-DB: only class and split tell them apart."""
-    for place in ("covid1", "covid2", "non-covid3", "validation/val/covid", "validation/val/non-covid"):
+def write_cov19_ctdb(folder: Path) -> Path:
+    """Write four scans of one name, as in COV19-CT-DB: only class and split distinguish them."""
+    scans = [
+        "covid1/ct_scan_0",
+        "covid2/ct_scan_9",
+        "non-covid3/ct_scan_0",
+        "validation/val/covid/ct_scan_0",
+        "validation/val/non-covid/ct_scan_0",
+    ]
+    for scan in scans:
         for z in range(3):
-            picture(folder / place / ("ct_scan_9" if place == "covid2" else "ct_scan_0") / f"{z}.jpg")
+            write_image(folder / scan / f"{z}.jpg")
     for name, text in {
         "train_covid.csv": "ct_scan_name,data_centre\nct_scan_0,0\nct_scan_9,1\n",
         "train_non_covid.csv": "ct_scan_name,data_centre\nct_scan_0,2\n",
@@ -48,9 +57,9 @@ def pharos(folder: Path) -> Path:
 
 
 def test_colliding_names_keep_their_own_source(tmp_path: Path) -> None:
-    df, skipped = build_cohort(pharos(tmp_path / "data"), "greece")
-    found = {(row.covid, row.split, Path(row.path).name): row.source for row in df.itertuples()}
-    assert found == {
+    df, skipped = build_cohort(write_cov19_ctdb(tmp_path / "data"), "greece")
+    sources = {(row.covid, row.split, Path(row.path).name): row.source for row in df.itertuples()}
+    assert sources == {
         (1.0, "train", "ct_scan_0"): "0",
         (1.0, "train", "ct_scan_9"): "1",
         (0.0, "train", "ct_scan_0"): "2",
@@ -61,37 +70,44 @@ def test_colliding_names_keep_their_own_source(tmp_path: Path) -> None:
     assert not skipped
 
 
-def test_a_source_table_that_does_not_name_its_class_is_refused(tmp_path: Path) -> None:
-    folder = pharos(tmp_path / "data")
+def test_a_table_of_sources_must_name_its_class(tmp_path: Path) -> None:
+    folder = write_cov19_ctdb(tmp_path / "data")
     (folder / "train_covid.csv").rename(folder / "train.csv")
     with pytest.raises(ConsiliumError, match="collide"):
         build_cohort(folder, "greece")
 
 
-@given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=30), st.text(min_size=1, max_size=8), st.integers(0, 9))
-def test_a_patient_never_moves_when_others_come(others: list[str], patient: str, seed: int) -> None:
+NAMES = st.text(min_size=1, max_size=8)
+
+
+@given(st.lists(NAMES, unique=True, max_size=30), NAMES, st.integers(0, 9))
+def test_a_patients_split_does_not_change_when_others_are_added(
+    others: list[str], patient: str, seed: int
+) -> None:
     before = assign_split(patient, seed)
     assert before in ("train", "val", "test")
-    [assign_split(other, seed) for other in others]
+    for other in others:
+        assign_split(other, seed)
     assert assign_split(patient, seed) == before
 
 
-def test_shares_are_met_and_the_seed_matters() -> None:
-    drawn = pd.Series([assign_split(f"P{k}", 3, (0.6, 0.3, 0.1)) for k in range(4000)]).value_counts(normalize=True)
-    assert drawn["train"] == pytest.approx(0.6, abs=0.03)
-    assert drawn["test"] == pytest.approx(0.1, abs=0.02)
+def test_splits_have_their_shares_and_depend_on_the_seed() -> None:
+    splits = pd.Series([assign_split(f"P{k}", 3, (0.6, 0.3, 0.1)) for k in range(4000)])
+    shares = splits.value_counts(normalize=True)
+    assert shares["train"] == pytest.approx(0.6, abs=0.03)
+    assert shares["test"] == pytest.approx(0.1, abs=0.02)
     assert [assign_split(f"P{k}", 1) for k in range(50)] != [assign_split(f"P{k}", 2) for k in range(50)]
     assert {assign_split(f"P{k}", 1, (1, 0, 0)) for k in range(50)} == {"train"}
 
 
 def test_dicom_folder_with_labels(tmp_path: Path) -> None:
     root = tmp_path / "dicom"
-    series(root / "a" / "study1", "P1", "one")
-    series(root / "b" / "study2", "P1", "two")
-    series(root / "c", "P2", "three")
+    write_series(root / "a" / "study1", "P1", "one")
+    write_series(root / "b" / "study2", "P1", "two")
+    write_series(root / "c", "P2", "three")
     for file in (root / "c").iterdir():
         file.rename(file.with_stem("first" + file.stem))
-    series(root / "c", "P3", "four", slices=6)  # a second study among the first one's files
+    write_series(root / "c", "P3", "four", slices=6)  # a second study among the first one's files
     (root / "c" / "notes.doc").write_text("hello")
     (root / "c" / "empty.dcm").write_bytes(b"")
     (root / "labels.csv").write_text("patient,covid,severity\nP1,1,mild\nP2,0,\nP9,1,severe\n")
@@ -110,46 +126,53 @@ def test_dicom_folder_with_labels(tmp_path: Path) -> None:
     assert "1 of its rows" in reasons
 
 
-def test_other_series_of_a_study_are_named(tmp_path: Path) -> None:
+def test_other_series_of_a_study_are_listed_as_skipped(tmp_path: Path) -> None:
     root = tmp_path / "dicom"
-    series(root / "thick", "P1", "one")
-    series(root / "thin", "P1", "two")
+    write_series(root / "thick", "P1", "one")
+    write_series(root / "thin", "P1", "two")
     studies = [str(pydicom.dcmread(next((root / n).iterdir())).StudyInstanceUID) for n in ("thick", "thin")]
     for file in (root / "thin").iterdir():
         ds = pydicom.dcmread(file)
-        ds.StudyInstanceUID, ds.SliceThickness = studies[0], 1.0
+        ds.StudyInstanceUID = studies[0]
+        ds.SliceThickness = 1.0
         ds.save_as(file)
     df, skipped = build_cohort(root, "north")
     assert [Path(p).name for p in df["path"]] == ["thin"]
     assert [Path(s.path).name for s in skipped] == ["thick"]
 
 
-def test_nifti_and_pictures(tmp_path: Path) -> None:
+def test_nifti_and_images(tmp_path: Path) -> None:
     root = tmp_path / "data"
     (root / "nii" / "covid").mkdir(parents=True)
-    nibabel.save(nibabel.Nifti1Image(np.zeros((5, 5, 4), np.int16), np.eye(4)), root / "nii" / "covid" / "one.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.zeros((5, 5, 4), np.uint8), np.eye(4)), root / "nii" / "covid" / "one_mask.nii.gz")
+    scan = nibabel.Nifti1Image(np.zeros((5, 5, 4), np.int16), np.eye(4))
+    mask = nibabel.Nifti1Image(np.zeros((5, 5, 4), np.uint8), np.eye(4))
+    nibabel.save(scan, root / "nii" / "covid" / "one.nii.gz")
+    nibabel.save(mask, root / "nii" / "covid" / "one_mask.nii.gz")
     (root / "nii" / "bad.nii").write_bytes(b"not a scan")
     for k in range(3):
-        picture(root / "slices" / "scan7" / f"IM{k}.png")  # one scan of three slices
-        picture(root / "normal" / f"{k}.png")  # three radiographs in a class's folder
-    picture(root / "xray" / "left.png")
-    picture(root / "xray" / "right.png")
+        write_image(root / "slices" / "scan7" / f"IM{k}.png")  # one scan of three slices
+        write_image(root / "normal" / f"{k}.png")  # three radiographs in a class's folder
+    write_image(root / "xray" / "left.png")
+    write_image(root / "xray" / "right.png")
     (root / "labels.csv").write_text("scan,covid\none,0\nscan7,1\n")
     df, skipped = build_cohort(root, "north")
     covid = dict(zip(df["scan"], df["covid"], strict=True))
-    assert covid.pop("nii/covid/one.nii.gz") == 0  # labels.csv comes before the folder's name
+    assert covid.pop("nii/covid/one.nii.gz") == 0  # labels.csv overrules the folder's name
     assert covid.pop("slices/scan7") == 1
     assert [covid.pop(f"normal/{k}.png") for k in range(3)] == [0, 0, 0]
     assert sorted(covid) == ["xray/left.png", "xray/right.png"]
     assert sorted(Path(s.path).name for s in skipped) == ["bad.nii", "one_mask.nii.gz"]
 
 
-def test_manifest_is_mapped_and_comes_back_the_same(tmp_path: Path) -> None:
+def test_a_manifest_is_translated_and_survives_saving(tmp_path: Path) -> None:
     for k in range(4):
-        picture(tmp_path / "img" / f"{k}.png")
-    rows = {"file": [f"img/{k}.png" for k in range(4)] + ["img/none.png", "img/0.png"], "label": [1, 0, None, 1, 1, 1]}
-    rows |= {"patient": ["007", "007", "8", None, "9", "9"], "split": ["valid", None, "test", None, None, None]}
+        write_image(tmp_path / "img" / f"{k}.png")
+    rows = {
+        "file": [f"img/{k}.png" for k in range(4)] + ["img/none.png", "img/0.png"],
+        "label": [1, 0, None, 1, 1, 1],
+        "patient": ["007", "007", "8", None, "9", "9"],
+        "split": ["valid", None, "test", None, None, None],
+    }
     pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
     df, skipped = build_cohort(tmp_path, "north")
     assert df["split"].tolist()[:3] == ["val", "val", "test"]  # the second scan follows its patient
@@ -167,46 +190,53 @@ def test_manifest_is_mapped_and_comes_back_the_same(tmp_path: Path) -> None:
 
 
 def test_a_patient_with_two_given_splits_is_refused(tmp_path: Path) -> None:
-    picture(tmp_path / "1.png")
-    picture(tmp_path / "2.png")
-    pd.DataFrame({"path": ["1.png", "2.png"], "patient": "Meier", "split": ["train", "test"]}).to_csv(tmp_path / "m.csv", index=False)
+    write_image(tmp_path / "1.png")
+    write_image(tmp_path / "2.png")
+    rows = {"path": ["1.png", "2.png"], "patient": "Meier", "split": ["train", "test"]}
+    pd.DataFrame(rows).to_csv(tmp_path / "m.csv", index=False)
     with pytest.raises(ConsiliumError, match="1 patients"):
         build_cohort(tmp_path / "m.csv", "north")
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected"),
     [
         ("", "empty"),
         ("scan,path,split\n", "empty"),
         ("scan,split\na,train\n", "lacks the column path"),
         ("scan,path,split\nMeier,x,train\nMeier,y,train\n", "1 scans stand twice"),
         ("scan,path,split\na,x,train\nb,y,Meier\n", "split in row 3"),
-        ("scan,path,patient,split\na,x,Meier,train\nb,y,Meier,test\n", "1 patients stand in more than one split"),
+        (
+            "scan,path,patient,split\na,x,Meier,train\nb,y,Meier,test\n",
+            "1 patients stand in more than one split",
+        ),
         ("scan,path,split\na,,train\n", "row 2 of its cohort table has no path"),
         ("scan,path,split,window_low\na,x,train,0\n", "one of window_low and window_high"),
         ("scan,path,split,window_low,window_high\na,x,train,9,1\n", "not below"),
-        ("scan,path,split,modality\na,x,train,ct\nb,y,train,MR\n", "modality in row 3 of its cohort table is not CT or XR (1 such rows)"),
+        (
+            "scan,path,split,modality\na,x,train,ct\nb,y,train,MR\n",
+            "modality in row 3 of its cohort table is not CT or XR (1 such rows)",
+        ),
         ('scan,path,split\n"a,b\n', "cannot be read"),
     ],
 )
-def test_wrong_tables_get_one_sentence_without_identifiers(tmp_path: Path, text: str, says: str) -> None:
+def test_wrong_tables_give_one_sentence_without_identifiers(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "Meier_1950.csv").write_text(text)
     with pytest.raises(ConsiliumError) as error:
         load_cohort(tmp_path / "Meier_1950.csv", "north")
-    assert says in str(error.value)
+    assert expected in str(error.value)
     assert "centre 'north'" in str(error.value)
     assert "Meier" not in str(error.value)
     assert str(tmp_path) not in str(error.value)
 
 
-def test_missing_table_names_the_command(tmp_path: Path) -> None:
+def test_a_missing_table_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match="consilium-centre cohort") as error:
         load_cohort(tmp_path / "nowhere", "north")
     assert str(tmp_path) not in str(error.value)
 
 
-def test_nothing_found_says_what_was_seen(tmp_path: Path) -> None:
+def test_a_folder_without_scans_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.exe").write_bytes(b"x")
     with pytest.raises(ConsiliumError, match=r"holds no scan \(1 skipped"):
         build_cohort(tmp_path, "north")
@@ -214,8 +244,9 @@ def test_nothing_found_says_what_was_seen(tmp_path: Path) -> None:
         build_cohort(tmp_path / "none", "north")
 
 
-def test_only_the_wanted_modality_is_part(tmp_path: Path) -> None:
-    (tmp_path / "cohort.csv").write_text("scan,path,split,modality,lungs\na,x,train,ct,m.png\nb,y,train,XR,\nc,z,val,,\n")
+def test_only_scans_of_the_modality_stay(tmp_path: Path) -> None:
+    text = "scan,path,split,modality,lungs\na,x,train,ct,m.png\nb,y,train,XR,\nc,z,val,,\n"
+    (tmp_path / "cohort.csv").write_text(text)
     df = load_cohort(tmp_path, "north")
     assert find_label_columns(df) == []
     assert filter_modality(df, "CT")["scan"].tolist() == ["a", "c"]
@@ -225,11 +256,16 @@ def test_only_the_wanted_modality_is_part(tmp_path: Path) -> None:
     assert filter_modality(plain, "XR") is plain
 
 
-def test_a_manifests_masks_move_with_it(tmp_path: Path) -> None:
+def test_a_manifests_mask_paths_stay_valid(tmp_path: Path) -> None:
     for name in ("img/0.png", "img/1.png", "seg/0.png", "seg/1.png"):
-        picture(tmp_path / name)
-    (tmp_path / "mild").mkdir()  # a class of this name is no path
-    rows = {"path": ["img/0.png", "img/1.png"], "lesion": [None, "seg/1.png"], "lungs": ["seg/0.png", None], "grade": ["mild", "severe"]}
+        write_image(tmp_path / name)
+    (tmp_path / "mild").mkdir()  # a class of the same name is no path
+    rows = {
+        "path": ["img/0.png", "img/1.png"],
+        "lesion": [None, "seg/1.png"],
+        "lungs": ["seg/0.png", None],
+        "grade": ["mild", "severe"],
+    }
     pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
     df, _ = build_cohort(tmp_path, "north")
     assert df["lesion"][1] == str(tmp_path / "seg" / "1.png")
@@ -242,9 +278,10 @@ def test_a_manifests_masks_move_with_it(tmp_path: Path) -> None:
     assert os.path.isabs(load_cohort(tmp_path / "other", "north")["lungs"][0])
 
 
-def test_a_link_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
+def test_a_broken_link_is_listed_as_skipped(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "scan.png"), np.full((32, 32), 90, np.uint8))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     table, skipped = build_cohort(tmp_path, "north")
     assert len(table) == 1
-    assert [(Path(s.path).name, s.reason) for s in skipped] == [("gone.png", "it is a link that leads nowhere, or no file")]
+    assert [Path(item.path).name for item in skipped] == ["gone.png"]
+    assert skipped[0].reason == "it is a link that leads nowhere, or no file"

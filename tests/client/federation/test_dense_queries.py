@@ -1,4 +1,4 @@
-"""Additive queries of masks, numbers and tasks without labels, against a direct computation."""
+"""Queries about masks, regressions and self-supervised tasks equal a direct computation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from client.data.dataset import ScanDataset
-from client.federation.query_handlers import QUERY_HANDLERS, QueryContext
+from client.federation.query_context import QueryContext
+from client.federation.query_handlers import QUERY_HANDLERS
 from common.config.schema import (
     BackboneConfig,
     Config,
@@ -20,8 +21,10 @@ from common.config.schema import (
 from common.learning.metrics import compute_regression_sums
 from common.learning.segmentation_metrics import AFFECTED_FRACTION_EDGES, SEVERITY_EDGES
 from common.modeling.model import Model, make_model
+from common.protocol.messages import Sums
 
-DENSE = Config(
+NUM_SCANS = 11
+CONFIG = Config(
     tasks={
         "score": Task(type="regression", label_columns=["x", "y"]),
         "lesion": Task(type="segmentation", threshold=0.4, severity_column="severity", dice_weight=0.5),
@@ -35,168 +38,206 @@ DENSE = Config(
 
 
 @pytest.fixture(scope="module")
-def dense_model() -> Model:
-    model = make_model(BackboneConfig(decoder=DecoderConfig([16, 8, 8, 8, 4])), DENSE.tasks, 3).eval()
-    pictures = torch.rand(4, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+def model() -> Model:
+    """A model whose masks cover about half of the pixels, since those of a new head cover hardly any."""
+    model = make_dense_model(seed=3).eval()
+    images = torch.rand(4, 2, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for name in (
-            "lesion",
-            "spot",
-        ):  # that pixels be rare, as a head says at first, would leave nothing to overlap
+        for name in ("lesion", "spot"):
             head = model.heads[name][-1]  # type: ignore[index]
-            head.weight.div_(model(pictures, [name])[name].std())
-            head.bias.sub_(model(pictures, [name])[name].median() + 0.2)
+            head.weight.div_(model(images, [name])[name].std())
+            head.bias.sub_(model(images, [name])[name].median() + 0.2)
     return model
 
 
+def make_dense_model(seed: int) -> Model:
+    return make_model(BackboneConfig(decoder=DecoderConfig([16, 8, 8, 8, 4])), CONFIG.tasks, seed)
+
+
 @pytest.fixture(scope="module")
-def dense() -> ScanDataset:
-    """Of centre a some have masks, all severity but one; of centre b no `spot`, severity without a mask, and lungs that were not found."""
+def scans() -> ScanDataset:
+    """6 scans of centre a and 5 of centre b, with labels missing.
+
+    At a, one scan has no severity. At b, no scan has a `spot` mask, some have a severity without a mask, and
+    one has no lung mask.
+    """
     rng = np.random.default_rng(1)
-    n = 11
-    own = ["a"] * 6 + ["b"] * 5
     shape = (2, 32, 32)
 
-    def masks(there: list[int], low: int, high: int) -> list[np.ndarray | None]:
-        return [rng.integers(low, high, shape).astype(np.uint8) if i in there else None for i in range(n)]
+    def random_masks(rows: list[int], num_labels: int) -> list[np.ndarray | None]:
+        masks: list[np.ndarray | None] = [None] * NUM_SCANS
+        for row in rows:
+            masks[row] = rng.integers(0, num_labels, shape).astype(np.uint8)
+        return masks
 
-    lesion, spot, lungs = (
-        masks([0, 1, 3, 6, 7], 0, 2),
-        masks([2, 4], 0, 2),
-        masks([0, 1, 2, 3, 4, 5, 6, 8, 9], 0, 3),
-    )
-    score = rng.normal(size=(n, 2))
-    score[[1, 8], [0, 1]] = np.nan
-    severity = rng.uniform(0, 60, n)
-    severity[2] = np.nan
-    has = {
-        t: np.array([np.nan if m is None else 1.0 for m in of])
-        for t, of in (("lesion", lesion), ("spot", spot))
-    }
+    lesions = random_masks([0, 1, 3, 6, 7], 2)
+    spots = random_masks([2, 4], 2)
+    lungs = random_masks([0, 1, 2, 3, 4, 5, 6, 8, 9], 3)
+    scores = rng.normal(size=(NUM_SCANS, 2))
+    scores[[1, 8], [0, 1]] = np.nan
+    severities = rng.uniform(0, 60, NUM_SCANS)
+    severities[2] = np.nan
+    targets = {"score": scores, "fill": np.zeros(NUM_SCANS), "moco": np.zeros(NUM_SCANS)}
+    for name, masks in (("lesion", lesions), ("spot", spots)):
+        targets[name] = np.array([np.nan if mask is None else 1.0 for mask in masks])
     return ScanDataset(
-        [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(n)],
-        {"score": score, **has, "fill": np.zeros(n), "moco": np.zeros(n)},
-        own,
-        [str(i) for i in range(n)],
-        {"lesion": lesion, "spot": spot},
+        [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(NUM_SCANS)],
+        targets,
+        ["a"] * 6 + ["b"] * 5,
+        [str(row) for row in range(NUM_SCANS)],
+        {"lesion": lesions, "spot": spots},
         lungs,
-        {"lesion": severity},
+        {"lesion": severities},
     )
 
 
-def dense_question(scans: ScanDataset, model: Model | None, stage: Stage | None = None) -> QueryContext:
-    return QueryContext(
-        {"test": scans}, "test", DENSE, stage or DENSE.stages["main"], model, "", 1, torch.device("cpu")
+def query(name: str, scans: ScanDataset, model: Model | None, stage: Stage | None = None) -> Sums:
+    context = QueryContext(
+        datasets={"test": scans},
+        split="test",
+        config=CONFIG,
+        stage=stage or CONFIG.stages["main"],
+        model=model,
+        device=torch.device("cpu"),
     )
+    return QUERY_HANDLERS[name](context)
 
 
-def test_dense_scores_equal_a_direct_computation(dense: ScanDataset, dense_model: Model) -> None:
-    """Overlap, severity's histogram and regression sums, scan by scan, whatever the batch and whoever pools them."""
-    found = QUERY_HANDLERS["scores"](dense_question(dense, dense_model))
+def predict(model: Model, scans: ScanDataset, tasks: list[str]) -> dict[str, torch.Tensor]:
     with torch.no_grad():
-        out = dense_model(torch.from_numpy(np.stack(dense.slices)) / 255, ["score", "lesion", "spot"])
-    own = np.array(dense.centres)
-    shares = [
-        float((out[name].sigmoid() >= cut).double().mean())
-        for name, cut in (("lesion", 0.4), ("lesion", 0.5), ("spot", 0.5))
-    ]
-    assert 0.05 < min(shares) < max(shares) < 0.95  # of the pixels are called affected
-    assert shares[0] > shares[1] + 0.05  # the cut matters
-    for centre in "ab":
-        rows = np.flatnonzero(own == centre)
-        for name in ("lesion", "spot"):
-            overlap, joint, loss, n = np.zeros(7), np.zeros((64, 128)), 0.0, 0
-            for i in rows:
-                p = out[name][i].double().sigmoid().numpy()
-                called, mask, lungs = (
-                    p >= DENSE.tasks[name].threshold,
-                    dense.masks[name][i],
-                    dense.lung_masks[i],
-                )
-                if mask is not None:
-                    tp, fp, fn = ((called == a) & (mask == b) for a, b in ((1, 1), (1, 0), (0, 1)))
-                    dice = 2 * tp.sum() / (2 * tp.sum() + fp.sum() + fn.sum())
-                    overlap += [1, dice, tp.sum(), fp.sum(), fn.sum(), 1, dice]
-                    soft = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
-                    loss += -np.log(np.where(mask, p, 1 - p)).mean() + DENSE.tasks[name].dice_weight * soft
-                    n += 1
-                if name == "lesion" and lungs is not None and not np.isnan(dense.extra_targets[name][i]):
-                    share = max(called[lungs == side].mean() for side in (1, 2))
-                    at = (
-                        np.searchsorted(AFFECTED_FRACTION_EDGES[1:-1], share, "right"),
-                        np.searchsorted(SEVERITY_EDGES[1:-1], dense.extra_targets[name][i], "right"),
-                    )
-                    joint[at] += 1
-            if (centre, name) == ("b", "spot"):
-                assert not [key for key in found if key.startswith("b/spot")]
-                continue
-            np.testing.assert_allclose(found[f"{centre}/{name}/overlap"], overlap)
-            np.testing.assert_allclose(found[f"{centre}/{name}/loss"], [loss, n], rtol=1e-4)
-            if name == "lesion":
-                np.testing.assert_array_equal(found[f"{centre}/lesion/joint"], joint)
-                assert joint.sum() == {"a": 5, "b": 3}[centre]
-        y, z = dense.targets["score"][rows], out["score"][rows].double().numpy()
-        np.testing.assert_allclose(
-            found[f"{centre}/score/regression"], compute_regression_sums(z, y), rtol=1e-4
-        )
-    assert "a/spot/joint" not in found
+        return model(torch.from_numpy(np.stack(scans.slices)) / 255, tasks)  # type: ignore[no-any-return]
 
 
-def test_tasks_without_labels_have_a_loss_that_only_the_model_changes(
-    dense: ScanDataset, dense_model: Model
+def test_masks_cover_a_fair_part_of_the_pixels_and_the_threshold_matters(
+    scans: ScanDataset, model: Model
 ) -> None:
-    found = QUERY_HANDLERS["scores"](dense_question(dense, dense_model))
-    again = QUERY_HANDLERS["scores"](dense_question(dense, dense_model))
-    other = QUERY_HANDLERS["scores"](
-        dense_question(
-            dense, make_model(BackboneConfig(decoder=DecoderConfig([16, 8, 8, 8, 4])), DENSE.tasks, 4)
-        )
-    )
-    for name in ("fill", "moco"):
-        for centre, n in (("a", 6), ("b", 5)):
-            key = f"{centre}/{name}/loss"
-            assert found[key][1] == n
-            assert found[key][0] > 0
-            assert found[key].tolist() == again[key].tolist() != other[key].tolist()
-    # The contrast, by hand: batches of 4 and 2 (centre a), each scan against its mirror image and the batch's other mirror images.
-    x = torch.from_numpy(np.stack(dense.slices[:6])) / 255
-    with torch.no_grad():
-        one, two = (dense_model(view, ["moco"])["moco"].double() for view in (x, x.flip(-1)))
-    logits = one @ two.T / DENSE.tasks["moco"].contrastive.temperature
-    expected = sum(
-        float(logits[i, b].exp().sum().log() - logits[i, i])
-        for b in (slice(0, 4), slice(4, 6))
-        for i in range(b.start, b.stop)
-    )
-    assert found["a/moco/loss"][0] == pytest.approx(expected, rel=1e-4)
+    """Otherwise the tests below would compare little."""
+    outputs = predict(model, scans, ["lesion", "spot"])
 
+    def affected_fraction(task: str, threshold: float) -> float:
+        return float((outputs[task].sigmoid() >= threshold).double().mean())
 
-def test_inpaintings_score_is_of_painted_pictures(dense: ScanDataset, dense_model: Model) -> None:
-    """What the model is shown there is the painted picture, and only what lies under the paint is asked for."""
-    seen: list[torch.Tensor] = []
-    hook = dense_model.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().clone()))
-    found = QUERY_HANDLERS["scores"](
-        dense_question(dense.subset(np.array([2])), dense_model, Stage(batch_size=4, tasks=["fill"]))
-    )
-    hook.remove()
-    shown = seen[-1][0]  # [S, H, W]
-    whole = torch.from_numpy(dense.slices[2]) / 255
-    painted = (shown - whole).abs() > 1e-3
-    grid = painted.view(2, 8, 4, 8, 4).float().mean((2, 4))
-    assert (grid > 0.5).sum((1, 2)).tolist() == [round(0.3 * 64)] * 2
-    with torch.no_grad():
-        answer = dense_model(shown[None], ["fill"])["fill"][0].sigmoid()
-    inside = (grid > 0.5).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert found["a/fill/loss"].tolist() == [
-        pytest.approx(float((answer - whole)[inside].abs().mean()), rel=1e-4),
-        1,
+    fractions = [
+        affected_fraction("lesion", 0.4),
+        affected_fraction("lesion", 0.5),
+        affected_fraction("spot", 0.5),
     ]
+    assert 0.05 < min(fractions) < max(fractions) < 0.95
+    assert fractions[0] > fractions[1] + 0.05
 
 
-def test_dense_counts(dense: ScanDataset) -> None:
-    found = QUERY_HANDLERS["counts"](dense_question(dense, None))
-    of = {key: n.tolist() for key, n in found.items()}
-    assert (of["a/test/lesion"], of["b/test/lesion"]) == ([3, 3], [2, 3])
-    assert (of["a/test/spot"], of["b/test/spot"]) == ([2, 4], [0, 5])
-    assert (of["a/test/score"], of["b/test/score"]) == ([5, 1], [4, 1])
-    assert (of["a/test/fill"], of["b/test/moco"]) == ([6, 0], [5, 0])
+@pytest.mark.parametrize(("centre", "task"), [("a", "lesion"), ("a", "spot"), ("b", "lesion")])
+def test_overlap_and_loss_of_masks_equal_a_direct_computation(
+    scans: ScanDataset, model: Model, centre: str, task: str
+) -> None:
+    sums = query("scores", scans, model)
+    probabilities = predict(model, scans, [task])[task].double().sigmoid().numpy()
+    settings = CONFIG.tasks[task]
+    overlap = np.zeros(7)
+    loss = 0.0
+    num_masks = 0
+    for name, p, mask in zip(scans.centres, probabilities, scans.masks[task], strict=True):
+        if name != centre or mask is None:
+            continue
+        predicted = p >= settings.threshold
+        true_positives = (predicted & (mask == 1)).sum()
+        false_positives = (predicted & (mask == 0)).sum()
+        false_negatives = (~predicted & (mask == 1)).sum()
+        dice = 2 * true_positives / (2 * true_positives + false_positives + false_negatives)
+        overlap += [1, dice, true_positives, false_positives, false_negatives, 1, dice]
+        soft_dice_loss = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+        cross_entropy = -np.log(np.where(mask, p, 1 - p)).mean()
+        loss += cross_entropy + settings.dice_weight * soft_dice_loss
+        num_masks += 1
+    np.testing.assert_allclose(sums[f"{centre}/{task}/overlap"], overlap)
+    np.testing.assert_allclose(sums[f"{centre}/{task}/loss"], [loss, num_masks], rtol=1e-4)
+
+
+def test_task_without_labels_at_a_centre_is_not_scored(scans: ScanDataset, model: Model) -> None:
+    sums = query("scores", scans, model)
+    assert not [key for key in sums if key.startswith("b/spot")]
+    assert "a/spot/joint" not in sums  # the task has no severity column
+
+
+@pytest.mark.parametrize(("centre", "num_scans"), [("a", 5), ("b", 3)])
+def test_joint_histogram_of_severity_equals_a_direct_computation(
+    scans: ScanDataset, model: Model, centre: str, num_scans: int
+) -> None:
+    predicted = predict(model, scans, ["lesion"])["lesion"].double().sigmoid().numpy() >= 0.4
+    joint = np.zeros((64, 128))
+    for row, name in enumerate(scans.centres):
+        lungs = scans.lung_masks[row]
+        severity = scans.extra_targets["lesion"][row]
+        if name != centre or lungs is None or np.isnan(severity):
+            continue
+        worse_lung = max(predicted[row][lungs == side].mean() for side in (1, 2))
+        fraction_bin = np.searchsorted(AFFECTED_FRACTION_EDGES[1:-1], worse_lung, "right")
+        severity_bin = np.searchsorted(SEVERITY_EDGES[1:-1], severity, "right")
+        joint[fraction_bin, severity_bin] += 1
+    assert joint.sum() == num_scans
+    np.testing.assert_array_equal(query("scores", scans, model)[f"{centre}/lesion/joint"], joint)
+
+
+@pytest.mark.parametrize("centre", ["a", "b"])
+def test_regression_sums_equal_a_direct_computation(scans: ScanDataset, model: Model, centre: str) -> None:
+    rows = np.flatnonzero(np.array(scans.centres) == centre)
+    outputs = predict(model, scans, ["score"])["score"][rows].double().numpy()
+    expected = compute_regression_sums(outputs, scans.targets["score"][rows])
+    sums = query("scores", scans, model)
+    np.testing.assert_allclose(sums[f"{centre}/score/regression"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["fill", "moco"])
+def test_loss_of_self_supervised_tasks_depends_on_the_model_only(
+    scans: ScanDataset, model: Model, task: str
+) -> None:
+    sums = query("scores", scans, model)
+    repeated = query("scores", scans, model)
+    of_another_model = query("scores", scans, make_dense_model(seed=4))
+    for centre, num_scans in (("a", 6), ("b", 5)):
+        key = f"{centre}/{task}/loss"
+        assert sums[key][1] == num_scans
+        assert sums[key][0] > 0
+        assert sums[key].tolist() == repeated[key].tolist() != of_another_model[key].tolist()
+
+
+def test_contrastive_loss_equals_a_direct_computation(scans: ScanDataset, model: Model) -> None:
+    """Each scan is told from the mirror images of its batch: of 4 and of 2 scans at centre a."""
+    images = torch.from_numpy(np.stack(scans.slices[:6])) / 255
+    with torch.no_grad():
+        queries, keys = (model(view, ["moco"])["moco"].double() for view in (images, images.flip(-1)))
+    logits = queries @ keys.T / CONFIG.tasks["moco"].contrastive.temperature
+    loss = 0.0
+    for batch in (slice(0, 4), slice(4, 6)):
+        for row in range(batch.start, batch.stop):
+            loss += float(logits[row, batch].exp().sum().log() - logits[row, row])
+    assert query("scores", scans, model)["a/moco/loss"][0] == pytest.approx(loss, rel=1e-4)
+
+
+def test_inpainting_is_scored_on_the_masked_patches_of_masked_images(
+    scans: ScanDataset, model: Model
+) -> None:
+    inputs: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
+    stage = Stage(batch_size=4, tasks=["fill"])
+    sums = query("scores", scans.subset(np.array([2])), model, stage)
+    hook.remove()
+    masked_image = inputs[-1][0]  # [S, H, W]
+    image = torch.from_numpy(scans.slices[2]) / 255
+    is_changed = (masked_image - image).abs() > 1e-3
+    is_masked_patch = is_changed.view(2, 8, 4, 8, 4).float().mean((2, 4)) > 0.5
+    assert is_masked_patch.sum((1, 2)).tolist() == [round(0.3 * 64)] * 2
+    with torch.no_grad():
+        painted = model(masked_image[None], ["fill"])["fill"][0].sigmoid()
+    is_masked = is_masked_patch.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    error = float((painted - image)[is_masked].abs().mean())
+    assert sums["a/fill/loss"].tolist() == [pytest.approx(error, rel=1e-4), 1]
+
+
+def test_counts_of_dense_tasks_are_of_scans_with_labels(scans: ScanDataset) -> None:
+    sums = query("counts", scans, None)
+    counts = {key: values.tolist() for key, values in sums.items()}
+    assert (counts["a/test/lesion"], counts["b/test/lesion"]) == ([3, 3], [2, 3])
+    assert (counts["a/test/spot"], counts["b/test/spot"]) == ([2, 4], [0, 5])
+    assert (counts["a/test/score"], counts["b/test/score"]) == ([5, 1], [4, 1])
+    assert (counts["a/test/fill"], counts["b/test/moco"]) == ([6, 0], [5, 0])

@@ -1,4 +1,4 @@
-"""The centre's answers: what it says, that it never raises, and that no path, name or error text crosses the wall."""
+"""`handle_request`: what a centre replies, that it never raises, and that no name or error text leaves."""
 
 from __future__ import annotations
 
@@ -13,75 +13,100 @@ import pytest
 import torch
 
 import client.data.loading
-from client.federation.handlers import handle_request
+from client.federation import run_context
+from client.federation.handlers import REQUEST_HANDLERS, handle_request
 from client.phantom.federation import write_centre
 from client.site.config import Site
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.modeling.parameters import Weights
 from common.protocol.code_fingerprint import fingerprint_code
 from common.protocol.messages import (
     JoinReply,
     JoinRequest,
     Refusal,
+    Request,
     StatisticsReply,
     StatisticsRequest,
     TrainRequest,
 )
-from common.utils.errors import ConsiliumError
-from tests.client.hospital import TINY, WHO, config_of, contribution, reason, relabel, site_of, start, train
-from tests.client.hospital import copy as copy
+from common.utils.errors import ConsiliumError, RefusalCode
+from tests.client.hospital import (
+    PATIENT_NAME,
+    TINY_PHANTOM,
+    expect_train_reply,
+    initial_weights,
+    make_config,
+    make_site,
+    refusal_reason,
+    set_columns,
+    train_request,
+)
 from tests.client.hospital import hospital as hospital
+from tests.client.hospital import hospital_copy as hospital_copy
 
-# --- what a healthy centre says -------------------------------------------------------------------------------------------------------
+
+def join_request(*overrides: str) -> JoinRequest:
+    return JoinRequest("run", config_to_dict(make_config(*overrides)))
 
 
-def test_presence_tells_what_there_is_and_no_more(hospital: Path) -> None:
-    said = handle_request(site_of(hospital), JoinRequest("run", config_to_dict(config_of())))
-    assert isinstance(said, JoinReply), said
-    assert (said.centre, said.cohorts, said.sources, said.device) == ("north", ["north"], ["north"], "cpu")
-    assert said.scans == {"train": 8, "val": 6, "test": 6}
-    assert said.columns == ["covid", "source"]
-    assert (said.skipped, said.fingerprint) == ({}, fingerprint_code())
-    assert WHO not in repr(said)
+# --- a healthy centre -----------------------------------------------------------------------------
+
+
+def test_every_request_has_a_handler() -> None:
+    assert set(REQUEST_HANDLERS) == set(Request.__args__)
+
+
+def test_join_reply_describes_the_data_without_identifiers(hospital: Path) -> None:
+    reply = handle_request(make_site(hospital), join_request())
+    assert isinstance(reply, JoinReply), reply
+    assert (reply.centre, reply.cohorts, reply.sources, reply.device) == (
+        "north",
+        ["north"],
+        ["north"],
+        "cpu",
+    )
+    assert reply.scans == {"train": 8, "val": 6, "test": 6}
+    assert reply.columns == ["covid", "source"]
+    assert (reply.skipped, reply.fingerprint) == ({}, fingerprint_code())
+    assert PATIENT_NAME not in repr(reply)
     patients = pd.read_csv(hospital / "cohort.csv")["patient"]
-    assert not [p for p in patients if p in repr(said)]
+    assert not [patient for patient in patients if patient in repr(reply)]
 
 
-def test_counts_are_the_tables(hospital: Path) -> None:
-    reply = handle_request(
-        site_of(hospital), StatisticsRequest("run", config_to_dict(config_of()), "counts", "")
-    )
+def test_counts_are_those_of_the_table(hospital: Path) -> None:
+    request = StatisticsRequest("run", config_to_dict(make_config()), "counts", "")
+    reply = handle_request(make_site(hospital), request)
     assert isinstance(reply, StatisticsReply), reply
-    assert {k: n.tolist() for k, n in reply.sums.items()} == {
-        **{f"north/{split}/covid": [n, n, 0] for split, n in (("train", 4), ("val", 3), ("test", 3))},
-        **{f"north/{split}/source": [n, 0, 0] for split, n in (("train", 8), ("val", 6), ("test", 6))},
+    assert {key: counts.tolist() for key, counts in reply.sums.items()} == {
+        "north/train/covid": [4, 4, 0],
+        "north/val/covid": [3, 3, 0],
+        "north/test/covid": [3, 3, 0],
+        "north/train/source": [8, 0, 0],
+        "north/val/source": [6, 0, 0],
+        "north/test/source": [6, 0, 0],
     }
-    hidden = handle_request(
-        site_of(hospital, min_cell_count=5),
-        StatisticsRequest("run", config_to_dict(config_of()), "counts", ""),
-    )
-    assert isinstance(hidden, StatisticsReply)
-    assert hidden.sums["north/val/covid"].tolist() == [5, 5, 0]
+    suppressed = handle_request(make_site(hospital, min_cell_count=5), request)
+    assert isinstance(suppressed, StatisticsReply)
+    assert suppressed.sums["north/val/covid"].tolist() == [5, 5, 0]
 
 
-def test_a_node_without_a_part_is_present_and_refuses(tmp_path: Path) -> None:
-    config = config_of(f"federation.data_root={tmp_path}")
-    said = handle_request(Site(index=7, device="cpu"), JoinRequest("run", config_to_dict(config)))
-    assert isinstance(said, JoinReply)
-    assert (said.centre, said.cohorts, said.scans) == ("", [], {})
-    assert reason(handle_request(Site(index=7), train(config))) == "node 7 has no part in this run"
+def test_node_that_takes_no_part_joins_without_data_and_refuses_to_train(tmp_path: Path) -> None:
+    config = make_config(f"federation.data_root={tmp_path}")
+    reply = handle_request(Site(index=7, device="cpu"), JoinRequest("run", config_to_dict(config)))
+    assert isinstance(reply, JoinReply)
+    assert (reply.centre, reply.cohorts, reply.scans) == ("", [], {})
+    refusal = handle_request(Site(index=7), train_request(config))
+    assert refusal_reason(refusal) == "node 7 takes no part in this run"
 
 
-def test_a_made_up_centre_of_any_name_is_the_one_that_the_command_wrote(tmp_path: Path) -> None:
-    """A name that is none of the four takes a profile by its place: the same for the command and for the node."""
-    settings = [
-        "federation.centres=[first,second]",
-        "federation.phantom.scale=0.001",
-        "federation.phantom.num_slices=10",
-    ]
+def test_phantom_centre_of_any_name_is_the_one_that_the_command_wrote(tmp_path: Path) -> None:
+    """Any other name than the four takes a profile by its position, for the command and the node alike."""
     config = compose_config(
         [
-            *settings,
+            "federation.centres=[first,second]",
+            "federation.phantom.scale=0.001",
+            "federation.phantom.num_slices=10",
             "federation.phantom.image_size=64",
             "preprocess.image_size=32",
             "preprocess.crop=none",
@@ -91,166 +116,197 @@ def test_a_made_up_centre_of_any_name_is_the_one_that_the_command_wrote(tmp_path
     assert config.federation.phantom is not None
     folder = write_centre(tmp_path, "second", config.federation.phantom, 1)
     written = (folder / "cohort.csv").stat().st_mtime_ns
-    assert isinstance(
-        handle_request(Site(index=1, device="cpu"), JoinRequest("run", config_to_dict(config))), JoinReply
-    )
+    reply = handle_request(Site(index=1, device="cpu"), JoinRequest("run", config_to_dict(config)))
+    assert isinstance(reply, JoinReply)
     assert (folder / "cohort.csv").stat().st_mtime_ns == written
 
 
-# --- a centre in trouble --------------------------------------------------------------------------------------------------------------
+def test_configuration_of_a_run_is_parsed_once(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("seed=4711")
+    num_parsed = 0
+    parse_config = run_context.parse_config
+
+    def count_and_parse(values: object) -> object:
+        nonlocal num_parsed
+        num_parsed += 1
+        return parse_config(values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_context, "parse_config", count_and_parse)
+    request = StatisticsRequest("run", config_to_dict(config), "counts", "")
+    for _ in range(3):
+        assert isinstance(handle_request(make_site(hospital), request), StatisticsReply)
+    assert num_parsed == 1
 
 
-def test_corrupt_scans_are_counted_and_the_centre_trains_on(
-    copy: Path, caplog: pytest.LogCaptureFixture
+# --- a centre in trouble --------------------------------------------------------------------------
+
+
+def test_corrupt_scans_are_counted_and_the_others_are_trained(
+    hospital_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    table = pd.read_csv(copy / "cohort.csv")
-    train_scans = table[table["split"] == "train"]["path"].tolist()
-    for file in (copy / train_scans[0]).iterdir():
+    table = pd.read_csv(hospital_copy / "cohort.csv")
+    training_scans = table[table["split"] == "train"]["path"].tolist()
+    for file in (hospital_copy / training_scans[0]).iterdir():
         file.write_bytes(file.read_bytes()[:3000])  # cut short in the pixels
-    for file in (copy / train_scans[1]).iterdir():
+    for file in (hospital_copy / training_scans[1]).iterdir():
         file.write_bytes(b"no DICOM at all")
-    shutil.rmtree(copy / train_scans[2])
+    shutil.rmtree(hospital_copy / training_scans[2])
     caplog.set_level(logging.DEBUG)
-    said = handle_request(site_of(copy), JoinRequest("run", config_to_dict(config_of())))
-    assert isinstance(said, JoinReply), said
-    assert said.scans == {"train": 5, "val": 6, "test": 6}
-    assert sum(said.skipped.values()) == 3
-    assert "it is not there" in said.skipped
-    assert contribution(handle_request(site_of(copy), train(config_of()))).scans == 5
-    for text in (repr(said), caplog.text):
-        assert WHO not in text
-        assert not [name for name in train_scans if name in text]
+    reply = handle_request(make_site(hospital_copy), join_request())
+    assert isinstance(reply, JoinReply), reply
+    assert reply.scans == {"train": 5, "val": 6, "test": 6}
+    assert sum(reply.skipped.values()) == 3
+    assert "it is not there" in reply.skipped
+    update = handle_request(make_site(hospital_copy), train_request(make_config()))
+    assert expect_train_reply(update).scans == 5
+    for text in (repr(reply), caplog.text):
+        assert PATIENT_NAME not in text
+        assert not [name for name in training_scans if name in text]
 
 
-def test_a_cohort_of_which_nothing_can_be_read(copy: Path) -> None:
-    shutil.rmtree(copy / "dicom")
-    said = reason(handle_request(site_of(copy), JoinRequest("run", config_to_dict(config_of()))))
-    assert (
-        said
-        == "no scan could be read (20 were skipped); run `consilium-centre preprocess` there and read its list"
+def test_cohort_without_a_readable_scan_is_refused(hospital_copy: Path) -> None:
+    shutil.rmtree(hospital_copy / "dicom")
+    reason = refusal_reason(handle_request(make_site(hospital_copy), join_request()))
+    assert reason == (
+        "no scan could be read (20 were skipped); run `consilium-centre preprocess` there and read its list"
     )
 
 
-def test_a_data_path_that_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    gone = tmp_path / WHO / "gone"
-    said = reason(handle_request(site_of(gone), JoinRequest("run", config_to_dict(config_of()))))
-    assert said == (
-        "centre 'north' has no data: the `data` of site.yaml does not exist; write a cohort there with `consilium-centre cohort`"
+def test_missing_data_folder_is_refused_without_its_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = tmp_path / PATIENT_NAME / "gone"
+    reason = refusal_reason(handle_request(make_site(missing), join_request()))
+    assert reason == (
+        "centre 'north' has no data: the `data` of site.yaml does not exist; "
+        "write a cohort there with `consilium-centre cohort`"
     )
-    assert WHO not in caplog.text
-    assert "set `data` in site.yaml" in reason(
-        handle_request(Site(centre="north"), JoinRequest("run", config_to_dict(config_of())))
-    )
+    assert PATIENT_NAME not in caplog.text
+    no_data = handle_request(Site(centre="north"), join_request())
+    assert "set `data` in site.yaml" in refusal_reason(no_data)
+    assert isinstance(no_data, Refusal)
+    assert no_data.code == RefusalCode.NO_DATA
 
 
-def test_in_simulation_a_missing_folder_is_named_by_its_key(tmp_path: Path) -> None:
-    reply = handle_request(
-        Site(index=1), JoinRequest("run", config_to_dict(config_of(f"federation.data_root={tmp_path}")))
-    )
+def test_missing_folder_in_simulation_is_named_by_its_key(tmp_path: Path) -> None:
+    reply = handle_request(Site(index=1), join_request(f"federation.data_root={tmp_path}"))
     assert isinstance(reply, Refusal)
-    assert (reply.centre, "federation.data_root/south does not exist" in reply.reason) == ("south", True)
+    assert reply.centre == "south"
+    assert "federation.data_root/south does not exist" in reply.reason
 
 
 @pytest.mark.parametrize("text", ["", "scan,path,split,covid\n"])
-def test_an_empty_cohort(copy: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
-    (copy / "cohort.csv").write_text(text)
-    said = reason(handle_request(site_of(copy), JoinRequest("run", config_to_dict(config_of()))))
-    assert "the sentence is in the centre's log" in said
+def test_empty_cohort_is_refused_and_explained_in_the_log(
+    hospital_copy: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (hospital_copy / "cohort.csv").write_text(text)
+    reason = refusal_reason(handle_request(make_site(hospital_copy), join_request()))
+    assert reason.endswith("see the centre's log")
     assert "centre 'north': its cohort table is empty; it must hold at least one scan" in caplog.text
-    assert WHO not in caplog.text
+    assert PATIENT_NAME not in caplog.text
 
 
-def test_without_labels_for_the_stages_tasks_the_centre_says_so(copy: Path) -> None:
-    relabel(copy, covid=np.nan)
-    assert reason(handle_request(site_of(copy), train(config_of("stage.tasks=[covid]")))) == (
-        "8 training scans, none labelled for covid; check the cohort's split and label columns"
+def test_training_without_labels_for_the_stage_is_refused(hospital_copy: Path) -> None:
+    set_columns(hospital_copy, covid=np.nan)
+    reply = handle_request(make_site(hospital_copy), train_request(make_config("stage.tasks=[covid]")))
+    assert refusal_reason(reply) == (
+        "none of the 8 training scans is labelled for covid; check the split and label columns of the cohort"
     )
+    assert isinstance(reply, Refusal)
+    assert reply.code == RefusalCode.NO_DATA
 
 
-def test_a_label_that_is_no_class(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    relabel(copy, covid=7)
-    assert "the sentence is in the centre's log" in reason(
-        handle_request(site_of(copy), JoinRequest("run", config_to_dict(config_of())))
-    )
+def test_label_that_is_not_a_class_is_explained_in_the_log(
+    hospital_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_columns(hospital_copy, covid=7)
+    reason = refusal_reason(handle_request(make_site(hospital_copy), join_request()))
+    assert reason.endswith("see the centre's log")
     assert "column 'covid' has 20 values that are neither 0 nor 1; write 0, 1 or nothing" in caplog.text
 
 
-def test_a_loss_that_is_not_finite(hospital: Path) -> None:
-    weights = start(config_of())
+def test_loss_that_is_not_finite_is_refused(hospital: Path) -> None:
+    weights = initial_weights(make_config())
     weights.floats[:] = np.nan
-    said = reason(handle_request(site_of(hospital), train(config_of(), weights=weights)))
-    assert said == "the loss became nan at step 0; lower stage.optimiser.lr or set stage.precision=fp32"
+    reason = refusal_reason(
+        handle_request(make_site(hospital), train_request(make_config(), weights=weights))
+    )
+    assert reason == "the loss became nan at step 0; lower stage.optimiser.lr or set stage.precision=fp32"
 
 
-# --- a coordinator that asks for the wrong thing --------------------------------------------------------------------------------------
+# --- wrong requests -------------------------------------------------------------------------------
 
 
 def test_wrong_requests_are_refused_and_never_raise(hospital: Path) -> None:
-    site, config = site_of(hospital), config_of()
-    good = config_to_dict(config)
-    wrong = start(config)
-    wrong = Weights(wrong.floats[:-1], wrong.int_buffers)
+    site = make_site(hospital)
+    config = make_config()
+    values = config_to_dict(config)
+    weights = initial_weights(config)
+    short_weights = Weights(weights.floats[:-1], weights.int_buffers)
+    unknown_query = StatisticsRequest("run", values, "pixels", "main")
+    central = train_request(make_config("federation.mode=central"))
+    bad_run_id = replace(train_request(config, personal_rounds=[("main", 1)]), run_id="..")
     requests = [
-        StatisticsRequest("run", good, "pixels", "main"),
-        StatisticsRequest("run", good, "scores", "finetune", "val", "", start(config)),
-        StatisticsRequest("run", good, "scores", "main", "everything", "", start(config)),
-        StatisticsRequest("run", good, "moments", "main", "train", "age", start(config)),
-        StatisticsRequest("run", good, "scores", "main", "val", "", wrong),
-        JoinRequest("run", {**good, "secrets": 1}),
-        JoinRequest("run", {**good, "seed": "one"}),
-        TrainRequest("run", good, "finetune", 1, start(config)),
-        train(config, weights=wrong),
-        train(config, personal=[("..", 1)]),
-        train(config_of("backbone.name=resnett18"), weights=start(config)),
-        train(config_of("federation.mode=central")),
-        replace(train(config, personal=[("main", 1)]), run_id=".."),
+        unknown_query,
+        StatisticsRequest("run", values, "scores", "finetune", "val", "", weights),
+        StatisticsRequest("run", values, "scores", "main", "everything", "", weights),
+        StatisticsRequest("run", values, "moments", "main", "train", "age", weights),
+        StatisticsRequest("run", values, "scores", "main", "val", "", short_weights),
+        JoinRequest("run", {**values, "secrets": 1}),
+        JoinRequest("run", {**values, "seed": "one"}),
+        JoinRequest("run", {**values, "seed": {1, 2}}),
+        TrainRequest("run", values, "finetune", 1, weights),
+        train_request(config, weights=short_weights),
+        train_request(config, personal_rounds=[("..", 1)]),
+        train_request(make_config("backbone.name=resnett18"), weights=weights),
+        central,
+        bad_run_id,
     ]
     for request in requests:
-        assert reason(handle_request(site, request))
-    assert (
-        reason(handle_request(site, requests[0]))
-        == "query 'pixels' is not one this centre answers: counts, scores, moments, clusters, quality"
+        assert refusal_reason(handle_request(site, request))
+    assert refusal_reason(handle_request(site, unknown_query)) == (
+        "unknown query 'pixels'; this centre answers counts, scores, moments, clusters, quality"
     )
-    assert "is for simulation only" in reason(handle_request(site, requests[-2]))
-    assert "is not a name for a run or a stage" in reason(handle_request(site, requests[-1]))
-    assert (
-        "shows no GPU" in reason(handle_request(replace(site, device="cuda"), train(config)))
-        or torch.cuda.is_available()
-    )
+    assert "is for simulation only" in refusal_reason(handle_request(site, central))
+    assert "is not a valid name of a run or stage" in refusal_reason(handle_request(site, bad_run_id))
+    if not torch.cuda.is_available():
+        on_cuda = handle_request(replace(site, device="cuda"), train_request(config))
+        assert "this machine has no GPU" in refusal_reason(on_cuda)
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(2, "No such file", f"/data/{WHO}/scan"),
-        KeyError(f"/data/{WHO}"),
-        RuntimeError(f"{WHO}\nand more"),
+        OSError(2, "No such file", f"/data/{PATIENT_NAME}/scan"),
+        KeyError(f"/data/{PATIENT_NAME}"),
+        RuntimeError(f"{PATIENT_NAME}\nand more"),
     ],
 )
-def test_an_unexpected_errors_text_stays_out_of_the_refusal_and_the_log(
+def test_text_of_an_unexpected_error_stays_out_of_the_refusal_and_the_log(
     hospital: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    def fails(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(client.data.loading, "preprocess_cohort", fails)
-    said = reason(handle_request(site_of(hospital), JoinRequest("run", config_to_dict(config_of()))))
-    assert said.startswith(f"{type(error).__name__} in test_answer.fails, line ")
-    assert WHO not in caplog.text
-    assert "fails" in caplog.text  # where it was, for whoever mends it
+    monkeypatch.setattr(client.data.loading, "preprocess_cohort", fail)
+    reason = refusal_reason(handle_request(make_site(hospital), join_request()))
+    assert reason.startswith(f"{type(error).__name__} in test_handlers.fail, line ")
+    assert PATIENT_NAME not in caplog.text
+    assert "in fail" in caplog.text  # the place of the error, for whoever repairs it
 
 
-def test_a_sentence_of_ours_may_name_a_file_so_it_stays_in_a_hospital(
+def test_text_of_our_own_error_stays_in_the_hospital_because_it_may_name_a_file(
     hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ConsiliumError("the store is full; make room")
 
-    monkeypatch.setattr(client.data.loading, "preprocess_cohort", fails)
-    request = JoinRequest("run", config_to_dict(config_of(f"federation.data_root={tmp_path}")))
-    said = reason(handle_request(site_of(hospital), request))
-    assert "full" not in said
-    assert said.endswith("the sentence is in the centre's log")
+    monkeypatch.setattr(client.data.loading, "preprocess_cohort", fail)
+    request = join_request(f"federation.data_root={tmp_path}")
+    reason = refusal_reason(handle_request(make_site(hospital), request))
+    assert "full" not in reason
+    assert reason.endswith("see the centre's log")
     assert "the store is full; make room" in caplog.text
-    write_centre(tmp_path, "north", TINY)
-    assert reason(handle_request(Site(index=0, device="cpu"), request)) == "the store is full; make room"
+    write_centre(tmp_path, "north", TINY_PHANTOM)
+    in_simulation = handle_request(Site(index=0, device="cpu"), request)
+    assert refusal_reason(in_simulation) == "the store is full; make room"

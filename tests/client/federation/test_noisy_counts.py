@@ -1,4 +1,4 @@
-"""Noise on counts and histograms: what one patient can change, how much noise, what it costs, and a run that spends no more than was asked."""
+"""Noise on counts and histograms: what a patient can change, how much noise there is, and what it costs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.data.dataset import ScanDataset
+from client.federation.label_counts import sum_label_counts
 from client.federation.noisy_counts import (
     add_noise,
     cap_scans_per_patient,
     planned_answers,
     project_non_negative,
 )
-from client.federation.query_handlers import QueryContext, sum_label_counts
+from client.federation.query_context import QueryContext
 from common.config.compose import compose_config
 from common.config.schema import Config
-from common.privacy.accountant import solve_noise_multiplier
+from common.privacy.accountant import Charge, solve_noise_multiplier
 from common.utils.errors import ConsiliumError
 from server.rounds.run_lifecycle import open_ledger, start_run
+from server.run.records import RunStatus
 from tests.in_process_federation import InProcess, phantom_config, sites
 
 PRIVATE = compose_config(
@@ -36,121 +38,120 @@ PRIVATE = compose_config(
         "evaluation.histogram_bins=16",
     ]
 )
-PATIENTS = st.lists(
-    st.tuples(st.integers(0, 6), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30
-)
+ScanRow = tuple[int, int]  # patient, covid
+SCAN_ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), min_size=1, max_size=30)
 
 
-def scans_of(rows: list[tuple[int, int, int]]) -> ScanDataset:
-    """(patient, covid, split is val)."""
-    targets = {"covid": np.array([float(r[1]) for r in rows]), "source": np.full(len(rows), np.nan)}
+def make_dataset(rows: list[ScanRow]) -> ScanDataset:
+    covid = np.array([float(label) for _, label in rows])
     return ScanDataset(
         [np.zeros((1, 2, 2), np.uint8)] * len(rows),
-        targets,
+        {"covid": covid, "source": np.full(len(rows), np.nan)},
         ["north"] * len(rows),
-        patient_ids=[str(r[0]) for r in rows],
+        patient_ids=[str(patient) for patient, _ in rows],
     )
 
 
-def exact(rows: list[tuple[int, int, int]], config: Config) -> np.ndarray:
-    scans = cap_scans_per_patient(scans_of(rows), config.privacy.max_scans_per_patient)
-    stage = config.stages["main"]
-    found = sum_label_counts(
-        QueryContext({"train": scans}, "train", config, stage, None, "", 1, torch.device("cpu"))
+def count_exactly(rows: list[ScanRow], config: Config) -> np.ndarray:
+    """Return all cells of the counts without noise; zero when there is no scan."""
+    dataset = cap_scans_per_patient(make_dataset(rows), config.privacy.max_scans_per_patient)
+    query = QueryContext(
+        datasets={"train": dataset},
+        split="train",
+        config=config,
+        stage=config.stages["main"],
+        device=torch.device("cpu"),
     )
-    return np.concatenate([found[k] for k in sorted(found)]) if found else np.zeros(0)
+    sums = sum_label_counts(query)
+    return np.concatenate([sums[key] for key in sorted(sums)]) if sums else np.zeros(1)
 
 
 @settings(deadline=None)
-@given(PATIENTS)
-def test_one_patient_changes_an_answer_by_the_bound_at_most(rows: list[tuple[int, int, int]]) -> None:
-    config = replace(
-        PRIVATE,
-        tasks={
-            t: replace(task, classes=["a", "b"] if t == "source" else []) for t, task in PRIVATE.tasks.items()
-        },
-    )
+@given(SCAN_ROWS)
+def test_one_patient_changes_the_counts_by_the_bound_at_most(rows: list[ScanRow]) -> None:
+    source = replace(PRIVATE.tasks["source"], classes=["a", "b"])
+    covid = replace(PRIVATE.tasks["covid"], classes=[])
+    config = replace(PRIVATE, tasks={**PRIVATE.tasks, "covid": covid, "source": source})
     bound = config.privacy.max_scans_per_patient * math.sqrt(len(config.tasks))
-    whole = exact(rows, config)
-    for patient in {r[0] for r in rows}:
-        without = exact([r for r in rows if r[0] != patient], config)
-        assert np.linalg.norm(whole - (without if len(without) else 0)) <= bound + 1e-9
+    counts = count_exactly(rows, config)
+    for patient in {patient for patient, _ in rows}:
+        others = [row for row in rows if row[0] != patient]
+        assert np.linalg.norm(counts - count_exactly(others, config)) <= bound + 1e-9
 
 
-def test_the_noise_has_its_scale_on_every_cell() -> None:
+def test_every_cell_gets_noise_of_the_right_scale() -> None:
     scale = 4 * 2 * math.sqrt(len(PRIVATE.tasks))
     cells = np.full(20_000, 1e6)
-    found = add_noise({"north/train/covid": cells}, PRIVATE, "counts", 1)["north/train/covid"]
-    assert (found - cells).std() == pytest.approx(scale, rel=0.05)
-    rows = add_noise(
-        {"north/covid/hist": np.full((2, 20_000), 1e6), "north/covid/loss": np.array([7.0, 3.0])},
-        PRIVATE,
-        "scores",
-        1,
-    )
-    assert (rows["north/covid/hist"] - 1e6).std() == pytest.approx(scale, rel=0.05)
-    assert rows["north/covid/loss"].tolist() == [0, 0]
-    few = add_noise({"north/train/covid": np.zeros(1000)}, PRIVATE, "counts", 5)["north/train/covid"]
-    assert not ((few > 0) & (few < 5)).any()  # suppression stays, after the noise
+    noisy = add_noise({"north/train/covid": cells}, PRIVATE, "counts", 1)["north/train/covid"]
+    assert (noisy - cells).std() == pytest.approx(scale, rel=0.05)
+    scores = {"north/covid/hist": np.full((2, 20_000), 1e6), "north/covid/loss": np.array([7.0, 3.0])}
+    noisy_scores = add_noise(scores, PRIVATE, "scores", 1)
+    assert (noisy_scores["north/covid/hist"] - 1e6).std() == pytest.approx(scale, rel=0.05)
+    assert noisy_scores["north/covid/loss"].tolist() == [0, 0]
+
+
+def test_small_noisy_counts_are_raised_to_the_smallest_reportable_one() -> None:
+    noisy = add_noise({"north/train/covid": np.zeros(1000)}, PRIVATE, "counts", 5)["north/train/covid"]
+    assert not ((noisy > 0) & (noisy < 5)).any()
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=40))
-def test_cells_are_the_nearest_that_are_not_below_zero(cells: list[float]) -> None:
-    x = np.array(cells)
-    found, total = project_non_negative(x), max(x.sum(), 0.0)
-    assert (found >= 0).all()
-    assert found.sum() == pytest.approx(total, abs=1e-6)
-    less = (
-        x - found
-    )  # the same everywhere but where it was cut off, and there no more (the conditions of a least-squares optimum)
-    if (found > 1e-9).any():
-        assert np.ptp(less[found > 1e-9]) < 1e-6
-        assert (less[found <= 1e-9] <= less[found > 1e-9].max() + 1e-6).all()
+def test_projection_gives_the_nearest_non_negative_cells(values: list[float]) -> None:
+    cells = np.array(values)
+    projected = project_non_negative(cells)
+    assert (projected >= 0).all()
+    assert projected.sum() == pytest.approx(max(cells.sum(), 0.0), abs=1e-6)
+    # The conditions of a least-squares optimum: the same is subtracted from all cells that stay positive, and
+    # no more than that from the others.
+    subtracted = cells - projected
+    is_positive = projected > 1e-9
+    if is_positive.any():
+        assert np.ptp(subtracted[is_positive]) < 1e-6
+        assert (subtracted[~is_positive] <= subtracted[is_positive].max() + 1e-6).all()
 
 
-def test_the_answers_are_planned_for() -> None:
-    plain, both = (
-        solve_noise_multiplier(8, 1e-5, ((0.2, 60),)),
-        solve_noise_multiplier(8, 1e-5, ((0.2, 60),), ((10.0, 1.0, planned_answers(PRIVATE)),)),
-    )
+def test_noise_of_training_leaves_room_for_the_planned_answers() -> None:
     assert planned_answers(PRIVATE) == 2 + 11
-    assert both > plain
-    with pytest.raises(ConsiliumError, match="the answers of a run alone cost an epsilon of"):
-        solve_noise_multiplier(3, 1e-5, ((0.2, 60),), ((1.0, 1.0, 13),))
+    steps = ((0.2, 60),)
+    training_alone = solve_noise_multiplier(8, 1e-5, steps)
+    answers = Charge(10.0, 1.0, planned_answers(PRIVATE))
+    assert solve_noise_multiplier(8, 1e-5, steps, (answers,)) > training_alone
+    with pytest.raises(ConsiliumError, match="the run's queries alone cost an epsilon of"):
+        solve_noise_multiplier(3, 1e-5, steps, (Charge(1.0, 1.0, 13),))
+
+
+def test_query_noise_requires_patient_level_privacy_and_bounded_scores() -> None:
     with pytest.raises(
         ConsiliumError,
         match=r"privacy.query_noise_multiplier is 4.0; it must be 0.3 to 1000 with privacy=patient",
     ):
         compose_config(["privacy.query_noise_multiplier=4"])
+    unbounded = ["recipe=triage", "stage.sampling_ratios={}"]
     with pytest.raises(ConsiliumError, match="sums that one patient can change without bound"):
-        compose_config(
-            [
-                "privacy=patient",
-                "privacy.query_noise_multiplier=4",
-                "recipe=triage",
-                "stage.sampling_ratios={}",
-            ]
-        )
+        compose_config(["privacy=patient", "privacy.query_noise_multiplier=4", *unbounded])
 
 
-def test_a_run_spends_what_was_asked_and_a_policy_may_want_more(tmp_path: Path) -> None:
-    more = [
+def test_run_spends_the_requested_epsilon_and_a_policy_may_require_more_noise(tmp_path: Path) -> None:
+    overrides = [
         "privacy=patient",
         "privacy.epsilon=8",
         "privacy.query_noise_multiplier=15",
         "evaluation.histogram_bins=16",
         "stage.rounds=1",
         "stage.tasks=[covid]",
+        "federation.quorum=0.5",
     ]
-    config = phantom_config(tmp_path / "data", *more, "federation.quorum=0.5")
+    config = phantom_config(tmp_path / "data", *overrides)
     (tmp_path / "policy.yaml").write_text("min_query_noise: 20\n")
     nodes = [replace(site, state=str(tmp_path / f"state{i}")) for i, site in enumerate(sites())]
     nodes[3] = replace(nodes[3], policy=str(tmp_path / "policy.yaml"))
     result = start_run(config, InProcess(nodes), tmp_path, open_ledger(tmp_path), "r")
-    assert result["status"] == "finished"
-    spent = json.loads((tmp_path / "state0" / "budget" / "spent.json").read_text())["charges"]
-    assert [c["noise"] for c in spent].count(15.0) == planned_answers(config) == 4
-    rounds = result["stages"][0]["rounds"][1]["centres"]
-    assert 0 < rounds["north"]["epsilon"] <= 8
+    assert result.status == RunStatus.FINISHED
+    charges = json.loads((tmp_path / "state0" / "budget" / "spent.json").read_text())["charges"]
+    assert [charge["noise"] for charge in charges].count(15.0) == planned_answers(config) == 4
+    epsilon = result.stages[0].rounds[1].centres["north"].epsilon
+    assert epsilon is not None
+    assert 0 < epsilon <= 8
     assert not (tmp_path / "state3" / "budget" / "spent.json").exists()
-    assert any("requires noise of 20 on counts and scores" in str(o["reason"]) for o in result["left_out"])
+    reasons = [exclusion.reason for exclusion in result.left_out]
+    assert any("requires noise of 20 on counts and scores" in reason for reason in reasons)

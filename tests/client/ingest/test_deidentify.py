@@ -25,8 +25,9 @@ from client.ingest.deidentify import (
 )
 from client.ingest.pseudonyms import load_site_key, make_patient_pseudonym, make_pseudonym, make_uid
 from client.ingest.selection import StudyFilter
-from client.phantom.chest_xray import write_radiograph
-from client.phantom.federation import CENTRE_PROFILES, Scanner, write_ct_series
+from client.phantom.chest_ct import Scanner
+from client.phantom.dicom_files import write_ct_series, write_radiograph
+from client.phantom.profiles import CENTRE_PROFILES
 from common.utils.errors import ConsiliumError
 from tests.client.planted import plant, signs_in, uids_of
 

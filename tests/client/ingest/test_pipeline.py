@@ -36,8 +36,8 @@ from client.ingest.selection import (
     parse_date,
     read_study_list,
 )
-from client.phantom.chest_xray import write_radiograph
-from client.phantom.federation import CENTRE_PROFILES, write_ct_series
+from client.phantom.dicom_files import write_ct_series, write_radiograph
+from client.phantom.profiles import CENTRE_PROFILES
 from common.utils.errors import ConsiliumError
 from tests.client.orthanc import OURS, PASSWORD, PLUGIN, PROGRAM, USER, Orthanc, orthanc
 from tests.client.planted import plant, signs_in, uids_of

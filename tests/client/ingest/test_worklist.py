@@ -18,9 +18,10 @@ from client.imaging import masks
 from client.imaging.readers import read_scan
 from client.imaging.severity import compute_severity
 from client.imaging.slice_pipeline import select_and_crop
-from client.tools.predict import load_model, make_mask_filename, predict_folder
+from client.tools.mask_filenames import make_mask_filename
+from client.tools.predict import PredictOptions, load_model, predict_folder
 from tests.client.tools.test_predict import centre as centre
-from tests.client.tools.test_predict import saved
+from tests.client.tools.test_predict import save_random_model
 
 TRIAGE = ["recipe=triage", "backbone=small", "preprocess.image_size=32", "preprocess.num_slices=8"]
 
@@ -35,17 +36,16 @@ def worklist(centre: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     ]
     film = {"scan": "film", "path": centre / "xr" / "north-0000.dcm", "modality": "xr"}
     pd.DataFrame([*rows, film]).to_csv(root / "manifest.csv", index=False)
-    model = saved(root / "plain.safetensors", *TRIAGE)
+    model = save_random_model(root / "plain.safetensors", *TRIAGE)
     plain, config, _ = load_model(
         model
     )  # random weights call a pixel nothing in particular: the head's bias makes it half of them
     slices = select_and_crop(read_scan(rows[0]["path"]), config.preprocess).slices
     with torch.no_grad():
         middle = plain.eval()(torch.from_numpy(slices)[None] / 255)["lesion"].median().item()
-    tilted = saved(root / "model.safetensors", *TRIAGE, tilt=math.log(0.2 / 0.8) - middle)
-    table, skipped = predict_folder(
-        tilted, root / "manifest.csv", root / "store", masks_dir=root / "masks", sort_column="lesion_severity"
-    )
+    tilted = save_random_model(root / "model.safetensors", *TRIAGE, tilt=math.log(0.2 / 0.8) - middle)
+    options = PredictOptions(masks_dir=root / "masks", sort_column="lesion_severity")
+    table, skipped = predict_folder(tilted, root / "manifest.csv", root / "store", options)
     assert [(Path(s.path).name, s.reason) for s in skipped] == [
         ("north-0000.dcm", "it is no CT, for which the model was made")
     ]
@@ -120,14 +120,14 @@ def test_a_radiograph_has_a_severity_but_no_sides(centre: Path, tmp_path: Path) 
     (tmp_path / "new").mkdir()
     shutil.copy(centre / "xr" / "north-0000.dcm", tmp_path / "new")
     film, _ = predict_folder(
-        saved(tmp_path / "a", *TRIAGE, "preprocess.modality=any", tilt=9.0),
+        save_random_model(tmp_path / "a", *TRIAGE, "preprocess.modality=any", tilt=9.0),
         tmp_path / "new",
         tmp_path / "store",
     )
     assert film[["lesion_right", "lesion_left"]].isna().all(axis=None)
     assert film["lesion_severity"].tolist() == [100]
     assert "the model was made for" not in film["notes"][0]
-    taken, _ = predict_folder(saved(tmp_path / "b", *TRIAGE), tmp_path / "new", tmp_path / "store")
+    taken, _ = predict_folder(save_random_model(tmp_path / "b", *TRIAGE), tmp_path / "new", tmp_path / "store")
     assert "It was read as XR, the model was made for CT." in taken["notes"][0]
 
 
@@ -136,10 +136,10 @@ def test_without_lungs_nothing_is_said_of_them(tmp_path: Path) -> None:
     grey = np.full((64, 64, 12), 40, np.int16)
     nibabel.save(nibabel.Nifti1Image(grey, np.diag([-1.0, -1, 5, 1])), tmp_path / "new" / "brick.nii.gz")  # type: ignore[no-untyped-call]
     table, _ = predict_folder(
-        saved(tmp_path / "m.safetensors", *TRIAGE),
+        save_random_model(tmp_path / "m.safetensors", *TRIAGE),
         tmp_path / "new",
         tmp_path / "store",
-        sort_column="lesion_severity",
+        PredictOptions(sort_column="lesion_severity"),
     )
     assert table.filter(like="lesion").isna().all(axis=None)
     assert "Its lungs were not found" in table["notes"][0]

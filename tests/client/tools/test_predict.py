@@ -1,4 +1,4 @@
-"""A trained model on new scans: what a federation in one process has learned gives the same probabilities at the command."""
+"""Predictions with a trained model: the same probabilities as by hand, for every type of task."""
 
 from __future__ import annotations
 
@@ -20,13 +20,9 @@ from safetensors.torch import load_file, save_file
 from client.imaging.readers import read_scan
 from client.imaging.slice_pipeline import select_and_crop
 from client.phantom.federation import write_centre
-from client.tools.predict import (
-    compute_output_values,
-    list_output_columns,
-    load_model,
-    make_mask_filename,
-    predict_folder,
-)
+from client.tools.mask_filenames import make_mask_filename
+from client.tools.predict import PredictOptions, load_model, predict_folder
+from client.tools.prediction_values import compute_output_values, list_output_columns
 from common.config.compose import compose_config, config_to_dict
 from common.config.schema import Config, PhantomConfig, Task
 from common.modeling.model import make_model
@@ -37,7 +33,7 @@ from tests.in_process_federation import InProcess, phantom_config, sites
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Config]:
-    """(model.safetensors, the federation's folder, its configuration) of a run of one round at two centres."""
+    """Train one round at two centres; return model.safetensors, the data folder, the configuration."""
     root = tmp_path_factory.mktemp("predict")
     config = phantom_config(
         root / "data", "federation.centres=[north,south]", "federation.phantom.scale=0.001", "stage.rounds=1"
@@ -49,27 +45,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Confi
 
 @pytest.fixture
 def new(trained: tuple[Path, Path, Config], tmp_path: Path) -> Path:
-    """Two scans, named as a hospital would."""
+    """Copy two scans under names of a hospital's own."""
     for name, scan in (("first", "north-0000"), ("second", "north-0003")):
         shutil.copytree(trained[1] / "north" / "dicom" / scan, tmp_path / "new" / name)
     return tmp_path / "new"
 
 
-def test_probabilities_are_those_of_the_runs_weights(
+def test_probabilities_match_the_runs_weights(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
-    """Against the steps done by hand: read, choose slices, the run's state dict, the sigmoid of the raw logit."""
+    """Compare with the steps by hand: read, choose slices, load the state dict, sigmoid of the raw logit."""
     model, _, config = trained
     table, skipped = predict_folder(model, new, tmp_path / "store")
     assert skipped == []
     assert table["scan"].tolist() == ["first", "second"]
     tasks = {**config.tasks, "source": Task(type="multiclass", classes=["north", "south"])}
-    whole = make_model(config.backbone, tasks, 0)
-    whole.load_state_dict(load_file(model))
+    run_model = make_model(config.backbone, tasks, 0)
+    run_model.load_state_dict(load_file(model))
     for row in table.itertuples():
         kept = select_and_crop(read_scan(Path(str(row.path))), config.preprocess)
         with torch.no_grad():
-            z = whole.eval()(torch.from_numpy(kept.slices)[None] / 255)["covid"].item()
+            z = run_model.eval()(torch.from_numpy(kept.slices)[None] / 255)["covid"].item()
         assert row.covid == pytest.approx(1 / (1 + math.exp(-z)), abs=2e-6)
         assert row.slices == " ".join(map(str, kept.indices))
         assert len(str(row.slices).split()) == config.preprocess.num_slices
@@ -87,7 +83,7 @@ def test_heads_that_serve_training_only_are_dropped(
         assert any(name.startswith("heads.source") for name in file.keys())  # noqa: SIM118  (the run's file does hold it)
 
 
-def test_identities_name_the_model_and_the_preprocessing(
+def test_the_table_identifies_model_and_preprocessing(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
     table, _ = predict_folder(trained[0], new, tmp_path / "store")
@@ -97,7 +93,7 @@ def test_identities_name_the_model_and_the_preprocessing(
     pd.testing.assert_frame_equal(again, table)
 
 
-def test_a_scan_that_cannot_be_read_is_listed(
+def test_an_unreadable_scan_is_listed_as_skipped(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained[1] / "north" / "dicom" / "north-0007", new / "broken")
@@ -110,7 +106,7 @@ def test_a_scan_that_cannot_be_read_is_listed(
     assert all(s.reason for s in skipped)
 
 
-def test_when_no_scan_can_be_read_the_table_still_has_its_columns(
+def test_the_table_has_its_columns_even_when_no_scan_can_be_read(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
     for file in new.rglob("*.dcm"):
@@ -121,7 +117,7 @@ def test_when_no_scan_can_be_read_the_table_still_has_its_columns(
     assert list(table.columns) == ["scan", "path", "covid", "slices", "model", "preprocessing", "notes"]
 
 
-def test_a_folder_without_a_scan_is_one_sentence(trained: tuple[Path, Path, Config], tmp_path: Path) -> None:
+def test_a_folder_without_scans_is_refused(trained: tuple[Path, Path, Config], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConsiliumError, match=r"empty holds no scan that can be read$"):
         predict_folder(trained[0], tmp_path / "empty", tmp_path / "store")
@@ -133,7 +129,7 @@ def test_a_folder_without_a_scan_is_one_sentence(trained: tuple[Path, Path, Conf
     "kind",
     ["missing", "a folder", "text", "empty", "cut short", "without metadata", "other metadata", "wrong key"],
 )
-def test_a_file_that_is_no_model_of_ours_is_one_sentence(
+def test_a_file_that_is_no_model_is_refused(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -143,7 +139,7 @@ def test_a_file_that_is_no_model_of_ours_is_one_sentence(
     if kind == "a folder":
         path.mkdir()
     elif kind in ("text", "empty"):
-        path.write_text("no model" * (kind == "text"))
+        path.write_text({"text": "no model", "empty": ""}[kind])
     elif kind == "cut short":
         path.write_bytes(trained[0].read_bytes()[:-1000])
     elif kind == "without metadata":
@@ -152,12 +148,12 @@ def test_a_file_that_is_no_model_of_ours_is_one_sentence(
         save_file(weights, path, {"config": "{not json"})
     elif kind == "wrong key":
         save_file(weights, path, {"config": json.dumps({**config, "secrets": 1})})
-    with pytest.raises(ConsiliumError, match=r"(is not a model of ours|unknown key 'secrets')") as raised:
+    with pytest.raises(ConsiliumError, match=r"(is not a Consilium model|unknown key 'secrets')") as raised:
         predict_folder(path, new, tmp_path / "store")
     assert "\n" not in str(raised.value)
 
 
-def test_weights_of_another_backbone_are_one_sentence(
+def test_weights_of_another_backbone_are_refused(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
     with safe_open(trained[0], "np") as file:
@@ -170,8 +166,8 @@ def test_weights_of_another_backbone_are_one_sentence(
         predict_folder(tmp_path / "model.safetensors", new, tmp_path / "store")
 
 
-def saved(path: Path, *overrides: str, tilt: float = 0.0) -> Path:
-    """The model of a run that learned nothing: random weights, the lesion's head biased by `tilt`."""
+def save_random_model(path: Path, *overrides: str, tilt: float = 0.0) -> Path:
+    """Save a model with random weights, the bias of the lesion's head changed by `tilt`."""
     config = compose_config(overrides)
     state = make_model(config.backbone, config.tasks, 3).state_dict()
     if tilt:
@@ -182,20 +178,19 @@ def saved(path: Path, *overrides: str, tilt: float = 0.0) -> Path:
 
 @pytest.fixture(scope="module")
 def centre(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A made-up hospital: `dicom/<scan>/`, `xr/<scan>.dcm`."""
+    """Draw a made-up hospital: `dicom/<scan>/`, `xr/<scan>.dcm`."""
     return write_centre(
         tmp_path_factory.mktemp("centre"), "north", PhantomConfig(scale=0.001, num_slices=12, image_size=64)
     )
 
 
-def test_every_other_kind_of_task_has_its_columns(centre: Path, tmp_path: Path) -> None:
-    """Films through the fine-grained and the prognosis recipe: the sums that must hold, and nothing of self-supervision."""
+def test_every_other_type_of_task_has_its_columns(centre: Path, tmp_path: Path) -> None:
+    """Radiographs through the finegrained and prognosis recipes, without columns of self-supervised tasks."""
     (tmp_path / "new").mkdir()
     shutil.copy(centre / "xr" / "north-0000.dcm", tmp_path / "new" / "film.dcm")
     small = ["backbone=small", "preprocess.image_size=32"]
-    fine, _ = predict_folder(
-        saved(tmp_path / "f.safetensors", "recipe=finegrained", *small), tmp_path / "new", tmp_path / "store"
-    )
+    model_path = save_random_model(tmp_path / "f.safetensors", "recipe=finegrained", *small)
+    fine, _ = predict_folder(model_path, tmp_path / "new", tmp_path / "store")
     classes = ["negative", "typical", "indeterminate", "atypical"]
     assert list(fine.columns[2:-4]) == [*(f"finding_{c}" for c in classes), "infection_share"]
     assert fine[[f"finding_{c}" for c in classes]].sum(axis=1).tolist() == pytest.approx([1], abs=1e-5)
@@ -203,10 +198,10 @@ def test_every_other_kind_of_task_has_its_columns(centre: Path, tmp_path: Path) 
 
     scores = ["recipe=prognosis", *small, "stage.tasks=[outcome,regions]"]
     table, _ = predict_folder(
-        saved(tmp_path / "p.safetensors", *scores),
+        save_random_model(tmp_path / "p.safetensors", *scores),
         tmp_path / "new",
         tmp_path / "store",
-        sort_column="regions_brixia_f",
+        PredictOptions(sort_column="regions_brixia_f"),
     )
     regions = [f"regions_brixia_{zone}" for zone in "abcdef"]
     assert list(table.columns[2:-4]) == ["outcome", *regions]
@@ -214,33 +209,32 @@ def test_every_other_kind_of_task_has_its_columns(centre: Path, tmp_path: Path) 
     kept = select_and_crop(read_scan(tmp_path / "new" / "film.dcm"), config.preprocess)
     with torch.no_grad():
         raw = model.eval()(torch.from_numpy(kept.slices)[None] / 255)["regions"][0]
-    assert table[regions].to_numpy()[0] == pytest.approx(
-        raw.numpy(), abs=2e-6
-    )  # as it is, in the scores' own units
+    # raw outputs, in the scores' own units
+    assert table[regions].to_numpy()[0] == pytest.approx(raw.numpy(), abs=2e-6)
 
 
-def test_what_a_model_cannot_do_is_one_sentence(
+def test_what_a_model_cannot_do_is_refused(
     trained: tuple[Path, Path, Config], new: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ConsiliumError, match=r"there is no column 'covit' to sort by; did you mean 'covid'\?$"
-    ):
-        predict_folder(trained[0], new, tmp_path / "store", sort_column="covit")
+    expected = r"there is no column 'covit' to sort by; did you mean 'covid'\?$"
+    with pytest.raises(ConsiliumError, match=expected):
+        predict_folder(trained[0], new, tmp_path / "store", PredictOptions(sort_column="covit"))
     with pytest.raises(ConsiliumError, match=r"draws no masks \(covid\); leave --masks out$"):
-        predict_folder(trained[0], new, tmp_path / "store", masks_dir=tmp_path / "masks")
-    alone = saved(
+        predict_folder(trained[0], new, tmp_path / "store", PredictOptions(masks_dir=tmp_path / "masks"))
+    alone = save_random_model(
         tmp_path / "alone.safetensors",
         "recipe=finegrained",
         "backbone=small",
         "stage.tasks=[moco]",
         "evaluation.task=moco",
     )
-    with pytest.raises(ConsiliumError, match=r"predicts nothing: it was taught by the scans alone \(moco\)"):
+    expected = r"predicts nothing because it was trained without labels \(moco\)"
+    with pytest.raises(ConsiliumError, match=expected):
         predict_folder(alone, new, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
-def test_numbers_against_formulas() -> None:
+def test_output_values_match_their_formulas() -> None:
     many = Task(type="multiclass", classes=["mild", "moderate", "severe"])
     expected = np.exp([0.0, 1.0, -2.0]) / np.exp([0.0, 1.0, -2.0]).sum()
     assert list_output_columns("severity", many) == ["severity_mild", "severity_moderate", "severity_severe"]
@@ -248,18 +242,17 @@ def test_numbers_against_formulas() -> None:
     assert compute_output_values(many, torch.tensor([0.0, 1.0, -2.0]), box) == pytest.approx(
         expected, abs=1e-6
     )
-    assert (
-        list_output_columns("covid", Task()),
-        compute_output_values(Task(), torch.tensor([0.0]), box),
-    ) == (["covid"], [0.5])
+    assert list_output_columns("covid", Task()) == ["covid"]
+    assert compute_output_values(Task(), torch.tensor([0.0]), box) == [0.5]
     assert list_output_columns("age", Task(type="regression")) == ["age"]
     logits = torch.full((2, 8, 8), -5.0)
-    logits[0, 2, 1:4] = 5.0  # of a crop of 2 x 4 pixels the square shows rows 2 to 5
+    logits[0, 2, 1:4] = 5.0  # a crop of 2 x 4 pixels fills rows 2 to 5 of the square
     assert compute_output_values(Task(type="segmentation"), logits, (10, 12, 20, 24)) == [
         round(100 * 3 / (2 * 4 * 8), 2)
     ]
     lungs = np.zeros((2, 8, 8), np.uint8)
-    lungs[:, :, :4], lungs[0, 2, 4:] = 1, 2
+    lungs[:, :, :4] = 1
+    lungs[0, 2, 4:] = 2
     assert compute_output_values(Task(type="segmentation", severity_column="x"), logits, box, lungs) == [
         round(100 * 3 / 64, 2),
         0.0,
@@ -272,7 +265,7 @@ def test_numbers_against_formulas() -> None:
         st.tuples(st.text(min_size=1, max_size=200), st.text("ab_/%", min_size=1, max_size=4)), max_size=20
     )
 )
-def test_no_two_masks_share_a_file(pairs: set[tuple[str, str]]) -> None:
+def test_no_two_masks_share_a_file_name(pairs: set[tuple[str, str]]) -> None:
     pairs |= {("a", "b_c"), ("a_b", "c"), ("x" * 200, "a"), ("x" * 201, "a")}
     names = {make_mask_filename(*pair) for pair in pairs}
     assert len(names) == len(pairs)

@@ -1,9 +1,10 @@
-"""The measured choice: one of those that run here, remembered, measured again when it must be, and used by the centre's training."""
+"""Automatic tuning: settings are measured once, remembered, and used in training."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -39,48 +40,49 @@ def choose(folder: Path, site: Site = SITE) -> RuntimeSettings:
     return autotune(site, CONFIG, STAGE, {"covid": CONFIG.tasks["covid"]}, scans(), folder)
 
 
-def test_the_choice_is_measured_once_and_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With made-up times of steps: the fastest wins, is not measured twice, and is when the file is damaged or the site has other threads."""
-    asked: list[RuntimeSettings] = []
+def test_settings_are_measured_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With made-up times, the fastest settings win and are remembered.
 
-    def timed(choice: RuntimeSettings, *_: object) -> dict[RuntimeSettings, float]:
-        asked.append(choice)
-        return (
-            {}
-            if choice.precision == "fp32"
-            else {choice: (1.0 if choice.channels_last else 0.5) + 0.1 * choice.num_threads}
-        )
+    They are measured again when the file is damaged or the site has another thread count.
+    """
+    measured: list[RuntimeSettings] = []
 
-    monkeypatch.setattr(client.training.autotune, "_measure_step", timed)
+    def fake_measure(settings: RuntimeSettings, *_: object) -> dict[RuntimeSettings, float]:
+        measured.append(settings)
+        if settings.precision == "fp32":
+            return {}
+        seconds = 1.0 if settings.channels_last else 0.5
+        return {settings: seconds + 0.1 * settings.num_threads}
+
+    monkeypatch.setattr(client.training.autotune, "_measure_step", fake_measure)
     assert choose(tmp_path) == RuntimeSettings("bf16", False, 1)
-    assert {(c.precision, c.channels_last) for c in asked} == {
-        (p, f) for p in ("fp32", "bf16") for f in (True, False)
-    }
-    asked.clear()
+    pairs = {(settings.precision, settings.channels_last) for settings in measured}
+    assert pairs == set(product(("fp32", "bf16"), (True, False)))
+    measured.clear()
     assert choose(tmp_path) == RuntimeSettings("bf16", False, 1)
-    assert not asked
+    assert not measured
     assert choose(tmp_path, replace(SITE, threads=3)) == RuntimeSettings("bf16", False, 3)
-    assert {c.num_threads for c in asked} == {3}
+    assert {settings.num_threads for settings in measured} == {3}
     (tmp_path / "runtime.json").write_text("{")
-    asked.clear()
+    measured.clear()
     assert choose(tmp_path) == RuntimeSettings("bf16", False, 1)
-    assert asked
+    assert measured
 
 
-def test_where_nothing_can_be_measured_the_given_settings_stay(
+def test_configured_settings_stay_when_nothing_can_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(client.training.autotune, "train", broken)
-    given = choose(tmp_path, replace(SITE, threads=1))
-    assert given == RuntimeSettings(STAGE.precision, STAGE.channels_last, 1)
+    settings = choose(tmp_path, replace(SITE, threads=1))
+    assert settings == RuntimeSettings(STAGE.precision, STAGE.channels_last, 1)
     assert not (tmp_path / "runtime.json").exists()
 
 
-def test_a_centre_trains_as_it_measured(tmp_path: Path) -> None:
-    """Really measured, in a real round; the round is then the same bits as with that choice given."""
+def test_a_centre_trains_with_the_measured_settings(tmp_path: Path) -> None:
+    """A real round with measured settings gives the same bits as a round with those settings configured."""
     data = write_centre(tmp_path / "north", "north", PhantomConfig(scale=0.001, num_slices=10, image_size=64))
     few = [
         "federation=folder",
@@ -110,5 +112,5 @@ def test_a_centre_trains_as_it_measured(tmp_path: Path) -> None:
     measured = round_with("stage.autotune=true")
     assert torch.get_num_threads() == threads
     ((precision, channels_last, _),) = json.loads((data / ".consilium" / "runtime.json").read_text()).values()
-    given = round_with(f"stage.precision={precision}", f"stage.channels_last={channels_last}")
-    assert np.array_equal(measured.delta, given.delta)
+    configured = round_with(f"stage.precision={precision}", f"stage.channels_last={channels_last}")
+    assert np.array_equal(measured.delta, configured.delta)

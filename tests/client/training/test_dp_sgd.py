@@ -1,4 +1,4 @@
-"""The protected gradient against loops written out by hand in float64, and the law it stands on: one patient moves the sum by the clip at most."""
+"""DP-SGD, compared with loops by hand in float64: one patient moves the sum by the clip norm at most."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from client.data.batch import Batch
 from client.data.dataset import ScanDataset
 from client.training.dp_sgd import (
     DPParams,
@@ -23,17 +24,18 @@ from client.training.dp_sgd import (
     sampling_plan,
     sum_clipped_gradients,
 )
-from client.training.objective import Batch, Objective
-from client.training.trainer import train
+from client.training.objective import Objective
+from client.training.trainer import TrainSpec, train
 from common.config.schema import AugmentConfig, BackboneConfig, OptimiserConfig, Stage, Task
+from common.learning.losses import BatchLoss
 from common.modeling.model import Model, make_model
 from common.privacy.gaussian_noise import secure_gaussian
 
-STILL = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
+NO_AUGMENTATION = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
 SGD = OptimiserConfig(name="sgd", lr=0.1, momentum=0, weight_decay=0, schedule="constant")
-STAGE = Stage(augment=STILL, optimiser=SGD, batch_size=2)
+STAGE = Stage(augment=NO_AUGMENTATION, optimiser=SGD, batch_size=2)
 TASKS = {"covid": Task(), "source": Task(type="multiclass", classes=["a", "b", "c"], loss_weight=0.5)}
-ADJUST = {"source": torch.tensor([-0.3, -1.0, -2.0])}
+LOGIT_ADJUSTMENTS = {"source": torch.tensor([-0.3, -1.0, -2.0])}
 NAN = math.nan
 CPU = torch.device("cpu")
 
@@ -55,8 +57,8 @@ def patient(seed: int, covid: list[float], source: list[float]) -> Batch:
     )
 
 
-def some() -> dict[str, Batch]:
-    """One scan; three scans, more than a batch; labels missing for one task, for some scans, for both tasks."""
+def four_patients() -> dict[str, Batch]:
+    """Make patients with one scan and with several; labels missing for one task, some scans, or both."""
     return {
         "ann": patient(1, [1], [2]),
         "ben": patient(2, [0, NAN, 1], [0, 1, NAN]),
@@ -66,15 +68,15 @@ def some() -> dict[str, Batch]:
 
 
 def objective(stage: Stage = STAGE, tasks: dict[str, Task] = TASKS) -> Objective:
-    return Objective(stage, tasks, ADJUST if "source" in tasks else {}, CPU, 0)
+    return Objective(stage, tasks, LOGIT_ADJUSTMENTS if "source" in tasks else {}, CPU, 0)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def naive(model: Model, patients: PatientBatches, clip: float) -> Tensor:
-    """The same sum in float64, scan after scan, without a line of the code under test."""
+def sum_by_hand(model: Model, patients: PatientBatches, clip: float) -> Tensor:
+    """Compute the same sum in float64, scan by scan, without any of the code under test."""
     wide = copy.deepcopy(model).double()
     total = torch.zeros(sum(p.numel() for p in wide.parameters()), dtype=torch.float64)
     for batch in patients.values():
@@ -89,44 +91,43 @@ def naive(model: Model, patients: PatientBatches, clip: float) -> Tensor:
                     F.binary_cross_entropy_with_logits(z[0], batch.targets["covid"][i]) / known["covid"].sum()
                 )
             if known["source"][i]:
-                z = wide.heads["source"](f) + ADJUST["source"]
+                z = wide.heads["source"](f) + LOGIT_ADJUSTMENTS["source"]
                 losses.append(
                     0.5 * F.cross_entropy(z, batch.targets["source"][i].long()) / known["source"].sum()
                 )
         if losses:
-            found = torch.autograd.grad(torch.stack(losses).sum(), list(wide.parameters()), allow_unused=True)
-            own = flat(
-                [
-                    torch.zeros_like(p) if g is None else g
-                    for g, p in zip(found, wide.parameters(), strict=True)
-                ]
-            )
-            total += own * min(1.0, clip / float(own.norm()))
+            parameters = list(wide.parameters())
+            gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+            pairs = zip(gradients, parameters, strict=True)
+            gradient = flat([torch.zeros_like(p) if g is None else g for g, p in pairs])
+            total += gradient * min(1.0, clip / float(gradient.norm()))
     return total
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e3])
 @pytest.mark.parametrize("how", ["plain", "channels_last", "in_place"])
-def test_the_sum_is_the_naive_loops(how: str, clip: float) -> None:
+def test_the_sum_matches_a_loop_by_hand(how: str, clip: float) -> None:
     model = model_of(channels_last=how == "channels_last")
-    places = [m for m in model.modules() if isinstance(m, nn.ReLU)]
-    assert places
-    for m in places:
-        m.inplace = how == "in_place"
-    expected = naive(model, some(), clip)
-    found = flat(sum_clipped_gradients(model, objective(), some(), list(model.parameters()), clip, 7))
-    assert float((found - expected).norm() / expected.norm()) < 2e-4
+    activations = [m for m in model.modules() if isinstance(m, nn.ReLU)]
+    assert activations
+    for activation in activations:
+        activation.inplace = how == "in_place"
+    expected = sum_by_hand(model, four_patients(), clip)
+    parameters = list(model.parameters())
+    gradient_sum = flat(sum_clipped_gradients(model, objective(), four_patients(), parameters, clip, 7))
+    assert float((gradient_sum - expected).norm() / expected.norm()) < 2e-4
     assert float(expected.norm()) > 0.5 * clip or clip > 1
 
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**32), clip=st.floats(1e-3, 10), scans=st.integers(1, 4), loud=st.floats(0, 1e4))
-def test_one_patient_moves_the_sum_by_the_clip_at_most(
+def test_one_patient_moves_the_sum_by_the_clip_norm_at_most(
     seed: int, clip: float, scans: int, loud: float
 ) -> None:
-    """With every random change and dropout: those of the others do not depend on who else is there."""
+    """Also with augmentation and dropout: the others' random numbers do not depend on who else is there."""
     tasks = {t: replace(task, dropout=0.5) for t, task in TASKS.items()}
-    model, rng = model_of(tasks), np.random.default_rng(seed)
+    model = model_of(tasks)
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
         model.heads["covid"][-1].weight.mul_(loud)  # gradients of any size
 
@@ -136,64 +137,47 @@ def test_one_patient_moves_the_sum_by_the_clip_at_most(
 
     others = {"ben": anyone(), "cat": anyone()}
 
-    def summed(patients: PatientBatches) -> Tensor:
-        return flat(
-            sum_clipped_gradients(
-                model,
-                objective(replace(STAGE, augment=AugmentConfig()), tasks),
-                patients,
-                list(model.parameters()),
-                clip,
-                seed,
-            )
-        )
+    def gradient_sum(patients: PatientBatches) -> Tensor:
+        augmented = objective(replace(STAGE, augment=AugmentConfig()), tasks)
+        parameters = list(model.parameters())
+        return flat(sum_clipped_gradients(model, augmented, patients, parameters, clip, seed))
 
-    without, one, another = (
-        summed(others),
-        summed({"ann": anyone(), **others}),
-        summed({"ann": anyone(), **others}),
-    )
-    assert float((one - without).norm()) <= clip * (
-        1 + 1e-4
-    )  # one more: what the accountant's epsilon is about
-    assert float((one - another).norm()) <= 2 * clip * (1 + 1e-4)  # one in another's place
-    assert (
-        float((without - summed(dict(reversed(others.items())))).norm()) <= 1e-4 * clip
-    )  # in whatever order they come
+    without = gradient_sum(others)
+    with_one = gradient_sum({"ann": anyone(), **others})
+    with_another = gradient_sum({"ann": anyone(), **others})
+    # one patient more is what the accountant's epsilon refers to
+    assert float((with_one - without).norm()) <= clip * (1 + 1e-4)
+    assert float((with_one - with_another).norm()) <= 2 * clip * (1 + 1e-4)  # one replaced by another
+    reordered = gradient_sum(dict(reversed(others.items())))
+    assert float((without - reordered).norm()) <= 1e-4 * clip
 
 
-def test_a_gradient_that_is_not_finite_counts_as_none() -> None:
+def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
     model = model_of()
-    patients = some()
-    expected = flat(
-        sum_clipped_gradients(
-            model, objective(), {k: patients[k] for k in ("ann", "cat")}, list(model.parameters()), 1.0, 7
-        )
-    )
-    bad = patients["ben"]
-    spoilt = objective()
-    usual = spoilt.compute_loss
+    parameters = list(model.parameters())
+    patients = four_patients()
+    finite = {name: patients[name] for name in ("ann", "cat")}
+    expected = flat(sum_clipped_gradients(model, objective(), finite, parameters, 1.0, 7))
+    bad_slice = patients["ben"].slices[0]
+    overflowing = objective()
+    compute_loss = overflowing.compute_loss
 
-    def loss(model: Model, part: Batch, labelled: dict[str, int]):  # type: ignore[no-untyped-def]
-        found = usual(model, part, labelled)
-        found.total = found.total * (
-            math.inf if part.slices.shape[0] < 3 and torch.equal(part.slices[0], bad.slices[0]) else 1
-        )
-        return found
+    def overflow(model: Model, part: Batch, num_labelled: dict[str, int]) -> BatchLoss:
+        losses = compute_loss(model, part, num_labelled)
+        if len(part.slices) < 3 and torch.equal(part.slices[0], bad_slice):
+            losses.total = losses.total * math.inf
+        return losses
 
-    spoilt.compute_loss = loss  # type: ignore[method-assign, assignment]
-    found = flat(
-        sum_clipped_gradients(
-            model, spoilt, {k: patients[k] for k in ("ann", "ben", "cat")}, list(model.parameters()), 1.0, 7
-        )
-    )
-    assert torch.equal(found, expected)
+    overflowing.compute_loss = overflow  # type: ignore[method-assign, assignment]
+    with_bad = {name: patients[name] for name in ("ann", "ben", "cat")}
+    gradient_sum = flat(sum_clipped_gradients(model, overflowing, with_bad, parameters, 1.0, 7))
+    assert torch.equal(gradient_sum, expected)
 
 
-# --- the noise ------------------------------------------------------------------------------------------------------------------------
+# --- the noise --------------------------------------------------------------------------------------------
 
 
-def test_normals_are_normal_and_follow_no_seed() -> None:
+def test_noise_is_normal_and_does_not_follow_a_seed() -> None:
     torch.manual_seed(1)
     z = secure_gaussian(400_001)
     torch.manual_seed(1)
@@ -202,18 +186,17 @@ def test_normals_are_normal_and_follow_no_seed() -> None:
     moments = [float((z.double() ** k).mean()) for k in (1, 2, 3, 4)]
     assert np.allclose(moments, [0, 1, 0, 3], atol=0.05)
     assert float((z.abs() > 1.96).float().mean()) == pytest.approx(0.05, abs=0.002)
-    assert (
-        abs(float((z[:200_000] * z[200_000:400_000]).mean())) < 0.01
-    )  # both halves come from the same radius
+    product = z[:200_000] * z[200_000:400_000]  # both halves come from the same radius
+    assert abs(float(product.mean())) < 0.01
 
 
-def test_the_noise_has_its_scale_on_every_weight_also_when_nobody_is_drawn() -> None:
+def test_every_weight_gets_noise_of_the_right_scale_even_when_nobody_is_drawn() -> None:
     model = model_of()
     parameters = list(model.parameters())
-    protection = DPParams(clip_norm=0.5, noise_multiplier=3.0, expected_patients=8.0)
+    dp_params = DPParams(clip_norm=0.5, noise_multiplier=3.0, expected_patients=8.0)
     seen = []
     for step in range(20):
-        privatise_gradient(model, objective(), {}, parameters, protection, step)
+        privatise_gradient(model, objective(), {}, parameters, dp_params, step)
         seen.append(flat([p.grad for p in parameters if p.grad is not None]))
     z = torch.stack(seen) / (3.0 * 0.5 / 8.0)
     assert z.shape[1] == sum(p.numel() for p in parameters)
@@ -221,16 +204,14 @@ def test_the_noise_has_its_scale_on_every_weight_also_when_nobody_is_drawn() -> 
     assert float(z.mean()) == pytest.approx(0, abs=0.01)
     assert float(z.std(0).min()) > 0.1
     assert abs(float((z[0] * z[1]).mean())) < 0.02  # steps are independent
-    privatise_gradient(
-        model, objective(), some(), parameters, replace(protection, draw_normals=torch.zeros), 3
-    )
-    found = flat([p.grad for p in parameters if p.grad is not None])
-    torch.testing.assert_close(
-        found, flat(sum_clipped_gradients(model, objective(), some(), parameters, 0.5, 3)) / 8.0
-    )
+    noiseless = replace(dp_params, draw_normals=torch.zeros)
+    privatise_gradient(model, objective(), four_patients(), parameters, noiseless, 3)
+    gradient = flat([p.grad for p in parameters if p.grad is not None])
+    gradient_sum = flat(sum_clipped_gradients(model, objective(), four_patients(), parameters, 0.5, 3))
+    torch.testing.assert_close(gradient, gradient_sum / 8.0)
 
 
-# --- who is drawn ---------------------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------
 
 
 def cohort(patients: list[str]) -> ScanDataset:
@@ -239,7 +220,7 @@ def cohort(patients: list[str]) -> ScanDataset:
     return ScanDataset(slices, {"covid": np.arange(n, dtype=float) % 2}, ["north"] * n, patient_ids=patients)
 
 
-def test_patients_are_drawn_on_their_own_with_all_their_scans() -> None:
+def test_patients_are_drawn_independently_with_all_their_scans() -> None:
     scans = cohort(["a", "b", "a", "c", "a", "d"])
     assert sampling_plan(scans, Stage(batch_size=2)) == (4, 0.5, 2)
     assert sampling_plan(scans, Stage(batch_size=9)) == (4, 1.0, 1)
@@ -247,52 +228,46 @@ def test_patients_are_drawn_on_their_own_with_all_their_scans() -> None:
     of_a = [step["a"] for step in steps if "a" in step]
     assert all(batch.slices[:, 0, 0, 0].tolist() == [0, 2, 4] for batch in of_a)
     sizes = np.bincount([len(step) for step in steps], minlength=5) / 4000
-    np.testing.assert_allclose(
-        sizes, np.array([1, 4, 6, 4, 1]) / 16, atol=0.03
-    )  # binomial: some steps have nobody
-    assert [list(s) for s in poisson_batches(scans, {"covid": Task()}, 0.5, 40, 1)] != [
-        list(s) for s in poisson_batches(scans, {"covid": Task()}, 0.5, 40, 1)
-    ]
+    # binomial: some steps draw nobody
+    np.testing.assert_allclose(sizes, np.array([1, 4, 6, 4, 1]) / 16, atol=0.03)
+    first, second = (
+        [list(step) for step in poisson_batches(scans, {"covid": Task()}, 0.5, 40, 1)] for _ in range(2)
+    )
+    assert first != second
 
 
-# --- in the trainer -------------------------------------------------------------------------------------------------------------------
+# --- in the trainer ---------------------------------------------------------------------------------------
 
 
-def test_without_clip_and_noise_it_is_plain_training() -> None:
-    """One patient a scan, all of them drawn: the expected number is the batch's own."""
-    whole = patient(5, [0, 1, 1, 0], [0, 1, 2, 1])
-    each = {str(i): part for i, part in enumerate(whole.split_into(4))}
-    silent = DPParams(clip_norm=1e6, noise_multiplier=1.0, expected_patients=4.0, draw_normals=torch.zeros)
-    models = [model_of(), model_of()]
-    train(models[0], [whole] * 3, STAGE, TASKS, ADJUST, num_steps=3)
-    report = train(models[1], [each] * 3, STAGE, TASKS, ADJUST, num_steps=3, dp_params=silent)
-    for name, weight in models[0].state_dict().items():
-        torch.testing.assert_close(models[1].state_dict()[name], weight, rtol=1e-4, atol=1e-5)
-    assert (report.steps, report.scans_seen, report.losses) == (
-        3,
-        0,
-        {"covid": [0.0, 0.0], "source": [0.0, 0.0]},
-    )  # these would tell
+def test_without_clipping_and_noise_it_equals_plain_training() -> None:
+    """Every patient has one scan and all are drawn: the expected number is the batch's size."""
+    batch = patient(5, [0, 1, 1, 0], [0, 1, 2, 1])
+    patients = {str(i): part for i, part in enumerate(batch.split_into(4))}
+    noiseless = DPParams(clip_norm=1e6, noise_multiplier=1.0, expected_patients=4.0, draw_normals=torch.zeros)
+    plain_model = model_of()
+    private_model = model_of()
+    spec = TrainSpec(STAGE, TASKS, LOGIT_ADJUSTMENTS, num_steps=3)
+    train(plain_model, [batch] * 3, spec)
+    result = train(private_model, [patients] * 3, replace(spec, dp_params=noiseless))
+    for name, weight in plain_model.state_dict().items():
+        torch.testing.assert_close(private_model.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+    assert result.steps == 3
+    assert result.scans_seen == 0  # scans and losses would reveal who was drawn
+    assert result.losses == {"covid": [0.0, 0.0], "source": [0.0, 0.0]}
 
 
-def test_what_is_frozen_idle_or_absent_gets_no_noise_and_what_moves_all_of_it() -> None:
+def test_only_trained_parameters_get_noise() -> None:
     tasks = {**TASKS, "source": replace(TASKS["source"], head_update="anchored"), "idle": Task()}
     model = model_of(tasks)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     active = {t: tasks[t] for t in TASKS}
+    dp_params = DPParams(1.0, 1.0, 2.0)
     stage = replace(STAGE, freeze=["encoder.*"])
-    train(model, [{}, {}], stage, active, ADJUST, num_steps=2, dp_params=DPParams(1.0, 1.0, 2.0))
+    train(model, [{}, {}], TrainSpec(stage, active, LOGIT_ADJUSTMENTS, num_steps=2, dp_params=dp_params))
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if k.startswith(("heads.covid", "heads.source"))}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    train(
-        model,
-        [{}],
-        replace(STAGE, freeze=["heads.source.*"]),
-        active,
-        ADJUST,
-        num_steps=1,
-        dp_params=DPParams(1.0, 1.0, 2.0),
-    )
+    stage = replace(STAGE, freeze=["heads.source.*"])
+    train(model, [{}], TrainSpec(stage, active, LOGIT_ADJUSTMENTS, num_steps=1, dp_params=dp_params))
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if not k.startswith(("heads.idle", "heads.source"))}

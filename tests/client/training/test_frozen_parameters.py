@@ -1,4 +1,4 @@
-"""What a stage leaves as it is, or moves in another way: frozen weights, heads of other tasks, heads that the server fits, or steps for."""
+"""Parameters that local training does not move freely: frozen ones, other tasks' heads, anchored heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.training.trainer import Batch, train
+from client.data.batch import Batch
+from client.training.trainer import TrainSpec, train
 from common.config.schema import OptimiserConfig
 from common.learning.losses import compute_stage_loss
 from tests.client.training.test_trainer import (
@@ -27,17 +28,18 @@ from tests.client.training.test_trainer import (
 
 def test_an_anchored_head_moves_once_by_the_sum_of_its_gradients() -> None:
     tasks = {**BOTH, "source": replace(BOTH["source"], head_update="anchored", server_head_lr=0.3)}
-    batches, model = some_batches(3), model_of(tasks)
+    batches = some_batches(3)
+    model = model_of(tasks)
     expected = copy.deepcopy(model)
     heads: list[dict[str, Tensor]] = []
 
-    def watched() -> Iterator[Batch]:
+    def recorded() -> Iterator[Batch]:
         for batch in batches:
             heads.append(state(model, "heads.source"))
             yield batch
 
     start = state(model, "heads.source")
-    train(model, watched(), STAGE, tasks, {}, num_steps=3)
+    train(model, recorded(), TrainSpec(STAGE, tasks, num_steps=3))
     assert all(equal(start, head) for head in heads)  # never during the local steps
 
     head = list(expected.heads["source"].parameters())
@@ -60,69 +62,51 @@ def test_an_anchored_head_moves_once_by_the_sum_of_its_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_a_head_that_the_server_fits_never_moves_here(name: str) -> None:
+def test_a_head_fitted_by_the_server_does_not_move_in_local_training(name: str) -> None:
     tasks = {**BOTH, "source": replace(BOTH["source"], head_update="moments")}
     model = model_of(tasks)
     before = state(model)
-    train(
-        model,
-        some_batches(2),
-        replace(STAGE, optimiser=OptimiserConfig(name=name), fedprox_mu=0.1),
-        tasks,
-        {},
-        num_steps=2,
-    )  # type: ignore[arg-type]
+    head_before = state(model, "heads.source")
+    stage = replace(STAGE, optimiser=OptimiserConfig(name=name), fedprox_mu=0.1)  # type: ignore[arg-type]
+    train(model, some_batches(2), TrainSpec(stage, tasks, num_steps=2))
     after = state(model)
-    assert equal(
-        state(model, "heads.source"), {k: v for k, v in before.items() if k.startswith("heads.source")}
-    )
+    assert equal(state(model, "heads.source"), head_before)
     assert not torch.equal(after["encoder.conv1.0.weight"], before["encoder.conv1.0.weight"])
 
 
-def test_a_stage_that_trains_an_anchored_head_alone() -> None:
+def test_a_stage_can_train_an_anchored_head_alone() -> None:
     tasks = {"source": replace(BOTH["source"], head_update="anchored")}
     model = model_of(tasks, "batch")
     before = state(model)
-    train(model, some_batches(2), replace(STAGE, freeze=["encoder.*"]), tasks, {}, num_steps=2)
+    stage = replace(STAGE, freeze=["encoder.*"])
+    train(model, some_batches(2), TrainSpec(stage, tasks, num_steps=2))
     moved = {name for name, t in state(model).items() if not torch.equal(t, before[name])}
     assert moved == {"heads.source.1.weight", "heads.source.1.bias"}
 
 
-def test_what_is_frozen_stays_statistics_too() -> None:
+def test_frozen_parameters_and_their_statistics_do_not_move() -> None:
     model = model_of(BOTH, "batch")
     before = state(model)
-    train(
-        model,
-        some_batches(2),
-        replace(STAGE, optimiser=OptimiserConfig(), freeze=["encoder.layer*", "heads.source.*"]),
-        BOTH,
-        {},
-        num_steps=2,
-    )
+    stage = replace(STAGE, optimiser=OptimiserConfig(), freeze=["encoder.layer*", "heads.source.*"])
+    train(model, some_batches(2), TrainSpec(stage, BOTH, num_steps=2))
     moved = {name for name, t in state(model).items() if not torch.equal(t, before[name])}
     assert not [name for name in moved if name.startswith(("encoder.layer", "heads.source"))]
     assert {"encoder.conv1.0.weight", "encoder.conv1.1.running_mean", "heads.covid.1.weight"} <= moved
 
 
-def test_a_task_outside_the_stage_keeps_its_head() -> None:
+def test_the_head_of_a_task_outside_the_stage_does_not_move() -> None:
     model = model_of(BOTH)
     before = state(model, "heads.source")
-    train(
-        model,
-        some_batches(2),
-        replace(STAGE, optimiser=OptimiserConfig(weight_decay=0.5)),
-        COVID,
-        {},
-        num_steps=2,
-    )
+    stage = replace(STAGE, optimiser=OptimiserConfig(weight_decay=0.5))
+    train(model, some_batches(2), TrainSpec(stage, COVID, num_steps=2))
     assert equal(before, state(model, "heads.source"))
 
 
-def test_a_stage_after_one_that_froze_trains_again() -> None:
+def test_a_later_stage_unfreezes_what_an_earlier_one_froze() -> None:
     model = model_of(COVID)
-    train(model, some_batches(1), replace(STAGE, freeze=["encoder.*"]), COVID, {})
+    train(model, some_batches(1), TrainSpec(replace(STAGE, freeze=["encoder.*"]), COVID))
     before = state(model)
-    train(model, some_batches(1), STAGE, COVID, {})
+    train(model, some_batches(1), TrainSpec(STAGE, COVID))
     assert not torch.equal(before["encoder.conv1.0.weight"], model.state_dict()["encoder.conv1.0.weight"])
 
 

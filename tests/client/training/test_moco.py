@@ -1,4 +1,4 @@
-"""Momentum contrast against the paper's equations written out, and what a small cohort would break."""
+"""Momentum contrast, compared with the paper's equations written out, and its behaviour on a small cohort."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.data.batch import Batch
 from client.data.dataset import ScanDataset, iterate_batches
 from client.training.moco import MocoObjective, info_nce
-from client.training.objective import Batch
-from client.training.trainer import train
+from client.training.trainer import TrainSpec, train
 from common.config.schema import (
     AugmentConfig,
     BackboneConfig,
@@ -27,11 +27,8 @@ BATCH, QUEUE = 6, 9
 
 
 def task(**more: object) -> Task:
-    return Task(
-        type="contrastive",
-        hidden_dims=[16],
-        contrastive=ContrastiveConfig(projection_dim=8, queue_size=QUEUE, **more),
-    )  # type: ignore[arg-type]
+    settings = ContrastiveConfig(projection_dim=8, queue_size=QUEUE, **more)  # type: ignore[arg-type]
+    return Task(type="contrastive", hidden_dims=[16], contrastive=settings)
 
 
 def unit(rng: np.random.Generator, n: int, width: int = 8) -> np.ndarray:
@@ -40,33 +37,37 @@ def unit(rng: np.random.Generator, n: int, width: int = 8) -> np.ndarray:
 
 
 def reference(
-    query: np.ndarray, key: np.ndarray, rows: np.ndarray, queue: np.ndarray, queued: np.ndarray, t: float
+    query: np.ndarray,
+    key: np.ndarray,
+    rows: np.ndarray,
+    queue: np.ndarray,
+    queue_rows: np.ndarray,
+    temperature: float,
 ) -> list[float]:
-    """He et al., eq. 1, one scan at a time: the positive, against the keys of every other scan."""
+    """Compute He et al., eq. 1, one scan at a time: the positive against the keys of every other scan."""
     losses = []
     for i, q in enumerate(query):
-        positive = q @ key[i] / t
-        others = [
-            q @ k / t for k, owner in zip([*key, *queue], [*rows, *queued], strict=True) if owner != rows[i]
-        ]
-        losses.append(float(np.log(np.exp([positive, *others]).sum()) - positive))
+        positive = q @ key[i] / temperature
+        logits = [positive]
+        for k, row in zip([*key, *queue], [*rows, *queue_rows], strict=True):
+            if row != rows[i]:
+                logits.append(q @ k / temperature)
+        losses.append(float(np.log(np.exp(logits).sum()) - positive))
     return losses
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_is_the_papers_and_a_scan_is_never_its_own_negative(seed: int) -> None:
+def test_the_loss_matches_the_paper_and_a_scan_is_never_its_own_negative(seed: int) -> None:
     rng = np.random.default_rng(seed)
     query, key, queue = unit(rng, BATCH), unit(rng, BATCH), unit(rng, QUEUE)
-    rows, queued = (
-        rng.integers(0, 5, BATCH),
-        rng.integers(0, 7, QUEUE),
-    )  # scans come twice, in the batch and in the queue
-    given = [torch.from_numpy(a) for a in (query, key, rows, queue, queued)]
-    np.testing.assert_allclose(
-        info_nce(*given, 0.2).numpy(), reference(query, key, rows, queue, queued, 0.2), rtol=1e-9
-    )
-    alone = info_nce(*given[:2], torch.zeros(BATCH, dtype=torch.long), given[3][:0], given[4][:0], 0.2)
-    assert alone.tolist() == pytest.approx([0] * BATCH)  # one scan alone has nothing to be told from
+    rows = rng.integers(0, 5, BATCH)  # scans occur twice, in the batch and in the queue
+    queue_rows = rng.integers(0, 7, QUEUE)
+    tensors = [torch.from_numpy(a) for a in (query, key, rows, queue, queue_rows)]
+    expected = reference(query, key, rows, queue, queue_rows, 0.2)
+    np.testing.assert_allclose(info_nce(*tensors, 0.2).numpy(), expected, rtol=1e-9)
+    same_rows = torch.zeros(BATCH, dtype=torch.long)
+    losses = info_nce(*tensors[:2], same_rows, tensors[3][:0], tensors[4][:0], 0.2)
+    assert losses.tolist() == pytest.approx([0] * BATCH)  # a single scan has no negatives
 
 
 def pictures(seed: int = 0, n: int = BATCH) -> Tensor:
@@ -91,7 +92,7 @@ def step(objective: MocoObjective, model: Model, rows: list[int], seed: int = 0)
     return float(objective.compute_loss(model, batch, {"moco": len(rows)}).total.detach())
 
 
-def test_keys_follow_by_momentum_and_are_not_trained(model: Model) -> None:
+def test_the_key_encoder_follows_by_momentum_and_has_no_gradient(model: Model) -> None:
     objective = moco(model, momentum=0.9)
     before = copy.deepcopy(dict(objective.key_encoder.named_parameters()))
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_keys_follow_by_momentum_and_are_not_trained(model: Model) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     for name, key in objective.key_encoder.named_parameters():
         assert key.grad is None
-        torch.testing.assert_close(key, before[name])  # only `stepped` moves them
+        torch.testing.assert_close(key, before[name])  # only `after_step` moves them
     objective.after_step(model)
     for name, query in model.named_parameters():
         torch.testing.assert_close(
@@ -111,17 +112,17 @@ def test_keys_follow_by_momentum_and_are_not_trained(model: Model) -> None:
         )
 
 
-def test_the_queue_is_used_has_a_limit_and_holds_a_scan_once(model: Model) -> None:
+def test_the_queue_is_used_is_limited_and_holds_a_scan_once(model: Model) -> None:
     objective = moco(model)
     first = step(objective, model, [0, 1, 2, 3])
     assert objective.queue_rows.tolist() == [0, 1, 2, 3]
     with_queue = step(objective, model, [4, 5, 6, 7], 1)
-    assert with_queue > step(moco(model), model, [4, 5, 6, 7], 1)  # more to be told from
+    assert with_queue > step(moco(model), model, [4, 5, 6, 7], 1)  # more negatives
     assert first == pytest.approx(step(moco(model), model, [0, 1, 2, 3]))
     assert objective.queue_rows.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
     newest = objective.queue[0].clone()
     step(objective, model, [8, 4, 1], 2)
-    assert objective.queue_rows.tolist() == [8, 4, 1, 5, 6, 7, 0, 2, 3]  # 4 and 1 by their newer keys
+    assert objective.queue_rows.tolist() == [8, 4, 1, 5, 6, 7, 0, 2, 3]  # 4 and 1 have their newer keys
     assert not torch.equal(objective.queue[1], newest)
     step(objective, model, [20, 21, 22, 23], 3)
     assert objective.queue_rows.tolist() == [20, 21, 22, 23, 8, 4, 1, 5, 6]
@@ -129,18 +130,16 @@ def test_the_queue_is_used_has_a_limit_and_holds_a_scan_once(model: Model) -> No
     torch.testing.assert_close(objective.queue.norm(dim=1), torch.ones(QUEUE))
 
 
-def test_the_seed_decides_and_two_views_of_a_scan_differ(model: Model) -> None:
-    one, two, other = (
-        step(moco(copy.deepcopy(model), seed), model, list(range(BATCH))) for seed in (1, 1, 2)
-    )
-    assert one == two != other
+def test_the_seed_decides_the_views_and_two_views_of_a_scan_differ(model: Model) -> None:
+    losses = [step(moco(copy.deepcopy(model), seed), model, list(range(BATCH))) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
     objective = moco(model)
     part = Batch(pictures(), {"moco": torch.zeros(BATCH)})
     assert not torch.equal(objective.augment_batch(part)[0], objective.augment_batch(part)[0])
 
 
-def test_a_few_scans_are_learnt_and_the_other_tasks_losses_stay() -> None:
-    """The loss falls well below log(batch), that of a guess; a task beside it is trained by the rows that have its label."""
+def test_a_few_scans_are_learned_beside_another_task() -> None:
+    """The loss falls well below that of a guess; a task beside it counts the rows that have its label."""
     tasks = {"moco": task(momentum=0.5), "covid": Task()}
     model = make_model(BackboneConfig(), tasks, 1)
     slices = [s.numpy() for s in pictures(5, 8)]
@@ -156,11 +155,11 @@ def test_a_few_scans_are_learnt_and_the_other_tasks_losses_stay() -> None:
         augment=gentle,
         channels_last=False,
     )
-    reports = [
-        train(model, iterate_batches(scans, tasks, stage, 8, k), stage, tasks, {}, num_steps=8, seed=k)
-        for k in range(4)
-    ]
-    losses = [r.losses["moco"][0] / r.losses["moco"][1] for r in reports]
+    results = []
+    for seed in range(4):
+        batches = iterate_batches(scans, tasks, stage, 8, seed)
+        results.append(train(model, batches, TrainSpec(stage, tasks, num_steps=8, seed=seed)))
+    losses = [r.losses["moco"][0] / r.losses["moco"][1] for r in results]
     assert losses[-1] < 0.6 * losses[0]
-    assert [r.losses["covid"][1] for r in reports] == [8 * 5] * 4
-    assert [r.losses["moco"][1] for r in reports] == [8 * 8] * 4
+    assert [r.losses["covid"][1] for r in results] == [8 * 5] * 4
+    assert [r.losses["moco"][1] for r in results] == [8 * 8] * 4

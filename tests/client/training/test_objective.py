@@ -1,4 +1,4 @@
-"""What a batch is trained for: masks move as their slices, painted pictures, tasks without labels, parts that add up."""
+"""The objective: masks that move with slices, inpainting, missing labels, gradient accumulation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client.training.objective import Batch, Objective, mask_patches
+from client.data.batch import Batch
+from client.training.objective import Objective, mask_patches
 from common.config.schema import AugmentConfig, BackboneConfig, DecoderConfig, Stage, Task
-from common.learning.losses import IGNORE_INDEX, compute_stage_loss, find_labelled_rows
+from common.learning.losses import IGNORE_INDEX, BatchLoss, compute_stage_loss
 from common.modeling.model import Model, make_model
 
 CPU = torch.device("cpu")
 SMALL = BackboneConfig(decoder=DecoderConfig([16, 8, 8, 8, 4]))
-QUIET = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
+NO_AUGMENTATION = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
 GEOMETRY = AugmentConfig(p_flip=0.5, p_affine=1, p_elastic=1, p_brightness=0, p_hsv_value=0, p_cutout=0)
 TASKS = {"covid": Task(), "lesion": Task(type="segmentation", loss_weight=0.7)}
 
@@ -25,20 +26,20 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def objective(tasks: dict[str, Task], augment: AugmentConfig = QUIET, seed: int = 3) -> Objective:
+def objective(tasks: dict[str, Task], augment: AugmentConfig = NO_AUGMENTATION, seed: int = 3) -> Objective:
     return Objective(Stage(augment=augment), tasks, {}, CPU, seed)
 
 
-def gradients(model: Model) -> dict[str, Tensor]:
+def gradients_of(model: Model) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [["lesion"], ["lesion", "infection"]])
-def test_masks_move_as_their_slices(names: list[str]) -> None:
-    """A slice that is its own mask stays so, wherever it goes: with two masks, each of which would draw anew."""
+def test_masks_move_with_their_slices(names: list[str]) -> None:
+    """A slice that is its own mask stays so, also when there are two masks, each of which could draw anew."""
     blob = torch.zeros(4, 2, 48, 48, dtype=torch.uint8)
     for b in range(4):
         for s in range(2):
@@ -51,16 +52,15 @@ def test_masks_move_as_their_slices(names: list[str]) -> None:
     lesion = targets["lesion"]
     same = (lesion == blob).float().mean((2, 3))
     assert same.max() < 0.97  # every slice moved
-    assert (
-        ((x > 0.5) == (lesion == 1)).float().mean((2, 3)) > 0.98
-    ).all()  # but for the border, which is interpolated here only
-    if len(names) == 2:  # the complement moves along; what comes in from outside is neither
+    agreement = ((x > 0.5) == (lesion == 1)).float().mean((2, 3))
+    assert (agreement > 0.98).all()  # except at the border, where only slices are interpolated
+    if len(names) == 2:  # the complement moves too; what enters from outside is neither
         assert ((lesion + targets["infection"]) <= 1).all()
         assert ((lesion + targets["infection"] == 1).float().mean((2, 3)) > 0.5).all()
     assert torch.equal(targets["covid"], torch.zeros(4))
 
 
-def test_masks_beside_it_change_neither_the_slices_nor_what_is_drawn_next() -> None:
+def test_masks_change_neither_the_slices_nor_later_random_draws() -> None:
     slices = draw(1, 3, 1, 32, 32)
     ways = [
         {},
@@ -75,52 +75,53 @@ def test_masks_beside_it_change_neither_the_slices_nor_what_is_drawn_next() -> N
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
-# --- inpainting -----------------------------------------------------------------------------------------------------------------------
+# --- inpainting -------------------------------------------------------------------------------------------
 
 
-class Spy(nn.Module):
-    """Stands for the model: keeps what it was shown, answers with a parameter that tells where gradients go."""
+class RecordingModel(nn.Module):
+    """A model that remembers its input and returns a parameter, whose gradient shows which pixels count."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        self.shown: Tensor | None = None
+        self.seen: Tensor | None = None
 
     def forward(self, x: Tensor, tasks: list[str]) -> dict[str, Tensor]:
-        self.shown = x
+        self.seen = x
         return {t: self.logits for t in tasks}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.9])
-def test_inpainting_shows_the_painted_picture_and_asks_for_what_was_under_it(share: float) -> None:
+def test_inpainting_shows_painted_slices_and_predicts_the_original(share: float) -> None:
     slices = draw(4, 3, 2, 32, 32)
-    spy: Any = Spy((3, 2, 32, 32))
+    recorder: Any = RecordingModel((3, 2, 32, 32))
     losses = objective({"fill": Task(type="inpainting", mask_ratio=share)}).compute_loss(
-        spy, Batch(slices, {"fill": torch.zeros(3)}), {"fill": 3}
+        recorder, Batch(slices, {"fill": torch.zeros(3)}), {"fill": 3}
     )
     losses.total.backward()  # type: ignore[no-untyped-call]
-    whole, shown = slices.float() / 255, spy.shown
-    painted = spy.logits.grad != 0
+    whole, seen = slices.float() / 255, recorder.seen
+    painted = recorder.logits.grad != 0
     cells = painted.view(3, 2, 8, 4, 8, 4)
     assert torch.equal(cells.amax((3, 5)), cells.float().mean((3, 5)) > 0.5)  # whole cells of the grid
     assert torch.equal(cells.amax((3, 5)).sum((2, 3)), torch.full((3, 2), round(share * 64)))
-    assert torch.equal(shown[~painted], whole[~painted])
+    assert torch.equal(seen[~painted], whole[~painted])
     mean = whole.mean((2, 3), keepdim=True).expand_as(whole)
-    torch.testing.assert_close(shown[painted], mean[painted])
-    expected = sum((spy.logits[i].sigmoid() - whole[i])[painted[i]].abs().mean() for i in range(3)) / 3
+    torch.testing.assert_close(seen[painted], mean[painted])
+    expected = sum((recorder.logits[i].sigmoid() - whole[i])[painted[i]].abs().mean() for i in range(3)) / 3
     torch.testing.assert_close(losses.total, expected)
     assert losses.sums_by_task["fill"] == (pytest.approx(3 * float(expected.detach()), rel=1e-5), 3)
 
 
-def test_paint_is_by_slice_and_by_seed() -> None:
+def test_painted_patches_depend_on_slice_and_seed() -> None:
     x = draw(5, 2, 3, 16, 16).float() / 255
-    one, two = (mask_patches(x, 0.25, torch.Generator().manual_seed(seed))[1] for seed in (1, 2))
-    assert torch.equal(one, mask_patches(x, 0.25, torch.Generator().manual_seed(1))[1])
-    assert not torch.equal(one, two)
-    assert len({tuple(w.flatten().tolist()) for w in one.flatten(0, 1)}) == 6  # every slice another pattern
+    masks = [mask_patches(x, 0.25, torch.Generator().manual_seed(seed))[1] for seed in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    patterns = {tuple(mask.flatten().tolist()) for mask in masks[0].flatten(0, 1)}
+    assert len(patterns) == 6  # every slice has another pattern
 
 
-# --- labels that are missing ----------------------------------------------------------------------------------------------------------
+# --- missing labels ---------------------------------------------------------------------------------------
 
 
 def batch_of(covid: list[float], masked: list[bool], seed: int = 0) -> Batch:
@@ -132,52 +133,56 @@ def batch_of(covid: list[float], masked: list[bool], seed: int = 0) -> Batch:
     )
 
 
-def labelled(batch: Batch, tasks: dict[str, Task] = TASKS) -> dict[str, int]:
-    return {t: int(find_labelled_rows(task, batch.targets[t]).sum()) for t, task in tasks.items()}
+def compute_loss(model: Model, batch: Batch) -> BatchLoss:
+    made = objective(TASKS)
+    return made.compute_loss(model, batch, made.count_labelled(batch))
 
 
 NAN = float("nan")
 
 
 def test_a_task_without_labels_is_not_computed() -> None:
-    """Its head may be infinite: neither loss nor gradient, nor the decoder's statistics, know of it."""
+    """Its head may be infinite: neither loss nor gradient nor the decoder's statistics depend on it."""
     model = make_model(SMALL, TASKS, 1).train()
     with torch.no_grad():
         for p in model.heads["lesion"].parameters():
             p.fill_(float("inf"))
     batch = batch_of([0, 1, NAN], [False] * 3)
     before = copy.deepcopy(model.state_dict())
-    losses = objective(TASKS).compute_loss(model, batch, labelled(batch))
+    losses = compute_loss(model, batch)
     losses.total.backward()  # type: ignore[no-untyped-call]
     assert losses.sums_by_task["lesion"] == (0.0, 0)
     assert losses.sums_by_task["covid"][1] == 2
-    found = gradients(model)
-    assert all(torch.isfinite(g).all() for g in found.values())
-    assert {name.split(".")[0] for name in found} == {"encoder", "heads"}
-    assert not any(name.startswith("heads.lesion") for name in found)
+    gradients = gradients_of(model)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    assert {name.split(".")[0] for name in gradients} == {"encoder", "heads"}
+    assert not any(name.startswith("heads.lesion") for name in gradients)
     after = model.state_dict()
     for name, value in before.items():
         if name.startswith("decoder"):
             assert torch.equal(value, after[name]), name
 
 
-def test_a_batch_without_labels_changes_nothing_not_even_statistics() -> None:
+def test_a_batch_without_labels_changes_neither_weights_nor_statistics() -> None:
     model = make_model(SMALL, TASKS, 1).train()
     before = copy.deepcopy(model.state_dict())
     batch = batch_of([NAN, NAN], [False, False])
-    losses = objective(TASKS).compute_loss(model, batch, labelled(batch))
+    losses = compute_loss(model, batch)
     assert not losses.total.requires_grad
     assert losses.sums_by_task == {"covid": (0.0, 0), "lesion": (0.0, 0)}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-def test_the_parts_of_a_batch_add_up_for_masks_and_classes() -> None:
-    """Labels lie unevenly: a part has only masks, one only classes, one nothing. Batch norms in evaluation, else parts would differ by them."""
+def test_gradients_of_a_batchs_parts_add_up() -> None:
+    """One part has only masks, one only classes, one nothing.
+
+    Batch norms are in evaluation mode, because their statistics differ between parts.
+    """
     model = make_model(SMALL, TASKS, 1).eval()
     batch = batch_of([NAN, NAN, 1, 0, NAN, NAN, 1], [True, True, False, False, False, False, True])
-    counts = labelled(batch)
+    counts = objective(TASKS).count_labelled(batch)
     assert counts == {"covid": 3, "lesion": 3}
-    found = []
+    gradients_by_division = []
     for count in (1, 2, 3, 7):
         model.zero_grad()
         made = objective(TASKS)
@@ -185,10 +190,10 @@ def test_the_parts_of_a_batch_add_up_for_masks_and_classes() -> None:
             losses = made.compute_loss(model, part, counts)
             if losses.total.requires_grad:  # else the part had no label
                 losses.total.backward()  # type: ignore[no-untyped-call]
-        found.append(gradients(model))
+        gradients_by_division.append(gradients_of(model))
     model.zero_grad()
-    whole = compute_stage_loss(TASKS, model(batch.slices.float() / 255), batch.targets, {})
-    whole.total.backward()  # type: ignore[no-untyped-call]
-    for parts in found:
-        for name, g in gradients(model).items():
-            torch.testing.assert_close(parts[name], g, rtol=1e-3, atol=1e-5)
+    undivided = compute_stage_loss(TASKS, model(batch.slices.float() / 255), batch.targets, {})
+    undivided.total.backward()  # type: ignore[no-untyped-call]
+    for gradients in gradients_by_division:
+        for name, expected in gradients_of(model).items():
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5)

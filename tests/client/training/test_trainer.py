@@ -1,4 +1,4 @@
-"""Local training against loops written out by hand, and laws: what has no label, is frozen or is the server's does not move."""
+"""Local training, compared with loops written out by hand; what has no label does not move."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.training.trainer import Batch, make_optimiser, run_inference, scheduled_learning_rate, train
+from client.data.batch import Batch
+from client.training.optimiser import make_optimiser, scheduled_learning_rate
+from client.training.trainer import TrainSpec, run_inference, train
 from common.config.schema import AugmentConfig, BackboneConfig, OptimiserConfig, Stage, Task
 from common.modeling.model import Model, make_model
 from common.utils.errors import ConsiliumError
 
-STILL = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
+NO_AUGMENTATION = AugmentConfig(p_flip=0, p_affine=0, p_brightness=0, p_hsv_value=0, p_cutout=0)
 SGD = OptimiserConfig(name="sgd", lr=0.1, momentum=0, weight_decay=0, schedule="constant")
-STAGE = Stage(augment=STILL, optimiser=SGD, channels_last=False, batch_size=4)
+STAGE = Stage(augment=NO_AUGMENTATION, optimiser=SGD, channels_last=False, batch_size=4)
 COVID = {"covid": Task()}
 BOTH = {"covid": Task(), "source": Task(type="multiclass", classes=["a", "b", "c"], loss_weight=0.5)}
 NAN = math.nan
@@ -56,11 +58,11 @@ def trained(
     tasks: dict[str, Task], batches: list[Batch], stage: Stage = STAGE, norm: str = "group", **more: Any
 ) -> Model:
     model = model_of(tasks, norm)
-    train(model, batches, stage, tasks, {}, num_steps=len(batches), **more)
+    train(model, batches, TrainSpec(stage, tasks, num_steps=len(batches), **more))
     return model
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before() -> None:
+def test_the_same_seed_gives_the_same_bits_whatever_the_global_random_state() -> None:
     tasks = {"covid": Task(dropout=0.5)}
     stage = replace(STAGE, augment=AugmentConfig(), optimiser=OptimiserConfig())
     first = state(trained(tasks, some_batches(3), stage, "batch", seed=5))
@@ -69,31 +71,30 @@ def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before() -> None:
     assert equal(first, state(trained(tasks, some_batches(3), stage, "batch", seed=5)))
     assert torch.equal(before, torch.random.get_rng_state())
     assert not equal(first, state(trained(tasks, some_batches(3), stage, "batch", seed=6)))
-    still = {"covid": Task(dropout=0.5)}, some_batches(3), replace(stage, augment=STILL)
-    assert not equal(
-        state(trained(*still, seed=5)), state(trained(*still, seed=6))
-    )  # dropout draws from the seed too
+    unaugmented = replace(stage, augment=NO_AUGMENTATION)
+    weights = [state(trained(tasks, some_batches(3), unaugmented, seed=seed)) for seed in (5, 6)]
+    assert not equal(weights[0], weights[1])  # dropout draws from the seed too
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_accumulation_gives_the_weights_of_the_whole_batch(parts: int) -> None:
-    whole, cut = (
-        state(trained(BOTH, some_batches(3), replace(STAGE, grad_accum_steps=k))) for k in (1, parts)
-    )
-    for name in whole:
-        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
+    undivided = state(trained(BOTH, some_batches(3)))
+    accumulated = state(trained(BOTH, some_batches(3), replace(STAGE, grad_accum_steps=parts)))
+    for name in undivided:
+        torch.testing.assert_close(accumulated[name], undivided[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_row_without_the_label_changes_nothing() -> None:
+def test_an_unlabelled_row_changes_nothing() -> None:
     labelled = batch_of({"covid": [0, 1, 1]})
-    more = batch_of({"covid": [0, 1, 1, NAN]})
-    more.slices[:3] = labelled.slices
-    alone, beside = state(trained(COVID, [labelled])), state(trained(COVID, [more]))
-    for name in alone:
-        torch.testing.assert_close(beside[name], alone[name], rtol=1e-4, atol=1e-6)
+    with_unlabelled = batch_of({"covid": [0, 1, 1, NAN]})
+    with_unlabelled.slices[:3] = labelled.slices
+    expected = state(trained(COVID, [labelled]))
+    weights = state(trained(COVID, [with_unlabelled]))
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_another_tasks_label_leaves_a_head_as_it_is() -> None:
+def test_another_tasks_label_does_not_change_a_head() -> None:
     heads = []
     for source in ([0.0, 1, 2, NAN], [0.0, 1, 2, 2], [NAN] * 4):
         model = trained(BOTH, [batch_of({"covid": [0, 1, 1, NAN], "source": source})])
@@ -105,72 +106,75 @@ def test_another_tasks_label_leaves_a_head_as_it_is() -> None:
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
 def test_an_unlabelled_rows_output_never_reaches_the_gradient(value: float) -> None:
     batch = batch_of({"covid": [0, NAN, 1, NAN]})
-    sane = state(trained(COVID, [batch]))
+    expected = state(trained(COVID, [batch]))
 
     def spoil(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         return torch.where(torch.tensor([[False], [True], [False], [True]]), value, out)
 
     model = model_of(COVID)
     model.heads["covid"].register_forward_hook(spoil)
-    report = train(model, [batch], STAGE, COVID, {})
-    assert equal(state(model), sane)
-    assert math.isfinite(report.losses["covid"][0])
+    result = train(model, [batch], TrainSpec(STAGE, COVID))
+    assert equal(state(model), expected)
+    assert math.isfinite(result.losses["covid"][0])
 
 
-def test_a_batch_without_labels_is_a_step_that_moves_nothing() -> None:
+def test_a_batch_without_labels_moves_nothing() -> None:
     model = model_of(COVID)
     before = state(model)
-    report = train(
-        model,
-        [batch_of({"covid": [NAN, NAN]})],
-        replace(STAGE, optimiser=OptimiserConfig(), fedprox_mu=0.1),
-        COVID,
-        {},
-    )
+    stage = replace(STAGE, optimiser=OptimiserConfig(), fedprox_mu=0.1)
+    result = train(model, [batch_of({"covid": [NAN, NAN]})], TrainSpec(stage, COVID))
     assert equal(before, state(model))
-    assert (report.steps, report.scans_seen, report.losses) == (1, 2, {"covid": [0.0, 0.0]})
+    assert (result.steps, result.scans_seen, result.losses) == (1, 2, {"covid": [0.0, 0.0]})
 
 
-def test_fedprox_and_prior_against_steps_by_hand() -> None:
-    mu, lr, batches, adjustment = 0.7, 0.1, some_batches(3), torch.tensor([-0.2, -1.5])
+def test_fedprox_and_prior_match_steps_by_hand() -> None:
+    mu = 0.7
+    lr = 0.1
+    batches = some_batches(3)
+    adjustment = torch.tensor([-0.2, -1.5])
     model = model_of(COVID)
     expected = copy.deepcopy(model)
-    report = train(model, batches, replace(STAGE, fedprox_mu=mu), COVID, {"covid": adjustment}, num_steps=3)
-    origin = [p.detach().clone() for p in expected.parameters()]
-    summed = 0.0
+    spec = TrainSpec(replace(STAGE, fedprox_mu=mu), COVID, {"covid": adjustment}, num_steps=3)
+    result = train(model, batches, spec)
+    received = [p.detach().clone() for p in expected.parameters()]
+    loss_sum = 0.0
     for batch in batches:
         y = batch.targets["covid"]
         z = expected(batch.slices / 255)["covid"][:, 0]
         z, y = z[~y.isnan()] + adjustment[1] - adjustment[0], y[~y.isnan()]
         losses = F.softplus(z) - y * z  # binary cross-entropy with logits
-        summed += float(losses.sum().detach())
+        loss_sum += float(losses.sum().detach())
         grads = torch.autograd.grad(losses.mean(), list(expected.parameters()))
         with torch.no_grad():
-            for p, g, o in zip(expected.parameters(), grads, origin, strict=True):
-                p.sub_(lr * (g + mu * (p - o)))
+            for p, g, origin in zip(expected.parameters(), grads, received, strict=True):
+                p.sub_(lr * (g + mu * (p - origin)))
     for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
-    assert report.losses["covid"] == [pytest.approx(summed, rel=1e-4), 9]
-    assert (report.steps, report.scans_seen) == (3, 12)
+    assert result.losses["covid"] == [pytest.approx(loss_sum, rel=1e-4), 9]
+    assert (result.steps, result.scans_seen) == (3, 12)
 
 
-def test_a_gradient_that_overflows_half_precision_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16's scaler begins too high and halves until the gradients fit: those steps count for nothing, the anchored head's too. And it is not
-    upset by a batch without labels. Here with fp32 and a scale that overflows even that."""
+def test_a_step_whose_gradients_overflow_half_precision_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipped steps count for nothing, the anchored head's included, and a batch without labels does no harm.
+
+    fp16's scaler starts too high and halves until the gradients fit. Here with fp32 and a scale that
+    overflows even that.
+    """
     tasks = {"source": replace(BOTH["source"], head_update="anchored", loss_weight=8.0)}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     stage = replace(STAGE, optimiser=replace(SGD, lr=1e-3))
-    model, seen = model_of(tasks), []
+    model = model_of(tasks)
+    seen: list[dict[str, Tensor]] = []
     batches = [batch_of({"source": [NAN, NAN]}), *some_batches(8)]
 
-    def watched() -> Iterator[Batch]:
+    def recorded() -> Iterator[Batch]:
         for batch in batches:
             seen.append(state(model))
             yield batch
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-        train(model, watched(), stage, tasks, {}, num_steps=9)
+        train(model, recorded(), TrainSpec(stage, tasks, num_steps=9))
     skipped = sum(equal(a, b) for a, b in pairwise(seen))
     assert 2 <= skipped <= 6
     expected = state(trained(tasks, batches[skipped:], stage))
@@ -185,17 +189,18 @@ def test_the_learning_rate_follows_the_stage() -> None:
     assert {scheduled_learning_rate(constant, x) for x in (0, 0.3, 1)} == {0.2}
 
 
-def test_every_step_is_as_long_as_the_schedule_and_the_limit_say() -> None:
-    """With the gradient's norm limited far below itself, a step of SGD is lr * limit long; heads step `head_lr` times as far."""
-    model, seen = model_of(COVID), []
+def test_step_length_follows_schedule_and_gradient_clipping() -> None:
+    """A clipped step of SGD is lr * max_grad_norm long; heads step `head_lr_scale` times as far."""
+    model = model_of(COVID)
+    seen: list[dict[str, Tensor]] = []
 
-    def watched() -> Iterator[Batch]:
+    def recorded() -> Iterator[Batch]:
         for batch in some_batches(4):
             seen.append(state(model))
             yield batch
 
     stage = replace(STAGE, optimiser=replace(SGD, lr=10.0, schedule="cosine", max_grad_norm=1e-3))
-    train(model, watched(), stage, COVID, {}, stage_progress=(0.25, 0.75), num_steps=4)
+    train(model, recorded(), TrainSpec(stage, COVID, stage_progress=(0.25, 0.75), num_steps=4))
     seen.append(state(model))
     pairs = pairwise(seen)
     lengths = [
@@ -215,7 +220,7 @@ def test_every_step_is_as_long_as_the_schedule_and_the_limit_say() -> None:
     assert torch.equal(moves[3.0]["encoder.conv1.0.weight"], moves[1.0]["encoder.conv1.0.weight"])
 
 
-def test_a_loss_that_is_not_finite_is_one_sentence() -> None:
+def test_a_loss_that_is_not_finite_is_refused() -> None:
     model = model_of(COVID)
     with torch.no_grad():
         model.heads["covid"][1].bias.fill_(NAN)  # type: ignore[index, union-attr]
@@ -223,48 +228,48 @@ def test_a_loss_that_is_not_finite_is_one_sentence() -> None:
         ConsiliumError,
         match=r"^the loss became nan at step 0; lower stage\.optimiser\.lr or set stage\.precision=fp32$",
     ):
-        train(model, some_batches(1), STAGE, COVID, {})
+        train(model, some_batches(1), TrainSpec(STAGE, COVID))
 
 
-def test_checkpointing_and_channels_last_change_memory_not_weights() -> None:
+def test_checkpointing_and_channels_last_do_not_change_weights() -> None:
     plain = state(trained(COVID, some_batches(1)))
     model = make_model(BackboneConfig(norm="group"), COVID, 1, channels_last=True, grad_checkpointing=True)
-    train(model, some_batches(1), STAGE, COVID, {})
+    train(model, some_batches(1), TrainSpec(STAGE, COVID))
     for name, t in state(model).items():
         torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
 
 
-def test_compiling_changes_time_not_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for inductor, whose C++ compiler would take half a minute; it was run once."""
+def test_compiling_does_not_change_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as for inductor, whose C++ compiler would take half a minute."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     plain = state(trained(COVID, some_batches(2)))
-    for name, t in state(
-        trained(COVID, some_batches(2), replace(STAGE, torch_compile=True))
-    ).items():  # by the same names, too
-        torch.testing.assert_close(t, plain[name], rtol=1e-3, atol=1e-6)
+    compiled = state(trained(COVID, some_batches(2), replace(STAGE, torch_compile=True)))
+    assert compiled.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_near_full(precision: str) -> None:
-    full, half = (
-        state(trained(COVID, some_batches(1), replace(STAGE, precision=p))) for p in ("fp32", precision)
-    )  # type: ignore[arg-type]
+def test_half_precision_is_close_to_full_precision(precision: str) -> None:
+    full = state(trained(COVID, some_batches(1)))
+    half = state(trained(COVID, some_batches(1), replace(STAGE, precision=precision)))  # type: ignore[arg-type]
     assert all(t.dtype == torch.float32 for t in half.values())
     for name in full:
         torch.testing.assert_close(half[name], full[name], rtol=0.05, atol=0.02)
     assert not equal(full, half)
 
 
-def test_inference_keeps_the_order_and_leaves_the_model_as_it_is() -> None:
+def test_inference_keeps_the_order_and_does_not_change_the_model() -> None:
     model = model_of({"covid": Task(dropout=0.5)}, "batch")
-    before, scans = state(model), batch_of({"covid": [0] * 5}).slices
-    found = run_inference(model, scans.split(2), lambda m, x: m(x))["covid"]
+    before = state(model)
+    scans = batch_of({"covid": [0] * 5}).slices
+    outputs = run_inference(model, scans.split(2), lambda m, x: m(x))["covid"]
     with torch.no_grad():
-        torch.testing.assert_close(found, model.eval()(scans / 255)["covid"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs, model.eval()(scans / 255)["covid"], rtol=1e-4, atol=1e-5)
     assert equal(before, state(model))
 
 
-def test_a_new_decoder_learns_as_fast_as_the_heads() -> None:
+def test_the_decoder_learns_at_the_heads_learning_rate() -> None:
     """Both are random where the encoder may come from ImageNet."""
     model = make_model(BackboneConfig(), {"lesion": Task(type="segmentation")}, 1)
     optimiser = make_optimiser(list(model.named_parameters()), OptimiserConfig(lr=0.1, head_lr_scale=10.0))
@@ -276,7 +281,7 @@ def test_a_new_decoder_learns_as_fast_as_the_heads() -> None:
 
 @pytest.mark.parametrize("room", [3, 1])
 def test_a_batch_that_does_not_fit_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """A device that holds `room` scans at a time: the same step as with as many parts asked for, and from then on no more overflows."""
+    """On a device that holds `room` scans the step equals that of as many parts, and overflows only once."""
     overflows = []
     forward = Model.forward
 
@@ -287,20 +292,18 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts(monkeypatch: pytest.Monk
         return forward(self, x, tasks)
 
     stage = replace(STAGE, augment=AugmentConfig())
-    fitting = state(
-        trained(BOTH, some_batches(3), replace(stage, grad_accum_steps=4 // room if room == 1 else 2), seed=3)
-    )
+    num_parts = {3: 2, 1: 4}[room]
+    expected = state(trained(BOTH, some_batches(3), replace(stage, grad_accum_steps=num_parts), seed=3))
     monkeypatch.setattr(Model, "forward", narrow)
-    assert equal(fitting, state(trained(BOTH, some_batches(3), stage, seed=3)))
+    assert equal(expected, state(trained(BOTH, some_batches(3), stage, seed=3)))
     assert overflows == ([4] if room == 3 else [4, 2])
 
 
-def test_a_scan_that_does_not_fit_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Model, "forward", full)
-    with pytest.raises(
-        ConsiliumError, match=r"^one scan does not fit the device's memory; set stage\.checkpointing=true"
-    ):
+    expected = r"^one scan does not fit the device's memory; set stage\.grad_checkpointing=true"
+    with pytest.raises(ConsiliumError, match=expected):
         trained(COVID, some_batches(1))

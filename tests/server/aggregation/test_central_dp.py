@@ -1,4 +1,4 @@
-"""Noise at the coordinator: what is clipped, how much noise, what it costs, and a run that a crash does not make cheaper."""
+"""Central differential privacy: clipping, noise, cost, and the cost of a round that a crash interrupted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from common.config.compose import compose_config
 from common.modeling.parameters import Layout, TensorSlot
 from common.protocol.messages import TrainReply
 from common.utils.errors import ConsiliumError
-from server.aggregation import central_dp
 from server.aggregation.central_dp import (
     COUNT_NOISE_RATIO,
-    adapt_clip,
+    adapt_clip_norm,
     noisy_weighted_sum,
     record_spent,
+    round_noise_multiplier,
     sum_noise_multiplier,
 )
-from server.aggregation.contributions import StoredUpdate, store_update
+from server.aggregation.stored_updates import store_update
+from server.rounds import coordinator
 from server.rounds.run_lifecycle import open_ledger, resume_run, start_run
 from tests.in_process_federation import InProcess, phantom_config, sites
 
@@ -37,16 +38,25 @@ LAYOUT = Layout(
     ]
 )
 CENTRES = ["a", "b", "c"]
-STILL = [e.span for e in LAYOUT.floats if not e.is_parameter]
+FROZEN = [slot.span for slot in LAYOUT.floats if not slot.is_parameter]
 DELTA = 1e-5
 
 
-def arrived(folder: Path, deltas: list[np.ndarray]) -> list[StoredUpdate]:
-    none = np.empty(0, np.int64)
-    return [
-        store_update(TrainReply(c, d.astype(np.float32), none, 1, 1, {}, 0.0), LAYOUT, folder)
-        for c, d in zip(CENTRES, deltas, strict=True)
+def sum_deltas(
+    folder: Path,
+    deltas: list[np.ndarray],
+    weights: dict[str, dict[str, float]],
+    clip_norm: float,
+    noise_multiplier: float = 0.0,
+) -> np.ndarray:
+    int_buffers = np.empty(0, np.int64)
+    updates = [
+        store_update(TrainReply(c, delta.astype(np.float32), int_buffers, 1, 1, {}, 0.0), LAYOUT, folder)
+        for c, delta in zip(CENTRES, deltas, strict=True)
     ]
+    return noisy_weighted_sum(
+        updates, weights, LAYOUT, clip_norm=clip_norm, noise_multiplier=noise_multiplier, frozen=FROZEN
+    )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,87 +65,84 @@ def arrived(folder: Path, deltas: list[np.ndarray]) -> list[StoredUpdate]:
     st.lists(st.floats(0.01, 1), min_size=6, max_size=6),
     st.floats(0.1, 10),
 )
-def test_one_centre_moves_the_sum_by_the_clip_times_the_largest_weight_at_most(
-    tmp_path: Path, sizes: list[float], shares: list[float], clip: float
+def test_one_centre_moves_the_sum_by_the_clip_norm_times_the_largest_weight_at_most(
+    tmp_path: Path, scales: list[float], centre_weights: list[float], clip_norm: float
 ) -> None:
-    """What the accountant assumes: any contribution against none, whatever the others sent and however the groups weigh."""
-    rng = np.random.default_rng(len(sizes))
-    deltas = [s * rng.normal(size=LAYOUT.size) for s in sizes]
+    """The accountant assumes this: any update against none, whatever the others sent and the groups weigh."""
+    rng = np.random.default_rng(len(scales))
+    deltas = [scale * rng.normal(size=LAYOUT.size) for scale in scales]
     weights = {
-        "backbone": dict(zip(CENTRES, shares[:3], strict=True)),
-        "covid": dict(zip(CENTRES, shares[3:], strict=True)),
+        "backbone": dict(zip(CENTRES, centre_weights[:3], strict=True)),
+        "covid": dict(zip(CENTRES, centre_weights[3:], strict=True)),
     }
-    whole = noisy_weighted_sum(arrived(tmp_path, deltas), weights, LAYOUT, clip, 0.0, STILL)
+    total = sum_deltas(tmp_path, deltas, weights, clip_norm)
     for i in range(3):
-        without = [0 * d if i == j else d for j, d in enumerate(deltas)]
-        moved = whole.astype(np.float64) - noisy_weighted_sum(
-            arrived(tmp_path, without), weights, LAYOUT, clip, 0.0, STILL
-        )
-        assert np.linalg.norm(moved) <= clip * max(shares) * (1 + 1e-5) + 1e-6 * np.linalg.norm(whole)
-    small = clip / (3 * max(np.linalg.norm(d) for d in deltas))  # nobody is clipped: the plain weighted sum
-    plain = noisy_weighted_sum(
-        arrived(tmp_path, [small * d for d in deltas]), weights, LAYOUT, clip, 0.0, STILL
-    )
-    np.testing.assert_allclose(
-        plain[:SIZE],
-        sum(s * small * d for s, d in zip(shares, deltas, strict=False))[:SIZE],
-        atol=1e-5 * clip,
-    )
+        without = [0 * delta if i == j else delta for j, delta in enumerate(deltas)]
+        moved = total.astype(np.float64) - sum_deltas(tmp_path, without, weights, clip_norm)
+        limit = clip_norm * max(centre_weights)
+        assert np.linalg.norm(moved) <= limit * (1 + 1e-5) + 1e-6 * np.linalg.norm(total)
+    # Updates within the clip norm give the plain weighted sum.
+    factor = clip_norm / (3 * max(np.linalg.norm(delta) for delta in deltas))
+    small_deltas = [factor * delta for delta in deltas]
+    unclipped = sum_deltas(tmp_path, small_deltas, weights, clip_norm)
+    expected = sum(w * delta for w, delta in zip(centre_weights, small_deltas, strict=False))
+    np.testing.assert_allclose(unclipped[:SIZE], expected[:SIZE], atol=1e-5 * clip_norm)
 
 
-def test_the_noise_is_on_all_that_moves_and_nowhere_else(tmp_path: Path) -> None:
+def test_noise_is_added_to_what_can_move_and_to_nothing_else(tmp_path: Path) -> None:
     weights = {
         "backbone": {"a": 0.5, "b": 0.3, "c": 0.2},
         "covid": {"a": 0.1, "b": 0.9, "c": 0.0},
         "source": {"a": 0.0, "b": 0.0, "c": 0.0},
     }
-    found = noisy_weighted_sum(
-        arrived(tmp_path, [np.zeros(LAYOUT.size)] * 3), weights, LAYOUT, 2.0, 1.5, STILL
-    )
-    parameters = np.concatenate([found[:SIZE], found[SIZE + 8 : SIZE + 58]])
+    update = sum_deltas(tmp_path, [np.zeros(LAYOUT.size)] * 3, weights, 2.0, 1.5)
+    parameters = np.concatenate([update[:SIZE], update[SIZE + 8 : SIZE + 58]])
     assert parameters.std() == pytest.approx(1.5 * 2.0 * 0.9, rel=0.05)  # the largest weight of any group
-    assert (found[SIZE : SIZE + 8] == 0).all()
-    assert (found[SIZE + 58 :] == 0).all()
+    assert (update[SIZE : SIZE + 8] == 0).all()
+    assert (update[SIZE + 58 :] == 0).all()
 
 
-def test_epsilon_is_the_textbooks_and_survives_a_crash(tmp_path: Path) -> None:
-    """k rounds of Gaussian noise sigma are one of sigma / sqrt(k) (Dong et al. 2022), whose epsilon Balle & Wang (ICML 2018, theorem 8) give."""
+def test_epsilon_matches_the_gaussian_mechanism_and_counts_every_recorded_round(tmp_path: Path) -> None:
+    """k rounds of noise sigma are one of sigma / sqrt(k) (Dong et al. 2022).
+
+    Its epsilon is that of Balle & Wang (ICML 2018, theorem 8).
+    """
     spent = [record_spent(tmp_path / "privacy.json", 4.0, DELTA) for _ in range(3)]
     assert spent == sorted(spent)
     assert len(json.loads((tmp_path / "privacy.json").read_text())["noise"]) == 3
     accounting = pytest.importorskip("dp_accounting", reason="pip install -e .[dev]")
-    theirs = accounting.get_epsilon_gaussian(4.0 / math.sqrt(3), DELTA)
-    assert theirs <= spent[-1] <= 1.01 * theirs
+    expected = accounting.get_epsilon_gaussian(4.0 / math.sqrt(3), DELTA)
+    assert expected <= spent[-1] <= 1.01 * expected
     config = compose_config(["privacy=central", "stage.rounds=10"])
-    noise = central_dp.round_noise_multiplier(config)
-    assert accounting.get_epsilon_gaussian(noise / math.sqrt(10), DELTA) == pytest.approx(8, rel=0.05)
+    noise_multiplier = round_noise_multiplier(config)
+    epsilon = accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(10), DELTA)
+    assert epsilon == pytest.approx(8, rel=0.05)
 
 
-def test_the_count_within_the_clip_is_paid_for() -> None:
-    """Andrew et al., theorem 1: the noise on the sum and on the count (sensitivity 1/2) together are the round's noise multiplier."""
-    config = compose_config(["privacy=central", "privacy.adaptive_clip_quantile=0.5"])
-    of_sum, of_count = (
-        sum_noise_multiplier(1.3, config),
-        1.3 * COUNT_NOISE_RATIO,
-    )  # the count's multiplier: its spread over its sensitivity of a half
-    assert pytest.approx(1 / of_sum**2 + 1 / of_count**2) == 1 / 1.3**2
+def test_the_count_of_norms_takes_its_part_of_the_noise() -> None:
+    """Andrew et al., theorem 1: the noise on sum and count (sensitivity 1/2) together is the round's."""
+    adaptive = compose_config(["privacy=central", "privacy.adaptive_clip_quantile=0.5"])
+    sum_multiplier = sum_noise_multiplier(1.3, adaptive)
+    count_multiplier = 1.3 * COUNT_NOISE_RATIO
+    assert pytest.approx(1 / sum_multiplier**2 + 1 / count_multiplier**2) == 1 / 1.3**2
     assert sum_noise_multiplier(1.3, compose_config(["privacy=central"])) == 1.3
 
 
-def test_the_clip_finds_the_quantile() -> None:
-    rng, clip = np.random.default_rng(1), 0.01
+def test_the_adaptive_clip_norm_converges_to_the_quantile() -> None:
+    rng = np.random.default_rng(1)
+    clip_norm = 0.01
     for _ in range(300):
-        clip = adapt_clip(clip, list(rng.lognormal(1.0, 0.5, 200)), 0.8, 1.0)
-    assert clip == pytest.approx(np.exp(1.0 + 0.5 * 0.8416), rel=0.15)
+        clip_norm = adapt_clip_norm(clip_norm, list(rng.lognormal(1.0, 0.5, 200)), 0.8, 1.0)
+    assert clip_norm == pytest.approx(np.exp(1.0 + 0.5 * 0.8416), rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["aggregation.robust_rule=median"], "aggregation.robust_rule=median is no sum"),
-        (["federation.mode=local"], "federation.mode=local has no contributions of several centres"),
-        (["tasks.source.head_update=moments"], "task 'source' is made from sums of features"),
-        (["stage.local_layers=[batch_norm]"], "keeps weights at the centres"),
+        (["aggregation.robust_rule=median"], "aggregation.robust_rule=median does not sum updates"),
+        (["federation.mode=local"], "federation.mode=local has no updates of several centres"),
+        (["tasks.source.head_update=moments"], "task 'source' uses sums of features"),
+        (["stage.local_layers=[batch_norm]"], "keeps parameters that are not exchanged"),
         (
             ["evaluation.cross_site=last"],
             "evaluation.cross_site=last shows each centre's own model to the others",
@@ -143,44 +150,43 @@ def test_the_clip_finds_the_quantile() -> None:
         (["privacy.adaptive_clip_quantile=1"], "privacy.adaptive_clip_quantile is 1.0"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(overrides: list[str], sentence: str) -> None:
+def test_settings_that_contradict_central_dp_are_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConsiliumError) as caught:
         compose_config(["privacy=central", *overrides])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_reports_what_it_cost_and_a_resumed_one_pays_for_what_was_seen(
+def test_a_resumed_run_pays_for_the_round_that_a_crash_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings_ = [
+    config = phantom_config(
+        tmp_path / "data",
         "privacy=central",
         "privacy.epsilon=20",
         "privacy.adaptive_clip_quantile=0.5",
         "stage.rounds=2",
         "stage.tasks=[covid]",
-    ]
-    config, ledger = phantom_config(tmp_path / "data", *settings_), open_ledger(tmp_path)
-    from server.rounds import coordinator
+    )
+    ledger = open_ledger(tmp_path)
+    evaluate_validation = coordinator.evaluate_validation
+    num_calls = 0
 
-    true, asked = coordinator.evaluate_validation, []
-
-    def killed(*args: object, **more: object) -> object:
-        asked.append(1)
-        if len(asked) == 2:  # after round 1's weights were made, and before they were kept
+    def crash_in_round_1(*args: object, **kwargs: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:  # after round 1's weights were made and before they were saved
             raise KeyboardInterrupt
-        return true(*args, **more)  # type: ignore[arg-type]
+        return evaluate_validation(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(coordinator, "evaluate_validation", killed)
+    monkeypatch.setattr(coordinator, "evaluate_validation", crash_in_round_1)
     with pytest.raises(KeyboardInterrupt):
         start_run(config, InProcess(sites()), tmp_path, ledger, "r")
     result = resume_run("r", InProcess(sites()), tmp_path, ledger)
     assert len(json.loads((tmp_path / "r" / "privacy.json").read_text())["noise"]) == 3
-    rows = [row for row in ledger.read_contributions("r") if row["accepted"]]
-    assert (
-        {row["epsilon"] for row in rows if row["round"] == 2}.pop()
-        > {row["epsilon"] for row in rows if row["round"] == 1}.pop()
-        > 0
-    )
-    assert result["clip"] != config.privacy.clip_norm
+    accepted = [row for row in ledger.read_contributions("r") if row["accepted"]]
+    (epsilon_1,) = {row["epsilon"] for row in accepted if row["round"] == 1}
+    (epsilon_2,) = {row["epsilon"] for row in accepted if row["round"] == 2}
+    assert epsilon_2 > epsilon_1 > 0
+    assert result.clip_norm != config.privacy.clip_norm
     assert "Centres&#39; privacy loss" in (tmp_path / "r" / "report.html").read_text()

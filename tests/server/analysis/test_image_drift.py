@@ -1,7 +1,8 @@
-"""Data quality and the matrix of sites and models, in a run of real centres."""
+"""Image statistics and drift between centres; and in a run, with the cross-site scores."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,47 @@ from common.modeling.model import make_model
 from common.modeling.parameters import Weights, build_layout, set_model_weights
 from common.protocol.messages import Reply, Request, TrainReply, TrainRequest
 from server.analysis.image_drift import compute_drift, summarise_histograms
-from server.rounds.membership import restore_classes
+from server.rounds.membership import restore_tasks
 from server.rounds.run_lifecycle import open_ledger, start_run
 from tests.in_process_federation import InProcess, phantom_config, sites
 
+SUMS = {
+    "a/quality/area": np.eye(25)[0] * 4,
+    "b/quality/area": np.eye(25)[1] * 2,
+    "a/quality/intensity": np.ones(32),
+}
 
-def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
-    """West's policy allows neither quality nor more than the run needs; it takes part all the same. The diagonal of the matrix is what each
-    centre's own scans say of the very weights that it trained."""
+
+def test_drift_is_the_jensen_shannon_distance_to_all_other_centres() -> None:
+    histograms = {"a": np.array([4.0, 0, 0]), "b": np.array([0, 2.0, 0]), "c": np.array([0, 2.0, 0])}
+    drift = compute_drift(histograms)
+    assert drift["a"] == 1  # nothing in common
+    p = np.array([0, 1.0, 0])
+    q = np.array([4 / 6, 2 / 6, 0])
+    middle = (p + q) / 2
+    divergence = 0.0
+    for fractions in (p, q):
+        filled = fractions > 0
+        terms = fractions[filled] * np.log2(fractions[filled] / middle[filled])
+        divergence += 0.5 * float(terms.sum())
+    assert drift["b"] == pytest.approx(np.sqrt(divergence), abs=1e-4)
+    assert compute_drift({"a": histograms["a"]}) == {}
+
+
+def test_histograms_are_summarised_by_statistic() -> None:
+    statistics = summarise_histograms(SUMS)
+    assert statistics["area"].scans == {"a": 4, "b": 2}
+    assert statistics["intensity"].drift == {}  # there is no other centre
+
+
+def test_image_statistics_and_cross_site_scores_of_a_run(tmp_path: Path) -> None:
+    """West's policy allows no image statistics; it takes part all the same.
+
+    On the diagonal of the cross-site scores is the loss of each centre's own weights on its own scans.
+    """
     trained: dict[str, Weights] = {}
 
-    def hook(centre: str, request: Request, reply: Reply) -> Reply | None:
+    def record_weights(centre: str, request: Request, reply: Reply) -> Reply | None:
         if isinstance(request, TrainRequest) and isinstance(reply, TrainReply):
             trained[centre] = Weights(request.weights.floats + reply.delta, reply.int_buffers)
         return reply
@@ -41,65 +72,40 @@ def test_quality_and_matrix_of_a_run(tmp_path: Path) -> None:
         "stage.precision=fp32",
     )
     ledger = open_ledger(tmp_path)
-    result = start_run(config, InProcess(nodes, hook), tmp_path, ledger, "r")
+    result = start_run(config, InProcess(nodes, record_weights), tmp_path, ledger, "r")
+    published = json.loads((tmp_path / "r" / "metrics.json").read_text())
 
-    quality = result["quality"]
-    assert (
-        quality
-        == ledger.read_artifacts("r")["quality"]
-        == json.loads((tmp_path / "r" / "metrics.json").read_text())["quality"]
-    )
-    assert quality["area"]["centres"].keys() == {"north", "east", "south"}
+    statistics = {name: dataclasses.asdict(one) for name, one in result.image_statistics.items()}
+    assert statistics == ledger.read_artifacts("r")["image_statistics"] == published["image_statistics"]
+    assert result.image_statistics["area"].centres.keys() == {"north", "east", "south"}
     assert {row["kind"]: row["centre"] for row in ledger.read_events("r")}["withheld"] == "west"
-    assert not result["left_out"]
-    scans = result["centres"]["north"]["counts"]
-    assert quality["position"]["scans"]["north"] == sum(sum(of["covid"].values()) for of in scans.values())
-    assert all(
-        sum(shares) == pytest.approx(1, abs=1e-4)
-        for of in quality.values()
-        for shares in of["centres"].values()
-    )
+    assert not result.left_out
+    counts_by_split = result.centres["north"].counts
+    num_scans = sum(sum(counts["covid"].values()) for counts in counts_by_split.values())
+    assert result.image_statistics["position"].scans["north"] == num_scans
+    for statistic in result.image_statistics.values():
+        for fractions in statistic.centres.values():
+            assert sum(fractions) == pytest.approx(1, abs=1e-4)
 
-    matrix = result["matrix"]
-    assert (matrix["round"], matrix["split"]) == (2, "val")
-    assert matrix["tasks"]["covid"].keys() == {"north", "east", "south", "west"}
-    assert ledger.read_artifacts("r")["matrix"] == json.loads(json.dumps(matrix))
+    cross_site = result.cross_site
+    assert cross_site is not None
+    assert (cross_site.round, cross_site.split) == (2, "val")
+    scores = cross_site.tasks["covid"]
+    assert scores.keys() == {"north", "east", "south", "west"}
+    plain = json.loads(json.dumps(dataclasses.asdict(cross_site)))
+    assert ledger.read_artifacts("r")["cross_site"] == published["cross_site"] == plain
     assert not (tmp_path / "r" / "local").exists()
-    config = restore_classes(config, result["filled"])
+    config = restore_tasks(config, result.fitted_tasks)
     model = make_model(config.backbone, config.tasks, 0).eval()
     for node, (centre, weights) in zip(nodes, trained.items(), strict=True):
         set_model_weights(model, build_layout(model), weights)
         val = load_datasets(node, config)[0]["val"]
         with torch.inference_mode():
-            z = torch.cat(
-                [
-                    model(torch.from_numpy(np.array(s))[None] / 255, ["covid"])["covid"][:, 0]
-                    for s in val.slices
-                ]
-            )
+            inputs = [torch.from_numpy(np.array(slices))[None] / 255 for slices in val.slices]
+            logits = torch.cat([model(x, ["covid"])["covid"][:, 0] for x in inputs])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            z, torch.from_numpy(val.targets["covid"]).float()
+            logits, torch.from_numpy(val.targets["covid"]).float()
         )
-        assert matrix["tasks"]["covid"][centre][centre]["loss"] == pytest.approx(float(loss), rel=1e-4)
-    losses = {a: {b: of["loss"] for b, of in row.items()} for a, row in matrix["tasks"]["covid"].items()}
-    assert len({row["north"] for row in losses.values()}) == 4  # four different models
-
-
-SUMS = {
-    "a/quality/area": np.eye(25)[0] * 4,
-    "b/quality/area": np.eye(25)[1] * 2,
-    "a/quality/intensity": np.ones(32),
-}
-
-
-def test_drift_is_the_distance_to_all_the_others() -> None:
-    own = {"a": np.array([4.0, 0, 0]), "b": np.array([0, 2.0, 0]), "c": np.array([0, 2.0, 0])}
-    found = compute_drift(own)
-    assert found["a"] == 1  # nothing in common
-    p, q = np.array([0, 1.0, 0]), np.array([4 / 6, 2 / 6, 0])
-    m = (p + q) / 2
-    divergence = sum(0.5 * x * np.log2(x / y) for of in (p, q) for x, y in zip(of, m, strict=True) if x)
-    assert found["b"] == pytest.approx(np.sqrt(divergence), abs=1e-4)
-    assert compute_drift({"a": own["a"]}) == {}
-    assert summarise_histograms(SUMS)["area"]["scans"] == {"a": 4, "b": 2}
-    assert summarise_histograms(SUMS)["intensity"]["drift"] == {}  # nobody to compare it with
+        assert scores[centre][centre].loss == pytest.approx(float(loss), rel=1e-4)
+    losses_at_north = {by_centre["north"].loss for by_centre in scores.values()}
+    assert len(losses_at_north) == 4  # four different models

@@ -9,38 +9,41 @@ from common.protocol.messages import add_sums
 from server.analysis.linear_discriminant import fit_balanced_discriminant
 
 
-def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def make_features(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return features [400, 5] of three unequally frequent classes, and the classes."""
     rng = np.random.default_rng(seed)
-    y = rng.choice(3, size=400, p=[0.7, 0.2, 0.1])
-    return rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5)) + 2 * rng.normal(size=(3, 5))[y], y
+    classes = rng.choice(3, size=400, p=[0.7, 0.2, 0.1])
+    features = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5)) + 2 * rng.normal(size=(3, 5))[classes]
+    return features, classes
 
 
-def moments(f: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    one_hot = np.eye(3)[y]
-    return {"n": one_hot.sum(0), "sum": one_hot.T @ f, "square": f.T @ f}
+def compute_moments(features: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
+    one_hot = np.eye(3)[classes]
+    return {"n": one_hot.sum(0), "sum": one_hot.T @ features, "square": features.T @ features}
 
 
-def test_equals_the_balanced_discriminant_of_the_pooled_data() -> None:
-    f, y = data()
-    weight, bias = fit_balanced_discriminant(moments(f, y), shrinkage=0.0)
-    means = np.stack([f[y == k].mean(0) for k in range(3)])
-    nearest = cdist(f, means, "mahalanobis", VI=np.linalg.inv(np.cov((f - means[y]).T))).argmin(1)
-    np.testing.assert_array_equal((f @ weight.T + bias).argmax(1), nearest)
+def test_the_head_assigns_to_the_nearest_class_by_mahalanobis_distance() -> None:
+    features, classes = make_features()
+    weight, bias = fit_balanced_discriminant(compute_moments(features, classes), shrinkage=0.0)
+    means = np.stack([features[classes == k].mean(0) for k in range(3)])
+    precision = np.linalg.inv(np.cov((features - means[classes]).T))
+    nearest = cdist(features, means, "mahalanobis", VI=precision).argmin(1)
+    np.testing.assert_array_equal((features @ weight.T + bias).argmax(1), nearest)
 
 
-def test_centres_with_one_class_each_give_the_same_head() -> None:
-    f, y = data()
+def test_centres_with_one_class_each_give_the_head_of_the_pooled_data() -> None:
+    features, classes = make_features()
     total: dict[str, np.ndarray] = {}
     for k in range(3):
-        add_sums(total, moments(f[y == k], y[y == k]))
-    for ours, whole in zip(
-        fit_balanced_discriminant(total), fit_balanced_discriminant(moments(f, y)), strict=True
-    ):
-        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-5)
+        add_sums(total, compute_moments(features[classes == k], classes[classes == k]))
+    pooled_head = fit_balanced_discriminant(compute_moments(features, classes))
+    for values, pooled_values in zip(fit_balanced_discriminant(total), pooled_head, strict=True):
+        np.testing.assert_allclose(values, pooled_values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_without_scans_is_finite() -> None:
-    f, y = data()
-    weight, bias = fit_balanced_discriminant(moments(f[y != 2], y[y != 2]))
+def test_a_class_without_scans_leaves_the_head_finite() -> None:
+    features, classes = make_features()
+    present = classes != 2
+    weight, bias = fit_balanced_discriminant(compute_moments(features[present], classes[present]))
     assert np.isfinite(weight).all()
     assert np.isfinite(bias).all()

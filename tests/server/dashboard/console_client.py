@@ -40,7 +40,7 @@ def config(*overrides: str) -> dict[str, Any]:
 
 def started(ledger: Ledger, run: str, *overrides: str) -> None:
     ledger.add_run(
-        run, recipe="multisource", mode="federated", config=config(*overrides), code="0123456789abcdef"
+        run, recipe="multisource", mode="federated", config=config(*overrides), code_fingerprint="0123456789abcdef"
     )
 
 
@@ -91,21 +91,22 @@ def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> Non
         rows: dict[str, list[dict[str, Any]]] = {
             "rounds": [],
             "contributions": [],
-            "shares": [],
+            "group_weights": [],
             "scores": [],
             "progress": [],
         }
         for r in range(first, min(first + 100, rounds + 1)):
             at, when = (
-                {"run": run, "stage": "main", "round": r, "attempt": 1},
+                {"run_id": run, "stage": "main", "round": r, "attempt": 1},
                 began + timedelta(seconds=30 * r),
             )
-            rows["rounds"].append({**at, "started": when, "seconds": 30.0, "closed_because": "all replied"})
+            rows["rounds"].append({**at, "started": when, "seconds": 30.0, "close_reason": "all replied"})
             values = {
                 c: {m: float(v) for m, v in zip(named, draws.random(len(named)), strict=True)}
-                | {"n": 40, "positives": 20}
+                | {"n": 40.0, "positives": 20.0}
                 for c in centres
             }
+            scored = {c: {"metrics": of, "loss": of["loss"], "reasons": {}} for c, of in values.items()}
             worst = min(values, key=lambda c: values[c]["auc"])
             macro = {m: float(np.mean([values[c][m] for c in centres])) for m in named}
             views = {
@@ -115,24 +116,24 @@ def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> Non
                 "worst": {"auc": {"value": values[worst]["auc"], "centre": worst}},
             }
             rows["scores"] += [
-                {**at, "split": "val", "task": t, "views": views, "centres": values}
+                {**at, "split": "val", "task": t, "summaries": views, "centres": scored}
                 for t in ("covid", "source")
             ]
             rows["progress"].append(
                 {
-                    "run": run,
+                    "run_id": run,
                     "time": when,
                     "stage": "main",
                     "round": r,
-                    "doing": "train",
-                    "asked": list(centres),
+                    "activity": "train",
+                    "asked_centres": list(centres),
                 }
                 | NOBODY
             )
             if r:
                 share = dict.fromkeys(centres, 1 / len(centres))
-                rows["shares"] += [
-                    {**at, "part": part, "effective": float(len(centres)), "weights": share}
+                rows["group_weights"] += [
+                    {**at, "group": part, "effective_centres": float(len(centres)), "centre_weights": share}
                     for part in ("backbone", "covid", "source")
                 ]
                 for c in centres:
@@ -150,7 +151,7 @@ def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> Non
                         {**at, "centre": c, **said, "bytes_up": 6_000_000, "bytes_down": 24_000_000}
                     )
             for doing in ("train", "scores"):
-                told = {"run": run, "time": when, "stage": "main", "round": r, "doing": doing, "asked": None}
+                told = {"run_id": run, "time": when, "stage": "main", "round": r, "activity": doing, "asked_centres": None}
                 rows["progress"] += [
                     {
                         **told,
@@ -162,7 +163,7 @@ def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> Non
                     }
                     for c in centres
                 ]
-        with ledger._transaction() as database:
+        with ledger.transaction() as database:
             for name, these in rows.items():
                 if these:
                     database.execute(tables.schema.tables[name].insert(), these)

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from client.federation.handlers import handle_request
+from client.phantom.federation import write_federation
 from client.site.config import Site
-from common.protocol.messages import JoinReply, Refusal, Request, TrainRequest, pack_message, unpack_message
-from common.utils.errors import ConsiliumError
+from common.protocol.message_packing import pack_message, unpack_message
+from common.protocol.messages import JoinReply, Refusal, Request, TrainRequest
+from common.utils.errors import ConsiliumError, RefusalCode
 from server.rounds.run_lifecycle import open_ledger, start_run
 from server.run.transport import ReceivedReply
 from tests.in_process_federation import phantom_config
@@ -81,7 +83,7 @@ class Processes:
                 self.lines[name].send(pack_message(request))
                 pending[self.lines[name]] = name
             except OSError:
-                yield ReceivedReply(name, Refusal(name, LOST))
+                yield ReceivedReply(name, Refusal(name, LOST, code=RefusalCode.OFFLINE))
         while pending:
             ready = wait(list(pending), timeout=0.3)
             for line in ready:
@@ -89,7 +91,7 @@ class Processes:
                 try:
                     arrays, facts = line.recv()  # type: ignore[union-attr]
                 except (EOFError, OSError):
-                    yield ReceivedReply(name, Refusal(name, LOST))
+                    yield ReceivedReply(name, Refusal(name, LOST, code=RefusalCode.OFFLINE))
                     continue
                 down = sum(a.nbytes for a in pack_message(requests[name])[0].values())
                 yield ReceivedReply(
@@ -103,6 +105,8 @@ def main() -> None:
     phantom, runs, run, slower, *overrides = sys.argv[1:]
     os.makedirs(runs, exist_ok=True)
     config = phantom_config(Path(phantom), *overrides)
+    assert config.federation.phantom is not None
+    write_federation(Path(phantom), config.federation.phantom, config.federation.centres)
     try:
         start_run(
             config,

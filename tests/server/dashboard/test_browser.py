@@ -170,7 +170,7 @@ def test_a_run_is_watched_a_centre_killed_and_the_run_paused_and_resumed(place: 
         page.goto(f"{url}/runs/second")
         order(place, "Stop", "seen enough")
         page.wait_for_selector("#status.stopped")
-        assert [e["what"] for e in ledger.read_audit("second")] == ["pause", "resume", "stop"]
+        assert [e["action"] for e in ledger.read_audit("second")] == ["pause", "resume", "stop"]
     finally:
         end(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from common.utils.errors import ConsiliumError
 from server.analysis.image_drift import summarise_histograms
 from server.dashboard import accounts
 from server.dashboard.auth import ProxyTrust
-from server.ledger.ledger import Ledger
-from server.monitoring import run_status
-from server.run.operator_commands import first_broken_link
+from server.dashboard.launcher import LaunchedProcess
+from server.ledger.audit_trail import first_broken_link
+from server.ledger.ledger import ArtifactKind, Ledger
+from server.run.outcome import Outcome, write_outcome
 from tests.deploy.processes import postgresql
 from tests.server.dashboard.console_client import (
     CENTRES,
@@ -49,7 +51,7 @@ def test_nothing_is_to_be_seen_without_a_log_in(ledger: Ledger) -> None:
     assert client.get("/metrics").status_code == 303
     assert client.post("/runs/r/order/stop", data={"why": "because"}).status_code == 303
     assert client.get("/openapi.json").status_code == 404
-    assert [e["what"] for e in ledger.read_audit()] == []
+    assert [e["action"] for e in ledger.read_audit()] == []
 
 
 def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None:
@@ -67,7 +69,7 @@ def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> 
         recipe="multisource",
         mode="central",
         config=config("federation.mode=central"),
-        code="0123456789abcdef",
+        code_fingerprint="0123456789abcdef",
     )
     bins = {name: len(of.bin_edges) - 1 for name, of in IMAGE_STATISTICS.items()}
     surveyed = {
@@ -75,7 +77,8 @@ def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> 
         for k, c in enumerate(CENTRES)
         for name, n in bins.items()
     }
-    ledger.add_artifact("c", "quality", summarise_histograms(surveyed))
+    statistics = {name: asdict(statistic) for name, statistic in summarise_histograms(surveyed).items()}
+    ledger.add_artifact("c", ArtifactKind.IMAGE_STATISTICS, statistics)
     many(ledger, "c", CENTRES, 2)
     client = logged_in(ledger)
     for path in ("/runs/c/data", "/runs/c/learning"):
@@ -89,12 +92,12 @@ def test_a_run_that_could_not_be_taken_up_says_why(ledger: Ledger, tmp_path: Pat
     ledger.log_event("r", "paused", "enough for today")
     client = logged_in(ledger)
     launcher = client.app.state.console.launcher  # type: ignore[attr-defined]
-    (tmp_path / "r.console.log").write_text("error: the SuperLink cannot be reached\n")
+    write_outcome(tmp_path, "r", Outcome(False, "the SuperLink cannot be reached"))
     for when, shown in ((datetime.now(UTC), True), (datetime.now(UTC) - timedelta(hours=1), False)):
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        launcher.begun["r"] = process, when
-        with pytest.raises(ConsiliumError, match="being taken up" if shown else "no run 'r'"):
-            launcher.resume("r", run_status.load_run(ledger, "r")["since"])  # type: ignore[index]
+        launcher.launched["r"] = LaunchedProcess(process, when)
+        with pytest.raises(ConsiliumError, match="already being resumed" if shown else "no run 'r'"):
+            launcher.resume_run("r", ledger.read_run("r")["since"])  # type: ignore[index]
         process.communicate()  # the end of its input is the end of it, with an error
         assert ("the SuperLink cannot be reached" in client.get("/runs/r").text) is shown
 
@@ -133,7 +136,7 @@ def test_a_viewer_sees_and_does_nothing(ledger: Ledger) -> None:
             ).status_code
             == 403
         ), path
-    assert {e["what"] for e in ledger.read_audit()} == {"account", "login"}
+    assert {e["action"] for e in ledger.read_audit()} == {"account", "login"}
 
 
 def test_an_order_needs_the_session_s_token_and_a_reason(ledger: Ledger) -> None:
@@ -153,7 +156,7 @@ def test_an_order_needs_the_session_s_token_and_a_reason(ledger: Ledger) -> None
         ).status_code
         == 303
     )
-    assert [(e["who"], e["what"], e["centre"], e["why"]) for e in ledger.read_audit("r")] == [
+    assert [(e["actor"], e["action"], e["centre"], e["reason"]) for e in ledger.read_audit("r")] == [
         ("operator", "pause", "", "<b>the scanner"),
         ("operator", "exclude", "west", "moves"),
     ]
@@ -236,7 +239,7 @@ def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
     answer = client.post("/start", data={**given, "overrides": "stage.rouds=3"})
     assert (answer.status_code, "did you mean &#39;rounds&#39;?" in answer.text) == (400, True)
     assert client.post("/start", data={**given, "overrides": "stage.rounds=3", "why": ""}).status_code == 400
-    assert "start" not in {e["what"] for e in ledger.read_audit()}
+    assert "start" not in {e["action"] for e in ledger.read_audit()}
 
 
 @pytest.mark.skipif(
@@ -260,7 +263,7 @@ def test_on_postgresql(tmp_path: Path) -> None:
         )
         assert "west is excluded by operator: moves" in client.get("/").text
         assert first_broken_link(ledger.read_audit()) is None
-        with pytest.raises(ConsiliumError, match="append-only"), ledger._transaction() as database:
+        with pytest.raises(ConsiliumError, match="append-only"), ledger.transaction() as database:
             database.execute(sa.text("DELETE FROM audit"))
         ledger._engine.dispose()
 
@@ -285,7 +288,7 @@ def test_names_are_text(tmp_path: Path) -> None:
 def test_the_trail_s_chain_is_checked(ledger: Ledger) -> None:
     client = logged_in(ledger)
     assert "each follows from the one before" in client.get("/audit").text
-    with ledger._transaction() as database:
+    with ledger.transaction() as database:
         database.execute(sa.text('DROP TRIGGER "audit_no_UPDATE"'))
-        database.execute(sa.text("UPDATE audit SET who = 'eve' WHERE id = 1"))
+        database.execute(sa.text("UPDATE audit SET actor = 'eve' WHERE id = 1"))
     assert "Entry 1 was changed" in client.get("/audit").text

@@ -1,22 +1,16 @@
-"""Results as runs leave them, with every part, for what is made of them."""
+"""Results with every part that a report may show, made up without training."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.config.schema import Config, EvaluationConfig, Task
-from common.learning.metrics import (
-    compute_binary_metrics,
-    compute_challenge_score,
-    compute_multiclass_metrics,
-    compute_regression_sums,
-    compute_score_histogram,
-    explain_undefined_binary,
-    explain_undefined_multiclass,
-    summarise_centres,
-)
+from common.config.parse import config_to_dict
+from common.config.schema import Config, EvaluationConfig, MetricName, Task
+from common.learning.class_imbalance import compute_effective_centres
+from common.learning.metrics import compute_regression_sums, compute_score_histogram
 from common.learning.segmentation_metrics import (
     AFFECTED_FRACTION_EDGES,
     SEVERITY_EDGES,
@@ -24,160 +18,26 @@ from common.learning.segmentation_metrics import (
     compute_overlap_sums,
 )
 from common.protocol.messages import Sums
-from server.analysis import score_tables as tables
+from common.utils.errors import RefusalCode
+from server.analysis.score_tables import compute_scores, get_selection_score
+from server.run.records import (
+    BestRound,
+    CentreRecord,
+    CentreRound,
+    Exclusion,
+    RoundRecord,
+    RunResult,
+    RunStatus,
+    StageRecord,
+    TaskScores,
+    WorstCentre,
+)
 
 CENTRES = ("north", "east", "south", "west")
-STAGES = (("pretraining", 3), ("main", 6))
-
-
-def scored(hists: dict[str, Any]) -> dict[str, Any]:
-    """A binary task's part of a result."""
-    per_centre = {centre: compute_binary_metrics(hist) for centre, hist in hists.items()}
-    views = summarise_centres(per_centre, compute_binary_metrics(np.sum(list(hists.values()), axis=0)))
-    shown = {
-        centre: {**values, "loss": 0.4, "reasons": explain_undefined_binary(hists[centre])}
-        for centre, values in per_centre.items()
-    }
-    return {
-        "centres": shown,
-        **views,
-        "hist": {c: h.tolist() for c, h in hists.items()},
-        "challenge_score": compute_challenge_score(hists.values()),
-    }
-
-
-def sourced(centres: tuple[str, ...], right: float) -> dict[str, Any]:
-    """The source task's part: each centre sees one class."""
-    confusions = {}
-    for k, centre in enumerate(centres):
-        confusions[centre] = np.zeros((len(centres), len(centres)))
-        confusions[centre][k, [k, (k + 1) % len(centres)]] = [30 * right, 30 * (1 - right)]
-    per_centre = {centre: compute_multiclass_metrics(c) for centre, c in confusions.items()}
-    views = summarise_centres(
-        per_centre, compute_multiclass_metrics(np.sum(list(confusions.values()), axis=0))
-    )
-    return {
-        "centres": {
-            c: {**v, "reasons": explain_undefined_multiclass(confusions[c])} for c, v in per_centre.items()
-        },
-        **views,
-    }
-
-
-def sample(centres: tuple[str, ...] = CENTRES) -> dict[str, Any]:
-    """A finished federated run's result, as saved in metrics.json: every part that a report may show. The third centre has one class."""
-    bits = np.random.default_rng(4)
-
-    def scores(skill: float) -> dict[str, Any]:
-        hists = {}
-        for k, centre in enumerate(centres):
-            truth = bits.integers(0, 2, 60).astype(float) * (k != 2)
-            hists[centre] = compute_score_histogram(
-                bits.normal(0, 2, 60) + skill * (1 - 0.15 * (k % 4)) * (2 * truth - 1), truth
-            )
-        return scored(hists)
-
-    stages = []
-    for stage, (name, count) in enumerate(STAGES):
-        start: dict[str, Any] = {
-            "round": 0,
-            "seconds": 0.0,
-            "bytes_up": 0,
-            "bytes_down": 0,
-            "weights": {},
-            "effective": {},
-            "centres": {},
-        }
-        rounds = [{**start, "val": {"covid": scores(0.3 + stage), "source": sourced(centres, 0.4)}}]
-        for r in range(1, count + 1):
-            there = [
-                c for k, c in enumerate(centres) if (stage, r, k) != (1, 3, 1)
-            ]  # east drops out of a round
-            replies: dict[str, dict[str, Any]] = {}
-            for k, c in enumerate(there):
-                replies[c] = {
-                    "loss": 0.7 / (r + stage) + 0.05 * (k % 5),
-                    "scans": 30 + k,
-                    "steps": 4,
-                    "seconds": 2.0 + 0.7 * (k % 6),
-                }
-                replies[c] |= {"norm": 0.4, "accepted": True, "reason": None}
-            if (stage, r) == (1, 5):
-                replies[centres[-1]] |= {
-                    "accepted": False,
-                    "reason": "update not finite",
-                    "loss": float("nan"),
-                }
-            used = [c for c in there if replies[c]["accepted"]]
-            share = {c: (2.0 if c == centres[0] else 1.0) / (len(used) + 1) for c in used}
-            weights = {"backbone": share, "covid": share, "source": dict.fromkeys(used, 1 / len(used))}
-            val = scores(0.4 + 0.25 * r + stage)
-            del val["hist"]
-            rounds.append(
-                {
-                    "round": r,
-                    "seconds": 7.5 + 0.3 * r,
-                    "bytes_up": 9_400_000 * len(there),
-                    "bytes_down": 9_400_000 * len(centres),
-                    "weights": weights,
-                    "effective": {part: 1 / sum(w * w for w in of.values()) for part, of in weights.items()},
-                    "centres": replies,
-                    "val": {"covid": val, "source": sourced(centres, 0.5 + 0.05 * r)},
-                }
-            )
-        stages.append(
-            {"name": name, "rounds": rounds, "best": {"stage": name, "round": count - 1, "value": 0.91}}
-        )
-    counts = {"train": 338, "val": 88, "test": 60}
-    return {
-        "run": "2026-03-01-multisource-7f3a",
-        "recipe": "multisource",
-        "mode": "federated",
-        "seed": 1,
-        "status": "finished",
-        "started": "2026-03-01 12:00 UTC",
-        "seconds": 154.2,
-        "config": {
-            "recipe": "multisource",
-            "evaluation": {"task": "covid", "metric": "auc"},
-            "aggregation": {"tau": 1.0},
-        },
-        "centres": {
-            c: {
-                "counts": {
-                    s: {
-                        "covid": {
-                            "no covid": n - 3 * k % n,
-                            "covid": 0 if k == 2 else n // 2,
-                            "unlabelled": 0.0,
-                        },
-                        "source": {**{other: n if other == c else 0 for other in centres}, "unlabelled": k},
-                    }
-                    for s, n in counts.items()
-                },
-                "sources": [c],
-                "skipped": k,
-                "skipped_why": {"no pixel data": k} if k else {},
-                "versions": {"consilium": "0.1.0", "torch": "2.15"},
-                "device": "cpu",
-            }
-            for k, c in enumerate(centres)
-        },
-        "stages": stages,
-        "test": {"covid": scores(1.6), "source": sourced(centres, 0.8)},
-        "left_out": [
-            {
-                "stage": "main",
-                "round": 3,
-                "centre": centres[1],
-                "reason": "no reply before the deadline of 60 s",
-            },
-            {"stage": "main", "round": 5, "centre": centres[-1], "reason": "update not finite"},
-        ],
-        "notes": ["Resumed once, after round 2 of main."],
-    }
-
-
+STAGES = {"pretraining": 3, "main": 6}  # {stage: rounds}
+NUM_SCANS = {"train": 338, "val": 88, "test": 60}
+ONE_CLASS_CENTRE = 2  # index of the centre whose scans are all negative
+BYTES = 9_400_000  # of a message with weights
 TASKS = {
     "moco": Task(type="contrastive"),
     "covid": Task(),
@@ -187,77 +47,214 @@ TASKS = {
 }
 
 
-def answered(seed: int, skill: float) -> Sums:
-    """All kinds: west has masks only, south neither masks nor scores, and of south's scans one class."""
+# ---- a run of two stages of a binary task and the source task
+
+
+def make_result(centres: Sequence[str] = CENTRES) -> RunResult:
+    """Return a finished federated run's result. The third centre has scans of one class only."""
+    config = Config(recipe="multisource", tasks={"covid": Task(), "source": _source_task(centres)})
+    maker = _ScoreMaker(config, centres, np.random.default_rng(4))
+    stages = [_make_stage(maker, index, name) for index, name in enumerate(STAGES)]
+    return RunResult(
+        run_id="2026-03-01-multisource-7f3a",
+        recipe="multisource",
+        mode="federated",
+        seed=1,
+        started="2026-03-01 12:00 UTC",
+        config={"recipe": "multisource", "aggregation": {"tau": 1.0}},
+        status=RunStatus.FINISHED,
+        seconds=154.2,
+        centres={name: _make_centre(centres, index) for index, name in enumerate(centres)},
+        stages=stages,
+        test=maker.make_scores(1.6, 0.8, with_sums=True),
+        left_out=[
+            Exclusion(
+                "main", 3, centres[1], "no reply before the round timeout of 60 s", RefusalCode.OFFLINE
+            ),
+            Exclusion("main", 5, centres[-1], "update not finite", RefusalCode.BAD_REPLY),
+        ],
+        notes=["Resumed once, after round 2 of main."],
+    )
+
+
+def _source_task(centres: Sequence[str]) -> Task:
+    return Task(type="multiclass", classes=list(centres), inference=False)
+
+
+@dataclass
+class _ScoreMaker:
+    """Makes scores up from random predictions of a given skill."""
+
+    config: Config
+    centres: Sequence[str]
+    random: np.random.Generator
+
+    def make_scores(
+        self, skill: float, source_accuracy: float, with_sums: bool = False
+    ) -> dict[str, TaskScores]:
+        """Return the scores of both tasks; each centre sees one class of the source task."""
+        sums: Sums = {}
+        for index in range(len(self.centres)):  # their indices for names: a hostile name may hold a slash
+            labels = self.random.integers(0, 2, 60).astype(float) * (index != ONE_CLASS_CENTRE)
+            separation = skill * (1 - 0.15 * (index % 4)) * (2 * labels - 1)
+            logits = self.random.normal(0, 2, 60) + separation
+            confusion = np.zeros((len(self.centres), len(self.centres)))
+            confusion[index, index] = 30 * source_accuracy
+            confusion[index, (index + 1) % len(self.centres)] = 30 * (1 - source_accuracy)
+            sums[f"{index}/covid/hist"] = compute_score_histogram(logits, labels)
+            sums[f"{index}/covid/loss"] = np.array([24.0, 60.0])
+            sums[f"{index}/source/confusion"] = confusion
+            sums[f"{index}/source/loss"] = np.array([15.0, 30.0])
+        scores = compute_scores(sums, self.config, ["covid", "source"], with_sums)
+        return {task: self._name_centres(task_scores) for task, task_scores in scores.items()}
+
+    def _name_centres(self, scores: TaskScores) -> TaskScores:
+        worst = {}
+        for metric, lowest in scores.worst.items():
+            name = None if lowest.centre is None else self.centres[int(lowest.centre)]
+            worst[metric] = WorstCentre(lowest.value, name)
+        centres = {name: scores.centres[str(index)] for index, name in enumerate(self.centres)}
+        sums = {self.centres[int(index)]: values for index, values in scores.sums.items()}
+        return replace(scores, centres=centres, worst=worst, sums=sums)
+
+
+def _make_stage(maker: _ScoreMaker, index: int, name: str) -> StageRecord:
+    first = RoundRecord(0, validation=maker.make_scores(0.3 + index, 0.4))
+    rounds = [first]
+    for number in range(1, STAGES[name] + 1):
+        rounds.append(_make_round(maker, index, number))
+    return StageRecord(name, rounds=rounds, best=BestRound(name, STAGES[name] - 1, 0.91), finished=True)
+
+
+def _make_round(maker: _ScoreMaker, stage: int, number: int) -> RoundRecord:
+    """Return a round.
+
+    In the stage main, the second centre misses round 3, and the last centre's update of round 5 is left out.
+    """
+    present = list(maker.centres)
+    if (stage, number) == (1, 3):
+        present.remove(maker.centres[1])
+    replies = {}
+    for index, centre in enumerate(present):
+        loss = 0.7 / (number + stage) + 0.05 * (index % 5)
+        seconds = 2.0 + 0.7 * (index % 6)
+        replies[centre] = CentreRound(True, scans=30 + index, steps=4, seconds=seconds, loss=loss, norm=0.4)
+    if (stage, number) == (1, 5):
+        refused = replies[maker.centres[-1]]
+        refused.accepted = False
+        refused.reason = "update not finite"
+        refused.code = RefusalCode.BAD_REPLY
+        refused.loss = float("nan")
+    accepted = [centre for centre, reply in replies.items() if reply.accepted]
+    unequal = dict.fromkeys(accepted, 1 / (len(accepted) + 1))
+    if maker.centres[0] in unequal:
+        unequal[maker.centres[0]] *= 2
+    equal = dict.fromkeys(accepted, 1 / len(accepted))
+    weights = {"backbone": unequal, "covid": unequal, "source": equal}
+    return RoundRecord(
+        number,
+        seconds=7.5 + 0.3 * number,
+        bytes_up=BYTES * len(present),
+        bytes_down=BYTES * len(maker.centres),
+        weights=weights,
+        effective_centres={group: compute_effective_centres(values) for group, values in weights.items()},
+        centres=replies,
+        validation=maker.make_scores(0.4 + 0.25 * number + stage, 0.5 + 0.05 * number),
+    )
+
+
+def _make_centre(centres: Sequence[str], index: int) -> CentreRecord:
+    counts: dict[str, dict[str, dict[str, float]]] = {}
+    for split, num_scans in NUM_SCANS.items():
+        positives = 0 if index == ONE_CLASS_CENTRE else num_scans // 2
+        sources: dict[str, float] = {name: 0 for name in centres}
+        sources[centres[index]] = num_scans
+        negatives = num_scans - 3 * index % num_scans
+        counts[split] = {
+            "covid": {"no covid": negatives, "covid": positives, "unlabelled": 0.0},
+            "source": {**sources, "unlabelled": index},
+        }
+    return CentreRecord(
+        counts=counts,
+        sources=[centres[index]],
+        skipped=index,
+        skipped_by_reason={"no pixel data": index} if index else {},
+        versions={"consilium": "0.1.0", "torch": "2.15"},
+        device="cpu",
+    )
+
+
+# ---- a run whose stages train different tasks
+
+
+def make_mixed_result(
+    stages: Mapping[str, tuple[int, list[str]]], task: str = "covid", metric: MetricName = "auc"
+) -> RunResult:
+    """Return a run of {stage: (rounds, tasks)} whose best round is selected by `task`.
+
+    The last stage's tasks are tested.
+    """
+    evaluation = EvaluationConfig(task=task, metric=metric)
+    config = Config(recipe="mixed", tasks=TASKS, evaluation=evaluation)
+    records = []
+    tasks: list[str] = []
+    for name, (num_rounds, tasks) in stages.items():
+        rounds = [_make_mixed_round(config, tasks, number) for number in range(num_rounds + 1)]
+        value = get_selection_score(rounds[-1].validation, evaluation)
+        records.append(StageRecord(name, rounds=rounds, best=BestRound(name, num_rounds, value)))
+    return replace(
+        make_result(),
+        recipe="mixed",
+        config=config_to_dict(config),
+        stages=records,
+        test=compute_scores(make_sums(99, 1.5), config, tasks, with_sums=True),
+    )
+
+
+def _make_mixed_round(config: Config, tasks: list[str], number: int) -> RoundRecord:
+    replies = {}
+    if number > 0:
+        for centre in CENTRES:
+            replies[centre] = CentreRound(True, scans=40, steps=4, seconds=2.0, loss=1 / (1 + number))
+    validation = compute_scores(make_sums(number, 0.3 * number), config, tasks)
+    return RoundRecord(number, seconds=2.0, bytes_up=1, bytes_down=1, centres=replies, validation=validation)
+
+
+def make_sums(seed: int, skill: float) -> Sums:
+    """Return the centres' sums for `TASKS`.
+
+    West has masks only; south has neither masks nor severity scores, and its scans are of one class.
+    """
     random = np.random.default_rng(seed)
     sums: Sums = {}
-    for k, c in enumerate(CENTRES):
-        n = {task: 40 for task in TASKS} | ({"covid": 0, "finding": 0, "brixia": 0} if c == "west" else {})
-        n |= {"brixia": 0, "lesion": 0} if c == "south" else {}
-        truth = random.integers(0, 2, n["covid"]) * float(c != "south")
-        target = random.integers(0, 4, (n["brixia"], 2)).astype(float)
-        mask = (random.uniform(size=(n["lesion"], 1, 16, 16)) < 0.2).astype(np.uint8)
-        share = mask.mean((1, 2, 3))
+    for index, centre in enumerate(CENTRES):
+        num_scans = dict.fromkeys(TASKS, 40)
+        if centre == "west":
+            num_scans |= {"covid": 0, "finding": 0, "brixia": 0}
+        if centre == "south":
+            num_scans |= {"brixia": 0, "lesion": 0}
+        labels = random.integers(0, 2, num_scans["covid"]) * float(centre != "south")
+        severity = random.integers(0, 4, (num_scans["brixia"], 2)).astype(float)
+        masks = (random.uniform(size=(num_scans["lesion"], 1, 16, 16)) < 0.2).astype(np.uint8)
+        affected = masks.mean((1, 2, 3))
+        logits = random.normal(size=len(labels)) + skill * (2 * labels - 1)
+        confusion = random.integers(1, 9, (3, 3)) * float(num_scans["finding"] > 0)
         sums |= {
-            f"{c}/covid/hist": compute_score_histogram(
-                random.normal(size=len(truth)) + skill * (2 * truth - 1), truth
+            f"{centre}/covid/hist": compute_score_histogram(logits, labels),
+            f"{centre}/finding/confusion": confusion + skill * num_scans["finding"] * np.eye(3),
+            f"{centre}/brixia/regression": compute_regression_sums(
+                severity + random.normal(0, 1 / (1 + skill), severity.shape), severity
             ),
-            f"{c}/finding/confusion": random.integers(1, 9, (3, 3)) * float(n["finding"] > 0)
-            + skill * n["finding"] * np.eye(3),
-            f"{c}/brixia/regression": compute_regression_sums(
-                target + random.normal(0, 1 / (1 + skill), target.shape), target
+            f"{centre}/lesion/overlap": compute_overlap_sums(
+                np.clip(masks * skill / 2 + random.uniform(0, 0.6, masks.shape), 0, 1), masks
             ),
-            f"{c}/lesion/overlap": compute_overlap_sums(
-                np.clip(mask * skill / 2 + random.uniform(0, 0.6, mask.shape), 0, 1), mask
-            ),
-            f"{c}/lesion/joint": compute_joint_histogram(
-                share + random.normal(0, 0.02, len(share)),
-                100 * share,
+            f"{centre}/lesion/joint": compute_joint_histogram(
+                affected + random.normal(0, 0.02, len(affected)),
+                100 * affected,
                 AFFECTED_FRACTION_EDGES,
                 SEVERITY_EDGES,
             ),
         }
-        sums |= {
-            f"{c}/{task}/loss": np.array([n[task] * (1 + 0.1 * k) / (1 + skill), n[task]]) for task in TASKS
-        }
+        for task, count in num_scans.items():
+            sums[f"{centre}/{task}/loss"] = np.array([count * (1 + 0.1 * index) / (1 + skill), count])
     return sums
-
-
-def mixed(
-    stages: dict[str, tuple[int, list[str]]], task: str = "covid", metric: Any = "auc"
-) -> dict[str, Any]:
-    """A run of {stage: (rounds, tasks)}, judged by `task`; the last stage's tasks are tested."""
-    config = Config(recipe="mixed", tasks=TASKS, evaluation=EvaluationConfig(task=task, metric=metric))
-    result: dict[str, Any] = {**sample(), "recipe": "mixed", "stages": []}
-    result["config"]["evaluation"] = {"task": task, "metric": metric}
-    for name, (count, of) in stages.items():
-        rounds: list[dict[str, Any]] = []
-        for r in range(count + 1):
-            replies = {
-                c: {
-                    "loss": 1 / (1 + r),
-                    "scans": 40,
-                    "steps": 4,
-                    "seconds": 2.0,
-                    "accepted": True,
-                    "reason": "",
-                }
-                for c in CENTRES
-                if r
-            }
-            entry = {
-                "round": r,
-                "seconds": 2.0,
-                "bytes_up": 1,
-                "bytes_down": 1,
-                "weights": {},
-                "effective": {},
-                "centres": replies,
-            }
-            rounds.append({**entry, "val": tables.score_table(answered(r, 0.3 * r), config, of)})
-        value = tables.selection_score(rounds[-1]["val"], config.evaluation)
-        result["stages"].append(
-            {"name": name, "rounds": rounds, "best": {"stage": name, "round": count, "value": value}}
-        )
-    result["test"] = tables.score_table(answered(99, 1.5), config, of, with_sums=True)
-    return result

@@ -1,53 +1,72 @@
-"""The model card: the result's own numbers and warnings, in Markdown that no name can break, and the same as a page."""
+"""The model card: the result's numbers and warnings, in Markdown that no name can break, and as a page."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from common.config.compose import compose_config, config_to_dict
-from server.analysis.image_drift import summarise_histograms
-from server.reporting.model_card import render_card_html, render_card_markdown
-from tests.server.analysis.test_image_drift import SUMS
-from tests.server.reporting.made_up_results import CENTRES, sample
-from tests.server.reporting.test_report import Page
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
+from server.reporting.model_card import CardInput, render_card_html, render_card_markdown
+from server.run.records import ImageStatistic, RunResult
+from tests.server.reporting.made_up_results import CENTRES, make_result
+from tests.server.reporting.report_page import Page
+
+LUNG_AREA = ImageStatistic(
+    name="lung area",
+    unit="fraction",
+    bin_edges=[0.0, 0.5, 1.0],
+    scans={"north": 10.0, "east": 10.0},
+    centres={"north": [1.0, 0.0], "east": [0.0, 1.0]},
+    drift={"north": 1.0, "east": 1.0},
+)
 
 
-def result(centres: tuple[str, ...] = CENTRES, *overrides: str) -> dict[str, Any]:
-    config = config_to_dict(compose_config([f"federation.centres={list(CENTRES)}", *overrides]))
-    return {**sample(centres), "config": config, "quality": summarise_histograms(SUMS)}
+def make_composed_result(centres: Sequence[str] = CENTRES, overrides: Sequence[str] = ()) -> RunResult:
+    """Return a made-up result with a whole configuration and image statistics."""
+    result = make_result(centres)
+    result.config = config_to_dict(compose_config([f"federation.centres={list(CENTRES)}", *overrides]))
+    result.image_statistics = {"lung_area": LUNG_AREA}
+    return result
 
 
-def test_the_card_says_what_the_run_found_and_where_it_fails() -> None:
-    found = result()
-    text = render_card_markdown(found, "4ac5b058", "ab" * 32)
-    scores = found["test"]["covid"]
-    assert (
-        f"Worst centre: {scores['worst']['auc']['centre']}, ROC-AUC {scores['worst']['auc']['value']:.3f}"
-        in text
-    )
+def test_card_reports_numbers_and_warnings() -> None:
+    result = make_composed_result()
+    text = render_card_markdown(CardInput(result, "4ac5b058", "ab" * 32))
+    scores = result.test["covid"]
+    worst = scores.worst["auc"]
+    assert f"Worst centre: {worst.centre}, ROC-AUC {worst.value:.3f}" in text
     assert "- At south ROC-AUC is undefined: one class only" in text  # never a number
-    assert f"| {scores['centres']['north']['auc']:.3f} |" in text
+    assert f"| {scores.centres['north'].metrics['auc']:.3f} |" in text
     assert "code 4ac5b058" in text
     assert "abababab" in text
     assert "no differential privacy" in text
     assert "Contributions of east, west were left out" in text
     assert "Output `covid`" in text
-    assert "Output `source`" not in text  # its head serves training only
-    rows = Page(render_card_html(text)).rows
-    cells = next(row for row in rows if row[0] == "north" and len(row) > 5)
-    assert "338" in cells
-    assert any(row[0] == "a" and row[1] == "1.00" for row in rows)  # drift
+    assert "Output `source`" not in text  # its head is used in training only
 
 
-def test_differential_privacy_and_hostile_names() -> None:
-    evil = "<img src=x onerror=alert(1)>|`x`"
-    found = result((evil, "east", "south", "west"), "privacy=patient", "privacy.epsilon=3")
-    found["stages"][-1]["rounds"][-1]["centres"][evil]["epsilon"] = 2.5
-    text = render_card_markdown(found)
+def test_card_has_the_tables_of_the_report() -> None:
+    page = Page(render_card_html(render_card_markdown(CardInput(make_composed_result()))))
+    assert "338" in page.find_row("north", min_cells=6)
+    assert any(row[:2] == ["north", "1.00"] for row in page.rows)  # drift
+
+
+def test_card_states_the_privacy_settings() -> None:
+    differentially_private = ["privacy=patient", "privacy.epsilon=3"]
+    text = render_card_markdown(CardInput(make_composed_result(overrides=differentially_private)))
     assert "differentially private at each hospital" in text
     assert "Secure aggregation" not in text
-    shown = Page(render_card_html(text))
-    assert not {tag for tag, _ in shown.elements} & {"img", "script", "code "}
-    assert any(row[:2] == [evil, "2.50"] for row in shown.rows)
-    assert "Secure aggregation" in render_card_markdown(result(CENTRES, "privacy=secagg"))
-    assert "the unit is the hospital" in render_card_markdown(result(CENTRES, "privacy=central"))
+    secure = render_card_markdown(CardInput(make_composed_result(overrides=["privacy=secagg"])))
+    assert "Secure aggregation" in secure
+    central = render_card_markdown(CardInput(make_composed_result(overrides=["privacy=central"])))
+    assert "the unit is the hospital" in central
+
+
+def test_hostile_names_stay_text() -> None:
+    evil = "<img src=x onerror=alert(1)>|`x`"
+    result = make_composed_result((evil, "east", "south", "west"), ["privacy=patient", "privacy.epsilon=3"])
+    result.image_statistics = {}
+    result.stages[-1].rounds[-1].centres[evil].epsilon = 2.5
+    page = Page(render_card_html(render_card_markdown(CardInput(result))))
+    assert not {tag for tag, _ in page.elements} & {"img", "script"}
+    assert any(row[:2] == [evil, "2.50"] for row in page.rows)

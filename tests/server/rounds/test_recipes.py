@@ -1,28 +1,29 @@
-"""Every paper's recipe on made-up hospitals that hold different labels: who is asked to train what, what is reported, and that a run survives."""
+"""Every recipe on phantom hospitals with different labels: who trains what, what is reported, resumption."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from common.config.compose import stage_tasks
+from common.config.normalise import stage_tasks
 from common.config.schema import Config, Task
 from common.learning.losses import UNSUPERVISED_TYPES
 from common.modeling.model import make_model, shallow_parameter_names
 from common.modeling.parameters import build_layout
 from common.protocol.messages import Reply, Request, TrainRequest
 from server.rounds.run_lifecycle import open_ledger, resume_run, start_run
+from server.run.records import RunStatus, StageRecord, TaskScores
 from tests.in_process_federation import InProcess, phantom_config, sites
 
 CENTRES = ["north", "south", "west"]
-SOFT = ["stages.transition.tasks=[soft]", "tasks.soft.num_clusters=[2,3]"]
-RECIPES = {  # overrides, and the metrics of each task that the report must have
+SOFT_LABELS = ["stages.transition.tasks=[soft]", "tasks.soft.num_clusters=[2,3]"]
+# {name: (overrides, {task: metrics that the report must have})}
+RECIPES = {
     "multisource": (["recipe=multisource"], {"covid": {"auc", "f1"}, "source": {"accuracy"}}),
     "prognosis": (["recipe=prognosis"], {"outcome": {"auc", "gmean"}, "brixia": {"accuracy", "f1"}}),
     "regions": (
@@ -42,7 +43,7 @@ RECIPES = {  # overrides, and the metrics of each task that the report must have
         {"covid": {"auc"}, "lesion": {"dice", "spearman"}},
     ),
     "transfer": (["recipe=transfer"], {"target": {"accuracy", "precision", "f1", "auc"}}),
-    "soft": (["recipe=transfer", *SOFT], {"target": {"accuracy", "f1", "auc"}}),
+    "soft": (["recipe=transfer", *SOFT_LABELS], {"target": {"accuracy", "f1", "auc"}}),
 }
 
 
@@ -60,25 +61,39 @@ def config(phantom: Path, *overrides: str, centres: list[str] = CENTRES) -> Conf
     return phantom_config(phantom, *few, "stage.local_epochs=1", "stage.rounds=1", *overrides)
 
 
-def labelled(table: pd.DataFrame, name: str, task: Task) -> pd.Series:
+def is_labelled(table: pd.DataFrame, name: str, task: Task) -> pd.Series:
     """Which rows of a cohort have a task's label, by the table alone."""
     if task.type in UNSUPERVISED_TYPES:
         return pd.Series(True, index=table.index)
     columns = task.label_columns or [task.label_column or name]
-    return (
-        table[columns].notna().all(axis=1)
-        if set(columns) <= set(table)
-        else pd.Series(False, index=table.index)
-    )
+    if not set(columns) <= set(table):
+        return pd.Series(False, index=table.index)
+    return table[columns].notna().all(axis=1)
 
 
-def tables(phantom: Path, modality: str) -> dict[str, pd.DataFrame]:
-    read = {c: pd.read_csv(phantom / c / "cohort.csv") for c in CENTRES}
-    return {c: table[table["modality"] == modality] for c, table in read.items()}
+def read_tables(phantom: Path, modality: str) -> dict[str, pd.DataFrame]:
+    """Each centre's cohort table, of one modality."""
+    tables = {}
+    for centre in CENTRES:
+        table = pd.read_csv(phantom / centre / "cohort.csv")
+        tables[centre] = table[table["modality"] == modality]
+    return tables
+
+
+def select_split(tables: dict[str, pd.DataFrame], split: str) -> dict[str, pd.DataFrame]:
+    return {centre: table[table["split"] == split] for centre, table in tables.items()}
+
+
+def centres_with_label(tables: dict[str, pd.DataFrame], name: str, task: Task) -> set[str]:
+    return {centre for centre, table in tables.items() if is_labelled(table, name, task).any()}
+
+
+def centres_with_scans(scores: TaskScores) -> set[str]:
+    return {centre for centre, centre_scores in scores.centres.items() if centre_scores.metrics["n"]}
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_a_recipe_runs_and_reports(phantom: Path, tmp_path: Path, recipe: str) -> None:
+def test_recipe_runs_and_reports(phantom: Path, tmp_path: Path, recipe: str) -> None:
     trained: list[tuple[str, str]] = []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
@@ -86,58 +101,62 @@ def test_a_recipe_runs_and_reports(phantom: Path, tmp_path: Path, recipe: str) -
             trained.append((request.stage, centre))
         return reply
 
-    overrides, metrics = RECIPES[recipe]
-    given = config(phantom, *overrides)
-    result = start_run(given, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "r")
-    assert result["status"] == "finished"
-    assert result["left_out"] == []
-    held = tables(phantom, given.preprocess.modality)
-    for (name, stage), played in zip(given.stages.items(), result["stages"], strict=True):
-        tasks = {t: given.tasks[t] for t in stage_tasks(given, stage)}
-        train = {c: table[table["split"] == "train"] for c, table in held.items()}
-        teachers = [c for c in CENTRES if any(labelled(train[c], t, task).any() for t, task in tasks.items())]
-        assert [c for s, c in trained if s == name] == teachers
-        weights = played["rounds"][1]["weights"]
-        for t, task in tasks.items():  # a head is averaged over those who label it
-            knows = {c for c in CENTRES if labelled(train[c], t, task).any()}
-            assert {c for c, w in weights[t].items() if w > 0} == knows
-            seen = played["rounds"][1]["val"][t]["centres"]
-            wanted = {c for c in CENTRES if labelled(held[c][held[c]["split"] == "val"], t, task).any()}
-            assert {c for c, m in seen.items() if m["n"]} == wanted
-    for task, wanted_metrics in metrics.items():
-        views = result["test"][task]
-        assert wanted_metrics <= views["macro"].keys()
-        test = {c: table[table["split"] == "test"] for c, table in held.items()}
-        counts = {c: int(labelled(test[c], task, given.tasks[task]).sum()) for c in CENTRES}
-        assert {c: m["n"] for c, m in views["centres"].items() if m["n"]} == {
-            c: n for c, n in counts.items() if n
-        }
-        for c, m in views["centres"].items():
-            assert m["loss"] is None or np.isfinite(m["loss"])
-            assert (m["loss"] is None) == (not counts[c])
+    overrides, expected_metrics = RECIPES[recipe]
+    run_config = config(phantom, *overrides)
+    result = start_run(run_config, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "r")
+    assert result.status == RunStatus.FINISHED
+    assert result.left_out == []
+    tables = read_tables(phantom, run_config.preprocess.modality)
+    train = select_split(tables, "train")
+    val = select_split(tables, "val")
+    test = select_split(tables, "test")
+    for (name, stage), record in zip(run_config.stages.items(), result.stages, strict=True):
+        first_round = record.rounds[1]
+        expected_centres: set[str] = set()
+        for task_name in stage_tasks(run_config, stage):
+            task = run_config.tasks[task_name]
+            with_label = centres_with_label(train, task_name, task)
+            expected_centres |= with_label
+            # A head is averaged over the centres that have labels for it.
+            weights = first_round.weights[task_name]
+            assert {centre for centre, weight in weights.items() if weight > 0} == with_label
+            validated = centres_with_scans(first_round.validation[task_name])
+            assert validated == centres_with_label(val, task_name, task)
+        asked = [centre for stage_name, centre in trained if stage_name == name]
+        assert asked == [centre for centre in CENTRES if centre in expected_centres]
+    for task_name, metric_names in expected_metrics.items():
+        scores = result.test[task_name]
+        assert metric_names <= scores.macro.keys()
+        for centre in CENTRES:
+            num_labelled = int(is_labelled(test[centre], task_name, run_config.tasks[task_name]).sum())
+            assert (centre in centres_with_scans(scores)) == bool(num_labelled)
+            if centre in scores.centres:
+                centre_scores = scores.centres[centre]
+                assert centre_scores.metrics["n"] == num_labelled
+                assert centre_scores.loss is None or np.isfinite(centre_scores.loss)
+                assert (centre_scores.loss is None) == (not num_labelled)
     page = (tmp_path / "r" / "report.html").read_text()
-    for word in (*given.stages, *metrics):
+    for word in (*run_config.stages, *expected_metrics):
         assert word in page
-    assert all(np.isfinite(w).all() for w in load_file(tmp_path / "r" / "model.safetensors").values())
+    assert all(
+        np.isfinite(tensor).all() for tensor in load_file(tmp_path / "r" / "model.safetensors").values()
+    )
 
 
-# --- stopped and taken up again ----------------------------------------------------------------------------------------------------------
+# --- interruption and resumption
 
 
-class Stopped(Exception):
-    """The machine went away."""
+class CoordinatorCrash(Exception):
+    """The coordinator's machine went away."""
 
 
-def stopping(stage: str, round: int) -> InProcess:
-    """Centres of which the last one's contribution in that round never arrives: the coordinator is gone by then."""
+def crash_in_round(stage: str, round_number: int) -> InProcess:
+    """Centres of which the last one's reply in a round never arrives: the coordinator is gone by then."""
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
-        if isinstance(request, TrainRequest) and (request.stage, request.round, centre) == (
-            stage,
-            round,
-            "west",
-        ):
-            raise Stopped
+        is_training = isinstance(request, TrainRequest) and centre == "west"
+        if is_training and (request.stage, request.round) == (stage, round_number):
+            raise CoordinatorCrash
         return reply
 
     return InProcess(sites(), hook)
@@ -147,55 +166,55 @@ def stopping(stage: str, round: int) -> InProcess:
     ("overrides", "stage"),
     [
         (["recipe=finegrained", "stages.pretrain.rounds=2", "stages.main.rounds=1"], "pretrain"),
-        (["recipe=transfer", *SOFT, "stages.transition.rounds=1", "stages.target.rounds=2"], "target"),
+        (["recipe=transfer", *SOFT_LABELS, "stages.transition.rounds=1", "stages.target.rounds=2"], "target"),
     ],
 )
-def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(
+def test_run_interrupted_in_any_stage_resumes_to_the_same_bits(
     phantom: Path, tmp_path: Path, overrides: list[str], stage: str
 ) -> None:
-    """In self-supervision, whose queue lives within a round, and after a clustering, whose labels the centres keep."""
-    given = config(phantom, *overrides, centres=["north", "west"])
+    """In self-supervision, whose queue lasts for a round, and after a clustering, whose labels remain."""
+    run_config = config(phantom, *overrides, centres=["north", "west"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    expected = start_run(given, InProcess(sites()), whole, open_ledger(whole), "whole")
-    with pytest.raises(Stopped):
-        start_run(given, stopping(stage, 2), broken, open_ledger(broken), "broken")
+    expected = start_run(run_config, InProcess(sites()), whole, open_ledger(whole), "whole")
+    with pytest.raises(CoordinatorCrash):
+        start_run(run_config, crash_in_round(stage, 2), broken, open_ledger(broken), "broken")
     assert not (broken / "broken" / "metrics.json").exists()
-    found = resume_run("broken", InProcess(sites()), broken, open_ledger(broken))
-    same(load_file(whole / "whole" / "model.safetensors"), load_file(broken / "broken" / "model.safetensors"))
-    assert found["test"] == expected["test"]
-    assert [rounds_of(s) for s in found["stages"]] == [rounds_of(s) for s in expected["stages"]]
+    resumed = resume_run("broken", InProcess(sites()), broken, open_ledger(broken))
+    expected_tensors = load_file(whole / "whole" / "model.safetensors")
+    resumed_tensors = load_file(broken / "broken" / "model.safetensors")
+    assert expected_tensors.keys() == resumed_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        np.testing.assert_array_equal(tensor, resumed_tensors[name], err_msg=name)
+    assert resumed.test == expected.test
+    assert [list_validations(stage) for stage in resumed.stages] == [
+        list_validations(stage) for stage in expected.stages
+    ]
     assert json.loads((broken / "broken" / "metrics.json").read_text())["status"] == "finished"
 
 
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        np.testing.assert_array_equal(tensor, other[name], err_msg=name)
+def list_validations(stage: StageRecord) -> list[tuple[int, dict[str, TaskScores]]]:
+    return [(record.round, record.validation) for record in stage.rounds]
 
 
-def rounds_of(stage: dict[str, Any]) -> list[tuple[int, Any]]:
-    return [(r["round"], r["val"]) for r in stage["rounds"]]
-
-
-def test_the_stages_are_what_they_are_called(phantom: Path, tmp_path: Path) -> None:
-    """The transition moves the encoder's deeper half and its own head; the target starts from it; nobody trained the other's head."""
-    before, after = [], []
+def test_stages_train_the_parameters_that_they_should(phantom: Path, tmp_path: Path) -> None:
+    """The transition trains the encoder's deeper half and its own head; no stage trains the other's head."""
+    in_transition, in_target = [], []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
         if isinstance(request, TrainRequest):
-            (before if request.stage == "transition" else after).append(request.weights.floats.copy())
+            received = in_transition if request.stage == "transition" else in_target
+            received.append(request.weights.floats.copy())
         return reply
 
-    given = config(
-        phantom, "recipe=transfer", "aggregation.compression=fp32", centres=["north", "west"]
-    )  # to see whole weights
-    start_run(given, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "r")
-    model = make_model(given.backbone, given.tasks, 0)
-    still = shallow_parameter_names(model, 0.5)
-    assert still
-    for e in build_layout(model).floats:
-        moved = bool((before[0][e.span] != after[0][e.span]).any())
-        if e.group == "target" or e.name in still:
-            assert not moved, e.name
-        elif e.group == "transition":
-            assert moved, e.name
+    # Without compression, so that every request carries all weights.
+    run_config = config(phantom, "recipe=transfer", "aggregation.compression=fp32", centres=["north", "west"])
+    start_run(run_config, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "r")
+    model = make_model(run_config.backbone, run_config.tasks, 0)
+    shallow = shallow_parameter_names(model, 0.5)
+    assert shallow
+    for slot in build_layout(model).floats:
+        has_changed = bool((in_transition[0][slot.span] != in_target[0][slot.span]).any())
+        if slot.group == "target" or slot.name in shallow:
+            assert not has_changed, slot.name
+        elif slot.group == "transition":
+            assert has_changed, slot.name

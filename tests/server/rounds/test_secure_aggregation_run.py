@@ -1,11 +1,10 @@
-"""Whole runs under secure aggregation: the plain run's weights, drop-outs, retries, kill -9 and resume, with differential privacy, under a policy."""
+"""Whole runs under secure aggregation: weights as in the open, dropouts, kill -9, privacy, policy."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -24,13 +23,15 @@ from common.protocol.messages import (
     TrainRequest,
     UnmaskRequest,
 )
-from common.utils.errors import ConsiliumError
+from common.utils.errors import ConsiliumError, RefusalCode
 from server.rounds.run_lifecycle import open_ledger, resume_run, start_run
+from server.run.records import RunResult
 from tests.in_process_federation import InProcess, phantom_config, sites
 
-ONE = ["stage.rounds=1", "evaluation.checkpoint_selection=last", "aggregation.compression=fp32"]
-SECRET = ["privacy=secagg"]
-HIDDEN = ["privacy=secagg", "privacy.secagg.scope=all", "evaluation.reduction=pooled"]
+ReplyT = TypeVar("ReplyT")
+ONE_ROUND = ["stage.rounds=1", "evaluation.checkpoint_selection=last", "aggregation.compression=fp32"]
+SECAGG = ["privacy=secagg"]
+SECAGG_ALL = ["privacy=secagg", "privacy.secagg.scope=all", "evaluation.reduction=pooled"]
 
 
 @pytest.fixture(scope="module")
@@ -40,86 +41,100 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(
     phantom: Path, runs: Path, name: str, *overrides: str, transport: InProcess | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    result = start_run(
-        phantom_config(phantom, *overrides), transport or InProcess(sites()), runs, open_ledger(runs), name
-    )
+) -> tuple[RunResult, dict[str, np.ndarray]]:
+    """Execute a run and return its result and its model's tensors."""
+    config = phantom_config(phantom, *overrides)
+    result = start_run(config, transport or InProcess(sites()), runs, open_ledger(runs), name)
     return result, load_file(runs / name / "model.safetensors")
 
 
-def test_a_secret_round_makes_the_plain_rounds_weights_and_hides_what_it_says(
-    phantom: Path, tmp_path: Path
-) -> None:
-    sent: list[Reply] = []
+class Recorder:
+    """A hook that keeps every reply."""
 
-    def hook(centre: str, request: Request, reply: Reply) -> Reply:
-        sent.append(reply)
+    def __init__(self) -> None:
+        self.replies: list[Reply] = []
+
+    def __call__(self, centre: str, request: Request, reply: Reply) -> Reply:
+        self.replies.append(reply)
         return reply
 
-    plain, expected = run(phantom, tmp_path, "plain", *ONE)
-    for name, settings in (("secret", SECRET), ("hidden", HIDDEN)):
-        sent.clear()
-        result, found = run(phantom, tmp_path, name, *ONE, *settings, transport=InProcess(sites(), hook))
-        for tensor, value in expected.items():
-            if value.dtype.kind == "f":  # 4 clip / 2^bits, and a float32's own rounding
-                np.testing.assert_allclose(
-                    found[tensor], value, atol=4 * 4 / 2**26, rtol=1e-6, err_msg=tensor
-                )
-        assert not any(
-            reply.delta.size or reply.encoded_delta for reply in sent if isinstance(reply, TrainReply)
-        )
-        entry = result["stages"][0]["rounds"][1]
-        pooled = {task: views["pooled"] for task, views in result["test"].items()}
-        assert pooled == {task: views["pooled"] for task, views in plain["test"].items()}
-        if name == "secret":
-            aucs = [
-                {c: of["auc"] for c, of in one["test"]["covid"]["centres"].items()} for one in (result, plain)
-            ]
-            assert aucs[0] == aucs[1]
-            assert entry["weights"]["covid"] == pytest.approx(
-                plain["stages"][0]["rounds"][1]["weights"]["covid"]
-            )
-            assert entry["weights"]["backbone"] == pytest.approx(
-                plain["stages"][0]["rounds"][1]["weights"]["backbone"]
-            )
-        else:
-            assert not any(reply.sums for reply in sent if isinstance(reply, StatisticsReply))
-            assert not any(
-                reply.scans or reply.losses or reply.int_buffers.any()
-                for reply in sent
-                if isinstance(reply, TrainReply)
-            )
-            assert not any(reply.scans or reply.skipped for reply in sent if isinstance(reply, JoinReply))
-            assert result["test"]["covid"]["centres"].keys() == {"all"}
-            assert "challenge_score" not in result["test"]["covid"]
-            assert entry["weights"] == {}
-            assert any("no centre's own scores are known" in note for note in result["notes"])
-            ledger = json.dumps(
-                [
-                    *map(str, open_ledger(tmp_path).read_contributions(name)),
-                    *map(str, open_ledger(tmp_path).read_centres(name)),
-                ]
-            )
-            assert all(f"'{c}/train" not in ledger for c in ("north", "east", "south", "west"))
-    lines = [
-        line for line in egress_log.read_entries(phantom / "north" / ".consilium") if line["run"] == "secret"
-    ]
-    kinds = [
-        (line["kind"], line["query"].partition("/")[0])
-        for line in lines
-        if line["kind"] in ("ShareKeysReply", "MaskedInputReply", "UnmaskReply")
-    ]
-    assert kinds == [("ShareKeysReply", "train"), ("MaskedInputReply", "train"), ("UnmaskReply", "train")]
-    assert next(line["bytes"] for line in lines if line["kind"] == "MaskedInputReply") > 4 * 370_000
+    def of_type(self, reply_type: type[ReplyT]) -> list[ReplyT]:
+        return [reply for reply in self.replies if isinstance(reply, reply_type)]
 
 
-def test_who_drops_out_is_left_out_and_a_sum_of_too_few_is_begun_again(phantom: Path, tmp_path: Path) -> None:
+def test_secure_round_makes_the_same_weights_and_hides_updates(phantom: Path, tmp_path: Path) -> None:
+    plain, expected = run(phantom, tmp_path, "plain", *ONE_ROUND)
+    plain_round = plain.stages[0].rounds[1]
+    recorder = Recorder()
+    result, weights = run(
+        phantom, tmp_path, "secret", *ONE_ROUND, *SECAGG, transport=InProcess(sites(), recorder)
+    )
+    assert_close_weights(weights, expected)
+    assert_same_pooled_scores(result, plain)
+    for reply in recorder.of_type(TrainReply):
+        assert not reply.delta.size
+        assert not reply.encoded_delta
+    for centre, scores in plain.test["covid"].centres.items():
+        assert result.test["covid"].centres[centre].metrics["auc"] == scores.metrics["auc"]
+    secure_round = result.stages[0].rounds[1]
+    for group in ("covid", "backbone"):
+        assert secure_round.weights[group] == pytest.approx(plain_round.weights[group])
+    log = egress_log.read_entries(phantom / "north" / ".consilium")
+    entries = [entry for entry in log if entry.run == "secret"]
+    steps = []
+    for entry in entries:
+        if entry.kind in ("ShareKeysReply", "MaskedInputReply", "UnmaskReply"):
+            steps.append((entry.kind, entry.query.partition("/")[0]))
+    assert steps == [("ShareKeysReply", "train"), ("MaskedInputReply", "train"), ("UnmaskReply", "train")]
+    masked = next(entry for entry in entries if entry.kind == "MaskedInputReply")
+    assert masked.bytes > 4 * 370_000
+
+
+def test_scope_all_hides_the_statistics_as_well(phantom: Path, tmp_path: Path) -> None:
+    plain, expected = run(phantom, tmp_path, "plain", *ONE_ROUND)
+    recorder = Recorder()
+    result, weights = run(
+        phantom, tmp_path, "hidden", *ONE_ROUND, *SECAGG_ALL, transport=InProcess(sites(), recorder)
+    )
+    assert_close_weights(weights, expected)
+    assert_same_pooled_scores(result, plain)
+    for reply in recorder.of_type(TrainReply):
+        assert not reply.delta.size
+        assert not reply.encoded_delta
+        assert not reply.scans
+        assert not reply.losses
+        assert not reply.int_buffers.any()
+    assert not any(reply.sums for reply in recorder.of_type(StatisticsReply))
+    assert not any(reply.scans or reply.skipped for reply in recorder.of_type(JoinReply))
+    assert result.test["covid"].centres.keys() == {"all"}
+    assert result.test["covid"].challenge_score is None
+    assert result.stages[0].rounds[1].weights == {}
+    assert any("no centre's own scores are known" in note for note in result.notes)
+    ledger = open_ledger(tmp_path)
+    rows = str([*ledger.read_contributions("hidden"), *ledger.read_centres("hidden")])
+    assert all(f"'{centre}/train" not in rows for centre in ("north", "east", "south", "west"))
+
+
+def assert_close_weights(weights: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Up to quantization, 4 clip / 2^bits, and a float32's own rounding."""
+    for name, tensor in expected.items():
+        if tensor.dtype.kind == "f":
+            np.testing.assert_allclose(weights[name], tensor, atol=4 * 4 / 2**26, rtol=1e-6, err_msg=name)
+
+
+def assert_same_pooled_scores(result: RunResult, expected: RunResult) -> None:
+    pooled = {task: scores.pooled for task, scores in result.test.items()}
+    assert pooled == {task: scores.pooled for task, scores in expected.test.items()}
+
+
+def test_dropouts_are_left_out_and_a_sum_of_too_few_is_started_again(phantom: Path, tmp_path: Path) -> None:
     trained: list[str] = []
+    # (attempt, step, centre): the first attempt falls below the threshold.
     lost = {
         (1, ShareKeysRequest, "north"),
         (1, ShareKeysRequest, "east"),
         (2, MaskedInputRequest, "west"),
-    }  # (attempt, step, centre): the first falls below the threshold
+    }
     attempts: dict[str, int] = {}
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply | None:
@@ -128,83 +143,67 @@ def test_who_drops_out_is_left_out_and_a_sum_of_too_few_is_begun_again(phantom: 
             attempts[centre] = attempts.get(centre, 0) + 1
         return None if (attempts.get(centre), type(request), centre) in lost else reply
 
+    transport = InProcess(sites(), hook)
     result, weights = run(
-        phantom,
-        tmp_path,
-        "dropped",
-        *ONE,
-        *SECRET,
-        "federation.quorum=0.75",
-        transport=InProcess(sites(), hook),
+        phantom, tmp_path, "dropped", *ONE_ROUND, *SECAGG, "federation.quorum=0.75", transport=transport
     )
     assert len(trained) == 8
-    assert {(left["centre"], "no reply" in left["reason"]) for left in result["left_out"]} == {
-        ("north", True),
-        ("east", True),
-        ("west", True),
-    }
-    entry = result["stages"][0]["rounds"][1]
-    assert set(entry["weights"]["backbone"]) == {"north", "east", "south"}
-    assert not entry["centres"]["west"]["accepted"]
-    assert all(np.isfinite(value).all() for value in weights.values())
-    assert [e["kind"] for e in open_ledger(tmp_path).read_events("dropped")].count("below_quorum") == 1
+    assert {left.centre for left in result.left_out} == {"north", "east", "west"}
+    assert all("no reply" in left.reason for left in result.left_out)
+    assert {left.code for left in result.left_out} == {RefusalCode.OFFLINE}
+    record = result.stages[0].rounds[1]
+    assert set(record.weights["backbone"]) == {"north", "east", "south"}
+    assert not record.centres["west"].accepted
+    assert all(np.isfinite(tensor).all() for tensor in weights.values())
+    kinds = [event["kind"] for event in open_ledger(tmp_path).read_events("dropped")]
+    assert kinds.count("below_quorum") == 1
 
 
-def test_it_pauses_when_too_few_stay_and_says_who_is_missing(phantom: Path, tmp_path: Path) -> None:
+def test_run_pauses_when_too_few_centres_stay_in_the_sum(phantom: Path, tmp_path: Path) -> None:
     def hook(centre: str, request: Request, reply: Reply) -> Reply | None:
         return None if isinstance(request, MaskedInputRequest) and centre in ("north", "east") else reply
 
-    with pytest.raises(
-        ConsiliumError, match=r"is paused: .*0 contributions, 3 needed \(.*north.*no reply within"
-    ):
-        run(
-            phantom,
-            tmp_path,
-            "paused",
-            *ONE,
-            *SECRET,
-            "federation.quorum=0.75",
-            "federation.round_retries=1",
-            transport=InProcess(sites(), hook),
-        )
+    overrides = ["federation.quorum=0.75", "federation.round_retries=1"]
+    transport = InProcess(sites(), hook)
+    with pytest.raises(ConsiliumError, match=r"is paused: .*0 updates, 3 needed \(.*north.*no reply within"):
+        run(phantom, tmp_path, "paused", *ONE_ROUND, *SECAGG, *overrides, transport=transport)
 
 
-class Killed(BaseException):
-    """What no handler of the coordinator's catches: as after kill -9, only what lies on disk goes on."""
+class CoordinatorKilled(BaseException):
+    """What no handler of the coordinator's catches: as after kill -9, only what is on disk is left."""
 
 
-def test_killed_while_masks_are_opened_and_resumed_equals_uninterrupted(
+def test_killed_while_masks_are_removed_and_resumed_equals_uninterrupted_run(
     phantom: Path, tmp_path: Path
 ) -> None:
-    opened = 0
+    num_unmask_requests = 0
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
-        nonlocal opened
-        opened += isinstance(request, UnmaskRequest)
-        if (
-            opened == 11
-        ):  # by 4 centres each: counts, scores of round 0, the change of round 1. The third has forgotten its secrets
-            opened += 1
-            raise Killed
+        # 4 centres are asked for the counts, for the scores of round 0 and for the update of round 1: the
+        # third centre has deleted its secrets of the update when the coordinator is killed.
+        nonlocal num_unmask_requests
+        num_unmask_requests += isinstance(request, UnmaskRequest)
+        if num_unmask_requests == 11:
+            num_unmask_requests += 1
+            raise CoordinatorKilled
         return reply
 
-    settings = [*ONE, *HIDDEN]
-    _, whole = run(phantom, tmp_path, "whole", *settings)
-    nodes = InProcess(sites(), hook)
-    with pytest.raises(Killed):
-        run(phantom, tmp_path, "broken", *settings, transport=nodes)
+    _, expected = run(phantom, tmp_path, "whole", *ONE_ROUND, *SECAGG_ALL)
+    transport = InProcess(sites(), hook)
+    with pytest.raises(CoordinatorKilled):
+        run(phantom, tmp_path, "broken", *ONE_ROUND, *SECAGG_ALL, transport=transport)
     resume_run("broken", InProcess(sites()), tmp_path, open_ledger(tmp_path))
     for name, tensor in load_file(tmp_path / "broken" / "model.safetensors").items():
-        np.testing.assert_array_equal(tensor, whole[name], err_msg=name)
+        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
 
 
-def test_with_differential_privacy_what_is_masked_is_noised_already(phantom: Path, tmp_path: Path) -> None:
-    """The new weights are the mean of what each centre was charged for, and that is the noised change."""
-    before: list[np.ndarray] = []
+def test_masked_updates_are_privatised_before(phantom: Path, tmp_path: Path) -> None:
+    """Under `privacy=patient`, the next weights are the mean of the noisy updates that were charged."""
+    received: list[np.ndarray] = []
 
     def hook(centre: str, request: Request, reply: Reply) -> Reply:
         if isinstance(request, TrainRequest):
-            before.append(request.weights.floats)
+            received.append(request.weights.floats)
         return reply
 
     private = [
@@ -214,59 +213,54 @@ def test_with_differential_privacy_what_is_masked_is_noised_already(phantom: Pat
         "privacy.secagg.scope=model",
     ]
     nodes = [replace(site, state=str(tmp_path / str(i))) for i, site in enumerate(sites())]
-    result, found = run(phantom, tmp_path, "private", *ONE, *private, transport=InProcess(nodes, hook))
-    entry = result["stages"][0]["rounds"][1]
-    assert all(said["epsilon"] > 0 for said in entry["centres"].values())
-    charged = {
-        c: load_file(tmp_path / str(i) / "budget" / "last.safetensors")["delta"]
-        for i, c in enumerate(("north", "east", "south", "west"))
-    }
-    layout = parameter_layout(
-        phantom_config(phantom, *ONE, *private, "tasks.source.classes=[north,east,south,west]")
+    transport = InProcess(nodes, hook)
+    result, weights = run(phantom, tmp_path, "private", *ONE_ROUND, *private, transport=transport)
+    record = result.stages[0].rounds[1]
+    assert all(centre.epsilon and centre.epsilon > 0 for centre in record.centres.values())
+    charged = {}
+    for i, centre in enumerate(("north", "east", "south", "west")):
+        charged[centre] = load_file(tmp_path / str(i) / "budget" / "last.safetensors")["delta"]
+    classes = "tasks.source.classes=[north,east,south,west]"
+    layout = parameter_layout(phantom_config(phantom, *ONE_ROUND, *private, classes))
+    for slot in layout.floats:
+        mean = np.zeros(slot.stop - slot.start)
+        for centre, delta in charged.items():
+            mean += record.weights[slot.group][centre] * delta[slot.span].astype(np.float64)
+        expected = received[0][slot.span] + mean
+        np.testing.assert_allclose(weights[slot.name].ravel(), expected, atol=5e-7, err_msg=slot.name)
+
+
+def run_with_policy(phantom: Path, folder: Path, policy: str, *overrides: str) -> list[str]:
+    """Run with a policy at north; return its replies in secure sums, or the reason why it was left out."""
+    (folder / "policy.yaml").write_text(policy)
+    nodes = sites()
+    nodes[0] = replace(nodes[0], policy=str(folder / "policy.yaml"), state=str(folder / "state"))
+    replies: list[str] = []
+
+    def hook(centre: str, request: Request, reply: Reply) -> Reply:
+        is_secure_sum = isinstance(request, ShareKeysRequest | MaskedInputRequest | UnmaskRequest)
+        if centre == "north" and is_secure_sum:
+            replies.append(type(reply).__name__)
+        return reply
+
+    name = f"policy{len(list(folder.glob('policy*/')))}"
+    transport = InProcess(nodes, hook)
+    result, _ = run(
+        phantom, folder, name, *ONE_ROUND, *overrides, "federation.quorum=0.75", transport=transport
     )
-    for e in layout.floats:
-        mean = sum(
-            entry["weights"][e.group][c] * delta[e.span].astype(np.float64) for c, delta in charged.items()
-        )
-        np.testing.assert_allclose(found[e.name].ravel(), before[0][e.span] + mean, atol=5e-7, err_msg=e.name)
+    if replies:
+        return replies
+    if result.left_out:
+        return [result.left_out[0].reason]
+    return [open_ledger(folder).read_events(name)[1]["detail"]]
 
 
-def test_a_policy_that_requires_it_lets_nothing_else_leave(phantom: Path, tmp_path: Path) -> None:
-    def answered(policy: str, *overrides: str) -> list[str]:
-        (tmp_path / "policy.yaml").write_text(policy)
-        nodes = [
-            replace(sites()[0], policy=str(tmp_path / "policy.yaml"), state=str(tmp_path / "state")),
-            *sites()[1:],
-        ]
-        ended: list[str] = []
-
-        def hook(centre: str, request: Request, reply: Reply) -> Reply:
-            if centre == "north" and isinstance(
-                request, ShareKeysRequest | MaskedInputRequest | UnmaskRequest
-            ):
-                ended.append(type(reply).__name__)
-            return reply
-
-        name = f"policy{len(list(tmp_path.glob('policy*/')))}"
-        result, _ = run(
-            phantom,
-            tmp_path,
-            name,
-            *ONE,
-            *overrides,
-            "federation.quorum=0.75",
-            transport=InProcess(nodes, hook),
-        )
-        return ended or [
-            result["left_out"][0]["reason"]
-            if result["left_out"]
-            else open_ledger(tmp_path).read_events(name)[1]["detail"]
-        ]
-
-    assert answered("require_secure_aggregation: true\nmin_centres: 4\n", *SECRET) == [
-        "ShareKeysReply",
-        "MaskedInputReply",
-        "UnmaskReply",
-    ]
-    assert "requires secure aggregation" in answered("require_secure_aggregation: true\n")[0]
-    assert "asks for 9 centres or more" in answered("min_centres: 9\n", *SECRET)[0]
+def test_policy_that_requires_secure_aggregation_refuses_everything_else(
+    phantom: Path, tmp_path: Path
+) -> None:
+    requires_secagg = "require_secure_aggregation: true\n"
+    replies = run_with_policy(phantom, tmp_path, f"{requires_secagg}min_centres: 4\n", *SECAGG)
+    assert replies == ["ShareKeysReply", "MaskedInputReply", "UnmaskReply"]
+    assert "requires secure aggregation" in run_with_policy(phantom, tmp_path, requires_secagg)[0]
+    (reason,) = run_with_policy(phantom, tmp_path, "min_centres: 9\n", *SECAGG)
+    assert "requires 9 centres or more" in reason

@@ -1,14 +1,16 @@
-"""Weights reach the centres as changes: the same bits there as here, whole for who lacks them, and nothing lost in rounding over rounds."""
+"""Broadcast of the global weights as differences: same bits on both sides, and no error that adds up."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client.site.config import Site
 from common.config.compose import compose_config
 from common.config.schema import Compression
 from common.modeling.model import make_model
@@ -16,101 +18,119 @@ from common.modeling.parameters import Weights, build_layout
 from common.protocol.messages import BaseWeightsMissing, Reply, Request, StatisticsRequest, TrainRequest
 from server.rounds.run_lifecycle import open_ledger, start_run
 from server.run.broadcast import quantize_server_step
-from server.run.run_state import Run
+from server.run.run_state import ModelState, Run
 from tests.in_process_federation import InProcess, phantom_config, sites
 
 
-class Watched(InProcess):
-    """Notes the bytes of weights in every request; before request with weights number `lose`, the centres' disks lose what they hold."""
+@dataclass(frozen=True)
+class SentWeights:
+    """What a request carried of the global weights."""
 
-    def __init__(self, root: Path, lose: int = 0) -> None:
+    kind: str
+    split: str
+    whole_bytes: int
+    delta_bytes: int
+
+
+class Observed(InProcess):
+    """Records the bytes of weights in every request that has any.
+
+    Before such request number `lose_before`, counted from 1, the centres' disks lose the weights that they
+    hold.
+    """
+
+    def __init__(self, root: Path, lose_before: int = 0) -> None:
         super().__init__(sites())
-        self.root, self.lose = root, lose
-        self.sizes: list[tuple[str, str, int, int]] = []
-        self.lacking = 0
+        self.root = root
+        self.lose_before = lose_before
+        self.sent: list[SentWeights] = []
+        self.num_missing = 0
 
-    def _call(self, site: object, request: Request) -> Reply:
+    def _call(self, site: Site, request: Request) -> Reply:
         if isinstance(request, TrainRequest | StatisticsRequest) and request.weights is not None:
-            if len(self.sizes) == self.lose - 1:
-                for folder in self.root.rglob("wire"):
-                    shutil.rmtree(folder)
-            floats, change = (
-                request.weights.floats.nbytes,
-                sum(a.nbytes for a in request.encoded_delta.values()),
-            )
-            self.sizes.append((type(request).__name__, getattr(request, "split", ""), floats, change))
-        reply = super()._call(site, request)  # type: ignore[arg-type]
-        self.lacking += isinstance(reply, BaseWeightsMissing)
+            if len(self.sent) == self.lose_before - 1:
+                lose_weights(self.root)
+            split = getattr(request, "split", "")
+            delta_bytes = sum(array.nbytes for array in request.encoded_delta.values())
+            whole_bytes = request.weights.floats.nbytes
+            self.sent.append(SentWeights(type(request).__name__, split, whole_bytes, delta_bytes))
+        reply = super()._call(site, request)
+        self.num_missing += isinstance(reply, BaseWeightsMissing)
         return reply
 
 
-def model(runs: Path) -> dict[str, np.ndarray]:
+def lose_weights(root: Path) -> None:
+    """Delete what the centres hold of the global weights."""
+    for folder in root.rglob("wire"):
+        shutil.rmtree(folder)
+
+
+def load_model(runs: Path) -> dict[str, np.ndarray]:
     return load_file(runs / "r" / "model.safetensors")
 
 
-def test_weights_travel_whole_once_and_then_as_changes(tmp_path: Path) -> None:
+def test_weights_travel_whole_once_and_then_as_differences(tmp_path: Path) -> None:
     config = phantom_config(tmp_path / "phantom", "evaluation.checkpoint_selection=last")
-    watched = Watched(tmp_path / "phantom")
-    result = start_run(config, watched, tmp_path, open_ledger(tmp_path), "r")
-    size = watched.sizes[0][2]
-    assert (
-        size > 4 * build_layout(make_model(config.backbone, config.tasks, 0)).size
-    )  # the sources' head has its classes now
-    assert [whole for _, _, whole, _ in watched.sizes[:4]] == [size] * 4  # the score of round 0
-    assert not any(whole for _, _, whole, _ in watched.sizes[4:])
-    assert {change for kind, _, _, change in watched.sizes if kind == "TrainRequest"} == {
-        0
-    }  # they were evaluated, so they are there
-    scored = [
-        change
-        for kind, split, _, change in watched.sizes[4:]
-        if kind == "StatisticsRequest" and split == "val"
-    ]
-    assert len(scored) == 8
-    assert all(
-        size / 4 < change < size / 3.5 for change in scored
-    )  # a small network: many scales for its values
-    assert watched.lacking == 0
+    transport = Observed(tmp_path / "phantom")
+    result = start_run(config, transport, tmp_path, open_ledger(tmp_path), "r")
+    whole_bytes = transport.sent[0].whole_bytes
+    # More than this model's, as the sources' head has its classes now.
+    assert whole_bytes > 4 * build_layout(make_model(config.backbone, config.tasks, 0)).size
+    validation_of_round_0 = transport.sent[:4]
+    rounds = transport.sent[4:]
+    assert [sent.whole_bytes for sent in validation_of_round_0] == [whole_bytes] * 4
+    assert not any(sent.whole_bytes for sent in rounds)
+    # The centres have validated the weights from which they train: nothing is to be sent.
+    assert {sent.delta_bytes for sent in transport.sent if sent.kind == "TrainRequest"} == {0}
+    validations = [sent for sent in rounds if sent.kind == "StatisticsRequest" and sent.split == "val"]
+    assert len(validations) == 8
+    for sent in validations:  # a small network has many scales for its values
+        assert whole_bytes / 4 < sent.delta_bytes < whole_bytes / 3.5
+    assert transport.num_missing == 0
     assert not (tmp_path / "r" / "left.npy").exists()
-    for entry in result["stages"][0]["rounds"][1:]:  # a round's whole traffic, evaluation included
-        assert size < entry["bytes_down"] < 4 * size / 3.5
-        assert entry["bytes_down"] == sum(said["bytes_down"] for said in entry["centres"].values())
+    for record in result.stages[0].rounds[1:]:  # a round's traffic includes its validation
+        assert whole_bytes < record.bytes_down < 4 * whole_bytes / 3.5
+        assert record.bytes_down == sum(centre.bytes_down for centre in record.centres.values())
 
 
-@pytest.mark.parametrize(
-    "lose", [5, 9]
-)  # 4 scored, and in every round 4 trained, 4 scored: before training, before a change
-def test_who_lost_its_weights_gets_them_whole(tmp_path: Path, lose: int) -> None:
+# There are 4 validations first, then in every round 4 trainings and 4 validations: the weights are lost
+# before training, and before a difference is sent.
+@pytest.mark.parametrize("lose_before", [5, 9])
+def test_centre_that_lost_its_weights_receives_them_whole(tmp_path: Path, lose_before: int) -> None:
+    phantom = tmp_path / "phantom"
     whole, lost = tmp_path / "whole", tmp_path / "lost"
-    start_run(phantom_config(tmp_path / "phantom"), InProcess(sites()), whole, open_ledger(whole), "r")
-    for folder in (tmp_path / "phantom").rglob("wire"):
-        shutil.rmtree(folder)
-    watched = Watched(tmp_path / "phantom", lose)
-    result = start_run(phantom_config(tmp_path / "phantom"), watched, lost, open_ledger(lost), "r")
-    assert watched.lacking == 4
-    assert result["left_out"] == []
-    if lose == 5:  # before anything was rounded, so that nothing else was lost with it
-        assert all(np.array_equal(tensor, model(lost)[name]) for name, tensor in model(whole).items())
+    start_run(phantom_config(phantom), InProcess(sites()), whole, open_ledger(whole), "r")
+    lose_weights(phantom)
+    transport = Observed(phantom, lose_before)
+    result = start_run(phantom_config(phantom), transport, lost, open_ledger(lost), "r")
+    assert transport.num_missing == 4
+    assert result.left_out == []
+    if lose_before == 5:  # before anything was quantized, so that nothing else was lost with the weights
+        for name, tensor in load_model(whole).items():
+            np.testing.assert_array_equal(tensor, load_model(lost)[name])
 
 
 @pytest.mark.parametrize(
     ("codec", "bound"), [("fp16", 1e-4), ("int8", 2e-3), ("int4", 2.5e-2), ("fp32", 1e-5)]
 )
-def test_over_rounds_nothing_is_lost_but_the_last_rounding(
+def test_quantization_errors_do_not_add_up_over_rounds(
     tmp_path: Path, codec: Compression, bound: float
 ) -> None:
-    """Relative L2 of the way of twelve rounds: an optimiser that has a direction, and noise."""
+    """Relative L2 error of twelve rounds' way: that of an optimiser that has a direction, with noise."""
     config = compose_config([f"aggregation.compression={codec}", "tasks.source.classes=[a,b]"])
     layout = build_layout(make_model(config.backbone, config.tasks, 0))
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     start = Weights(
-        draws.standard_normal(layout.size, dtype=np.float32), np.zeros(layout.int_buffer_size, np.int64)
+        rng.standard_normal(layout.size, dtype=np.float32), np.zeros(layout.int_buffer_size, np.int64)
     )
-    run = Run("r", config, tmp_path, InProcess([]), open_ledger(tmp_path), layout, start.copy())
-    aim = start.floats.astype(np.float64)
-    way = 1e-3 * draws.standard_normal(layout.size)
+    model = ModelState(layout, start.copy())
+    run = Run("r", config, tmp_path, InProcess([]), open_ledger(tmp_path), model)
+    exact = start.floats.astype(np.float64)
+    direction = 1e-3 * rng.standard_normal(layout.size)
     for _ in range(12):
-        step = (way + 1e-3 * draws.standard_normal(layout.size)).astype(np.float32)
-        aim += step
-        run.weights = quantize_server_step(run, Weights(run.weights.floats + step, run.weights.int_buffers))
-    assert np.linalg.norm(run.weights.floats - aim) < bound * np.linalg.norm(aim - start.floats)
+        step = (direction + 1e-3 * rng.standard_normal(layout.size)).astype(np.float32)
+        exact += step
+        next_weights = Weights(run.model.weights.floats + step, run.model.weights.int_buffers)
+        run.model.weights = quantize_server_step(run, next_weights)
+    error = np.linalg.norm(run.model.weights.floats - exact)
+    assert error < bound * np.linalg.norm(exact - start.floats)

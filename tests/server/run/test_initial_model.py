@@ -1,4 +1,4 @@
-"""The first weights: random by the seed, from a file, or one sentence why not."""
+"""The first weights of a run: random by the seed, from a file or from timm; and what can be wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from common.config.compose import compose_config
 from common.config.schema import Config, Task
-from common.modeling.model import check_no_batch_norm, make_model
+from common.modeling.encoder import check_no_batch_norm
+from common.modeling.model import make_model
 from common.utils.errors import ConsiliumError
 from server.run.initial_model import build_initial_model
 
@@ -22,7 +23,7 @@ def config(**backbone: object) -> Config:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_from_a_file_with_or_without_our_prefix(tmp_path: Path, suffix: str) -> None:
+def test_encoder_is_loaded_from_a_file_with_or_without_prefix(tmp_path: Path, suffix: str) -> None:
     donor = make_model(config().backbone, config().tasks, 99).encoder.state_dict()
     named = (
         {f"encoder.{k}": v for k, v in donor.items()}
@@ -35,13 +36,13 @@ def test_from_a_file_with_or_without_our_prefix(tmp_path: Path, suffix: str) -> 
     assert all(torch.equal(v, donor[k]) for k, v in model.encoder.state_dict().items())
 
 
-def test_group_norm_takes_what_a_batch_norm_file_has(tmp_path: Path) -> None:
+def test_group_norm_model_loads_the_weights_of_a_batch_norm_model(tmp_path: Path) -> None:
     torch.save(make_model(config().backbone, config().tasks, 99).encoder.state_dict(), tmp_path / "bn.pth")
     model = build_initial_model(config(weights=str(tmp_path / "bn.pth"), norm="group"))
     assert not any("running" in name for name in model.state_dict())
 
 
-def test_frozen_norms_are_the_files_and_no_batch_moves_them(tmp_path: Path) -> None:
+def test_frozen_norms_keep_the_statistics_of_the_file(tmp_path: Path) -> None:
     donor = make_model(config().backbone, config().tasks, 99)
     x = torch.rand(6, 2, 32, 32)
     donor(x)  # in training mode: its statistics are no longer 0 and 1
@@ -54,7 +55,7 @@ def test_frozen_norms_are_the_files_and_no_batch_moves_them(tmp_path: Path) -> N
     model(x)
     assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
     check_no_batch_norm(model)
-    with pytest.raises(ValueError, match="there are no statistics to keep"):
+    with pytest.raises(ValueError, match="has no statistics to keep"):
         config(norm="frozen")
 
 
@@ -72,7 +73,7 @@ def test_decoder_and_heads_stay_random_by_the_seed(tmp_path: Path) -> None:
         assert torch.equal(tensor, (donor if name.startswith("encoder.") else fresh)[name]), name
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
+def test_unusable_weights_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConsiliumError, match=r"nowhere.pth' does not exist; give a file, 'timm' or 'random'"):
         build_initial_model(config(weights=str(tmp_path / "nowhere.pth")))
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
@@ -86,7 +87,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
         build_initial_model(config(weights=str(tmp_path / "other.pth")))
 
 
-def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -96,7 +97,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         build_initial_model(config(name="tf_efficientnet_b0", weights="timm"))
 
 
-def test_weights_that_timm_does_not_have() -> None:
+def test_backbone_without_timm_weights_is_refused() -> None:
     for name in ("residual_unet", "mobilenetv1_075"):
         with pytest.raises(ConsiliumError, match=f"timm has no weights for '{name}'; give a file"):
             build_initial_model(config(name=name, weights="timm"))

@@ -1,0 +1,84 @@
+"""Answer a JoinRequest: preprocess the cohort where needed, and describe the centre and its data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from collections import Counter
+
+import pandas as pd
+
+from client.data.columns import find_label_columns
+from client.data.loading import clear_dataset_cache, load_centre_cohort, load_datasets
+from client.federation.run_context import RunContext
+from client.site.config import local_cohorts
+from client.site.policy import describe_policy
+from common.config.schema import Config
+from common.learning.losses import task_label_columns
+from common.privacy.secure_aggregation import hides_statistics
+from common.protocol.code_fingerprint import fingerprint_code
+from common.protocol.messages import JoinReply, JoinRequest
+
+REPORTED_PACKAGES = ("torch", "timm", "flwr")
+
+log = logging.getLogger("consilium.centre")
+
+
+def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
+    """Read the cohort anew, preprocess its scans, and describe it as far as the run's privacy allows."""
+    site = context.site
+    config = context.config
+    clear_dataset_cache()
+    cohorts = local_cohorts(site, config)
+    scans: dict[str, int] = {}
+    skipped: dict[str, int] = {}
+    if cohorts:
+        datasets, skipped_items = load_datasets(site, config)
+        scans = {split: len(dataset) for split, dataset in datasets.items()}
+        skipped = dict(Counter(item.reason for item in skipped_items))
+    tables = [load_centre_cohort(site, config, centre, path) for centre, path in cohorts.items()]
+    columns = _find_requested_columns(tables, config)
+    if cohorts:
+        _warn_of_missing_columns(columns, config)
+    hides_counts = hides_statistics(config)
+    return JoinReply(
+        centre=context.centre,
+        cohorts=list(cohorts),
+        fingerprint=fingerprint_code(),
+        sources=sorted({str(source) for table in tables for source in table["source"]}),
+        columns=columns,
+        scans={} if hides_counts or config.privacy.query_noise_multiplier else scans,
+        skipped={} if hides_counts else skipped,
+        versions=_list_versions(),
+        device=str(site.resolve_device()),
+        policy=dict(describe_policy(context.policy)),
+    )
+
+
+def _find_requested_columns(tables: list[pd.DataFrame], config: Config) -> list[str]:
+    """Return which of the recipe's label columns the cohorts have; their other columns are not disclosed."""
+    requested: set[str] = set()
+    for name, task in config.tasks.items():
+        requested.update(task_label_columns(name, task))
+    available: set[str] = set()
+    for table in tables:
+        available.update(find_label_columns(table), ["source"])
+    return sorted(requested & available)
+
+
+def _warn_of_missing_columns(columns: list[str], config: Config) -> None:
+    for name, task in config.tasks.items():
+        missing = [column for column in task_label_columns(name, task) if column not in columns]
+        if missing:
+            log.warning(
+                "the cohort has no column '%s', so this centre does not contribute to task '%s'",
+                ", ".join(missing),
+                name,
+            )
+
+
+def _list_versions() -> dict[str, str]:
+    versions = {package: importlib.metadata.version(package) for package in REPORTED_PACKAGES}
+    versions["python"] = platform.python_version()
+    return versions

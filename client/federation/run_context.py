@@ -1,0 +1,76 @@
+"""What a centre knows of the run that a request belongs to.
+
+A run's configuration is parsed once a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.site.config import Site, reply_name, state_dir
+from client.site.policy import Policy
+from common.config.parse import parse_config
+from common.config.schema import Config, Stage
+from common.utils.errors import Refused, suggest
+
+MAX_CACHED_CONFIGS = 4  # a process serves one run or a few folds of it
+_parsed_configs: dict[str, Config] = {}  # {digest of a configuration's text: the configuration}
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run as this centre takes part in it."""
+
+    site: Site  # with the smallest cell that the policy allows
+    config: Config
+    policy: Policy  # as its file reads now: the hospital may change it during a run
+    run_id: str
+
+    @property
+    def centre(self) -> str:
+        """Return the name under which the centre replies."""
+        return reply_name(self.site, self.config)
+
+    @property
+    def state_dir(self) -> Path:
+        """Return the centre's state folder."""
+        return state_dir(self.site, self.config)
+
+    @property
+    def local_layers_dir(self) -> Path:
+        """Return the folder of the layers that stay at the centre; pooled cohorts have one of their own."""
+        is_central = self.config.federation.mode == "central"
+        return self.state_dir / ("pooled" if is_central else "personal")
+
+    def find_stage(self, name: str) -> Stage:
+        """Return a stage of the recipe; the first for an empty name. Raises Refused for an unknown name."""
+        stages = self.config.stages
+        if not name:
+            return next(iter(stages.values()))
+        if name not in stages:
+            raise Refused(f"this run has no stage '{name}'{suggest(name, stages)}")
+        return stages[name]
+
+
+def parse_run_config(values: Mapping[str, Any]) -> Config:
+    """Return the configuration of a request. Raises ConsiliumError for one that is wrong.
+
+    Every request of a run carries the same configuration, which is parsed when it comes for the first time.
+    """
+    try:
+        text = json.dumps(values)  # keys in their order: the order of the tasks matters
+    except (TypeError, ValueError) as error:
+        raise Refused(f"the run's configuration is not JSON ({type(error).__name__})") from error
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    config = _parsed_configs.get(digest)
+    if config is None:
+        config = parse_config(values)
+        if len(_parsed_configs) >= MAX_CACHED_CONFIGS:
+            _parsed_configs.clear()
+        _parsed_configs[digest] = config
+    return config

@@ -1,0 +1,61 @@
+"""Decide which updates can be used: decode them, validate their form, find those that are far too large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+
+from common.config.schema import Compression
+from common.modeling.parameters import Layout
+from common.protocol.messages import TrainReply
+from common.protocol.update_codec import decode_update
+
+
+def decode_reply(reply: TrainReply, layout: Layout, codec: Compression) -> TrainReply:
+    """Return the reply with the decoded weight delta [P] in place of its encoded form.
+
+    Raises:
+        ValueError, KeyError: the encoded delta does not fit the layout or the codec.
+    """
+    if not reply.encoded_delta:
+        return reply
+    return replace(reply, delta=decode_update(reply.encoded_delta, layout, codec), encoded_delta={})
+
+
+def find_validation_error(reply: TrainReply, layout: Layout, expect_empty: bool) -> str:
+    """Return why an update cannot be used, or "".
+
+    `expect_empty` says that no weights should come: all layers stay at the centres, or the update is masked.
+    """
+    expected_size = 0 if expect_empty else layout.size
+    if reply.delta.shape != (expected_size,):
+        return f"wrong shape: {reply.delta.size} weights instead of {expected_size}"
+    if reply.int_buffers.shape != (layout.int_buffer_size,):
+        return f"wrong shape: {reply.int_buffers.size} counters instead of {layout.int_buffer_size}"
+    with np.errstate(invalid="ignore"):
+        total = reply.delta.sum(dtype=np.float64)  # finite float32 values have a finite float64 sum
+    if not np.isfinite(total):
+        return "not finite"
+    return ""
+
+
+def find_outliers(norms: Mapping[str, float], max_ratio: float) -> dict[str, str]:
+    """Return {centre: reason} of those whose norm exceeds `max_ratio` times the median of the others' norms.
+
+    With two centres nobody can say which is the outlier, and none is reported.
+    """
+    outliers = {}
+    for centre, norm in norms.items():
+        other_norms = [norms[other] for other in norms.keys() - {centre}]
+        if len(other_norms) < 2:
+            continue
+        median_norm = median(other_norms)
+        if median_norm > 0 and norm > max_ratio * median_norm:
+            ratio = norm / median_norm
+            outliers[centre] = (
+                f"norm {norm:.3g} is {ratio:.0f} times the others' median (limit {max_ratio:g})"
+            )
+    return outliers

@@ -1,0 +1,42 @@
+"""The folders of a hospital and a coordinator as version 0.1.0 left them (state_0_1_0.md), unpacked anew for each test."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from client.site.config import RENAMED_SITE_KEYS, Site, parse_site
+from client.site.policy import RENAMED_POLICY_KEYS
+from tests.upgrade import tiny_backbone  # noqa: F401
+
+ARCHIVE = Path(__file__).parent / "state_0_1_0.tar.gz"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recorded folders. They are the working directory, because the paths in their files are relative."""
+    with tarfile.open(ARCHIVE) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / "state_0_1_0"
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def north(recorded: Path) -> Site:
+    """The hospital `north`, whose staff renamed the keys of its two files as the error messages asked."""
+    hospital = recorded / "hospital_north"
+    rename_keys(hospital / "site.yaml", RENAMED_SITE_KEYS)
+    for policy in hospital.glob("policy*.yaml"):
+        rename_keys(policy, RENAMED_POLICY_KEYS)
+    return parse_site({"site": "hospital_north/site.yaml"})
+
+
+def rename_keys(path: Path, renamed_keys: dict[str, str]) -> None:
+    """Rename the keys at the top of a YAML file."""
+    values = yaml.safe_load(path.read_text())
+    renamed = {renamed_keys.get(key, key): value for key, value in values.items()}
+    path.write_text(yaml.safe_dump(renamed, sort_keys=False))
