@@ -1,7 +1,7 @@
 """Score a model: sums over the scans of each cohort and task that give metrics, and no scan's own score.
 
 The statistics of a task are `hist` [2, bins] of a binary one, `confusion` [K, K] of a multiclass one,
-`regression` (common/learning/metrics.py), `overlap` and `joint` of a segmentation
+`regression` (common/learning/metrics/), `overlap` and `joint` of a segmentation
 (common/learning/segmentation_metrics.py), and of every task `loss` [2]: the summed loss and the number of
 scans in it.
 """

@@ -1,3 +1,4 @@
-"""From the hospital's archive to a cohort: find, fetch, de-identify, select, write.
+"""From the hospital's archive to a cohort: find, fetch, de-identify and write studies.
 
-Identifiers stop here: what it writes holds pseudonyms only."""
+What this package writes contains pseudonyms only, but for the mapping table that is written on request.
+"""

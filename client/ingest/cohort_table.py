@@ -1,14 +1,15 @@
-"""The cohort's table as studies come in: a row a study, patients kept in one split, labels joined by the names that the site's key makes.
+"""Update the cohort table: one row per study, one split per patient, labels joined by pseudonym.
 
-What a person wrote into the table stays as it is: other columns, other rows, a split.
+What a person has written into the table stays: other columns, other rows, a split, a source.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from pydicom.datadict import tag_for_keyword
@@ -19,19 +20,44 @@ from client.ingest.pseudonyms import make_pseudonym
 from client.ingest.selection import IDENTIFIER_KEYWORDS, read_identifier_table
 from common.utils.errors import ConsiliumError
 
-# Columns of a hospital's table that are no labels; what a coordinator's task reads is never called so.
+# Columns of a hospital's table that may identify a patient; no label has such a name.
 IDENTIFYING_COLUMN = re.compile(
-    r"(^|[^a-z])(name|id|ids|uid|mrn|birth|born|dob|date|day|address|phone|email|insurance|physician|ssn|nhs)([^a-z]|$)"
+    r"(^|[^a-z])"
+    r"(name|id|ids|uid|mrn|birth|born|dob|date|day|address|phone|email|insurance|physician|ssn|nhs)"
+    r"([^a-z]|$)"
 )
 
 
+@dataclass(frozen=True)
+class CohortRow:
+    """The columns that an ingest fills; the names are the table's."""
+
+    scan: str  # the study's pseudonym
+    path: str  # relative to the table's folder
+    patient: str  # pseudonym
+    source: str
+    modality: str
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels by pseudonym."""
+
+    key_column: str  # what the pseudonyms are of: "scan", "patient" or "accession"
+    labels: pd.DataFrame  # index: pseudonyms; a column per label, empty text where it is missing
+    ignored_columns: list[str]
+
+
 def read_cohort_table(path: Path) -> pd.DataFrame:
-    """The table as text, empty cells as ""; a new one where there is none."""
+    """Read the table as text, empty cells as empty text; a missing table as one without rows.
+
+    Raises ConsiliumError when the table cannot be read or lacks a column, or when the cohort is stored as
+    parquet, to which no rows can be added.
+    """
     if not path.exists():
-        if path.with_suffix(".parquet").exists():
-            raise ConsiliumError(
-                f"{path.with_suffix('.parquet')} holds the cohort; save it as {path.name} first, rows are added to that"
-            )
+        parquet_path = path.with_suffix(".parquet")
+        if parquet_path.exists():
+            raise ConsiliumError(f"the cohort is stored as {parquet_path}; save it as {path.name} first")
         return pd.DataFrame(columns=[*REQUIRED_COLUMNS, "modality"], dtype=str)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
@@ -39,75 +65,97 @@ def read_cohort_table(path: Path) -> pd.DataFrame:
         raise ConsiliumError(
             f"{path} cannot be read as a table ({type(error).__name__}); repair it, or move it away"
         ) from None
-    missing = [c for c in ("scan", "path", "split") if c not in table]
-    if missing:
-        raise ConsiliumError(f"{path} lacks the column {missing[0]}; repair it, or move it away")
+    for column in ("scan", "path", "split"):
+        if column not in table:
+            raise ConsiliumError(f"{path} lacks the column {column}; repair it, or move it away")
     return table
 
 
 def write_cohort_table(table: pd.DataFrame, path: Path) -> None:
-    """Replace the file at once: a kill leaves the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    table.to_csv(fresh, index=False)
+    """Replace the file; a process that is killed leaves the old table or the new one."""
+    incomplete = path.with_name(f".{path.name}.new")
+    table.to_csv(incomplete, index=False)
     if path.exists():
-        shutil.copymode(path, fresh)
-    fresh.replace(path)
+        shutil.copymode(path, incomplete)
+    incomplete.replace(path)
 
 
-def upsert_row(table: pd.DataFrame, row: dict[str, str], seed: int) -> pd.DataFrame:
-    """The table with the scan's row, new or in place of its old one; the patient's split is the one that stands there, else `split_of`."""
-    table = table.reindex(columns=[*table.columns, *(c for c in row if c not in table)], fill_value="")
-    own = table["patient"] == row["patient"] if "patient" in table else pd.Series(False, index=table.index)
-    given = [split for split in table.loc[own, "split"] if split]
-    row = {"split": given[0] if given else assign_split(row["patient"], seed), **row}
-    at = table.index[table["scan"] == row["scan"]]
-    if len(at):
-        kept = {"source": table.loc[at[0], "source"] or row["source"]}  # a person may have named the scanner
-        table.loc[at[0], list(row)] = list((row | kept).values())
-        return table
-    return pd.concat([table, pd.DataFrame([row])], ignore_index=True).fillna("")
+def upsert_row(table: pd.DataFrame, row: CohortRow, seed: int) -> pd.DataFrame:
+    """Return the table with the scan's row, new or in place of the scan's old one.
+
+    The split is the one that the patient already has in the table, else the one that `assign_split` gives.
+    """
+    values = asdict(row)
+    new_columns = [column for column in values if column not in table]
+    table = table.reindex(columns=[*table.columns, *new_columns], fill_value="")
+    values["split"] = _find_split(table, row.patient) or assign_split(row.patient, seed)
+    scan_index = table.index[table["scan"] == row.scan]
+    if scan_index.empty:
+        return pd.concat([table, pd.DataFrame([values])], ignore_index=True).fillna("")
+    position = scan_index[0]
+    values["source"] = table.loc[position, "source"] or row.source  # a person may have named the scanner
+    table.loc[position, list(values)] = list(values.values())
+    return table
 
 
-def read_labels(path: Path, key: bytes) -> tuple[pd.DataFrame, list[str]]:
-    """Labels by the names that the key makes: `column` (scan | patient | accession), `name`, then the labels; and what was left out.
+def _find_split(table: pd.DataFrame, patient: str) -> str:
+    """Return the first split of the patient's rows, or an empty text."""
+    splits = table.loc[table["patient"] == patient, "split"]
+    return next(filter(None, splits), "")
 
-    Found by study, else by accession number, else by patient. Raises ConsiliumError when a row is there twice or there is no label.
+
+def read_labels(path: Path, key: bytes) -> LabelTable:
+    """Read labels from a CSV whose rows are named by study, else accession number, else patient.
+
+    Raises ConsiliumError when the table cannot be read, names a row twice, or has no column that is a label.
     """
     table = read_identifier_table(path)
-    by = next(k for k in IDENTIFIER_KEYWORDS if k in table)
-    table = table[table[by].notna() & (table[by] != "")]
-    if table[by].duplicated().any():
+    identifier = next(column for column in IDENTIFIER_KEYWORDS if column in table)
+    table = table[table[identifier].notna() & (table[identifier] != "")]
+    num_duplicates = int(table[identifier].duplicated().sum())
+    if num_duplicates:
         raise ConsiliumError(
-            f"{path} labels {int(table[by].duplicated().sum())} of its {by} values twice; keep one row of each"
+            f"{path} labels {num_duplicates} of its {identifier} values twice; keep one row of each"
         )
-    rest = [str(c) for c in table if c not in IDENTIFIER_KEYWORDS]
-    meant = [
-        c
-        for c in rest
-        if c not in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
-        and not IDENTIFYING_COLUMN.search(_separate_words(c))
-        and tag_for_keyword(c) is None
-    ]
-    if not meant:
-        raise ConsiliumError(f"{path} has no column that is a label; each label is a column of its own")
-    out = table[meant].fillna("")
-    out.insert(0, "column", "scan" if by == "study" else by)
-    out.insert(1, "name", [make_pseudonym(key, by, value) for value in table[by]])
-    return out, [c for c in rest if c not in meant]
+    label_columns: list[str] = []
+    ignored_columns: list[str] = []
+    for column in table.columns.difference(list(IDENTIFIER_KEYWORDS), sort=False):
+        if _is_label_column(column):
+            label_columns.append(column)
+        else:
+            ignored_columns.append(column)
+    if not label_columns:
+        raise ConsiliumError(f"{path} has no column that is a label; put each label into a column of its own")
+    labels = table[label_columns].fillna("")
+    labels.index = pd.Index([make_pseudonym(key, identifier, value) for value in table[identifier]])
+    key_column = "scan" if identifier == "study" else identifier
+    return LabelTable(key_column, labels, ignored_columns)
 
 
-def _separate_words(column: str) -> str:
-    return re.sub(r"([a-z])([A-Z])", r"\1 \2", column).lower()
+def _is_label_column(column: str) -> bool:
+    """Return whether a column can be a label: it has no meaning in a cohort table and identifies nobody."""
+    if column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
+        return False
+    words = re.sub(r"([a-z])([A-Z])", r"\1 \2", column).lower()
+    if IDENTIFYING_COLUMN.search(words):
+        return False
+    return tag_for_keyword(column) is None  # no column of DICOM values
 
 
-def join_labels(table: pd.DataFrame, labels: pd.DataFrame, accessions: dict[str, str]) -> pd.DataFrame:
-    """The table with the labels that are given; an empty one changes nothing. `accessions` is {scan: accession number's name}."""
-    if labels.empty or table.empty:
-        return table
-    by: Any = labels["column"].iloc[0]
-    names = table["scan"].map(accessions) if by == "accession" else table[by]
-    for column in labels.columns[2:]:
-        given = names.map(dict(zip(labels["name"], labels[column], strict=True))).fillna("")
-        old = table[column] if column in table else pd.Series("", index=table.index)
-        table[column] = given.where(given != "", old)
-    return table
+def join_labels(table: pd.DataFrame, labels: LabelTable, accessions: Mapping[str, str]) -> pd.DataFrame:
+    """Return a copy of the table with the labels; a missing label leaves the cell as it is.
+
+    `accessions` is {scan: pseudonym of its accession number}.
+    """
+    joined = table.copy()
+    if labels.labels.empty or table.empty:
+        return joined
+    if labels.key_column == "accession":
+        pseudonyms = table["scan"].map(dict(accessions))
+    else:
+        pseudonyms = table[labels.key_column]
+    for column in labels.labels:
+        new_values = pseudonyms.map(labels.labels[column].to_dict()).fillna("")
+        old_values = joined.get(column, pd.Series("", index=table.index))
+        joined[column] = new_values.where(new_values != "", old_values)
+    return joined

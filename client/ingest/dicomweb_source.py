@@ -1,6 +1,7 @@
-"""Studies from an archive that speaks DICOMweb: QIDO-RS finds them, WADO-RS brings them (PS3.18), as they are stored.
+"""Studies from a DICOMweb archive (PS3.18): QIDO-RS finds them, WADO-RS returns them as they are stored.
 
-Proxies, certificates and passwords are those of `requests`: HTTPS_PROXY, REQUESTS_CA_BUNDLE, ~/.netrc.
+Proxies, certificates and passwords are configured as for `requests`: HTTPS_PROXY, REQUESTS_CA_BUNDLE and
+~/.netrc.
 """
 
 from __future__ import annotations
@@ -14,94 +15,109 @@ import requests
 from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 
-from client.ingest.selection import (
-    DicomStudy,
+from client.ingest.selection import DicomStudy, StudyFilter, build_search_filters
+from client.ingest.study_source import (
+    SERIES_KEYWORDS,
+    STUDY_KEYWORDS,
+    ArchiveSeries,
     ImageSink,
-    StudyFilter,
-    StudySource,
-    build_search_filters,
     check_complete,
-    series_exclusion_reason,
+    iter_selected_series,
+    parse_study_answer,
 )
 from common.utils.errors import ConsiliumError
 
 PAGE_SIZE = 100
-STUDY_KEYWORDS = ["StudyInstanceUID", "PatientID", "AccessionNumber", "NumberOfStudyRelatedInstances"]
-SERIES_KEYWORDS = ["SeriesInstanceUID", "Modality", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
+MAX_ANSWERS = 1_000_000  # of one search
+CONNECT_TIMEOUT = 20  # s
+MAX_ATTEMPTS = 3  # with pauses of 2 s and 4 s, for a refused connection too
 
 
-def open_dicomweb_source(url: str, timeout: float = 300) -> StudySource:
-    """The archive at `url`, e.g. https://pacs/dicom-web; `timeout` in seconds, of a connection and of a pause in an answer."""
+def open_dicomweb_source(url: str, timeout: float = 300) -> DicomwebSource:
+    """Return the archive at a URL such as https://pacs/dicom-web; nothing is sent yet.
+
+    `timeout` is the longest pause in an answer, in seconds. Raises ConsiliumError when the URL is invalid.
+    """
     try:
-        client = DICOMwebClient(url, timeout=(20, timeout))
+        client = DICOMwebClient(url, timeout=(CONNECT_TIMEOUT, timeout))
     except ValueError:
-        raise ConsiliumError(f"'{url}' is no DICOMweb address; write it as https://pacs/dicom-web") from None
-    client.set_http_retry_params(max_attempts=3)  # with pauses of 2 s and 4 s, of a refused connection too
-    return StudySource(partial(_find_studies, client), partial(_fetch_study, client), Counter())
+        raise ConsiliumError(
+            f"'{url}' is not a DICOMweb address; write it as https://pacs/dicom-web"
+        ) from None
+    client.set_http_retry_params(max_attempts=MAX_ATTEMPTS)
+    return DicomwebSource(client)
+
+
+class DicomwebSource:
+    """A study source behind DICOMweb."""
+
+    def __init__(self, client: DICOMwebClient) -> None:
+        self._client = client
+        self.not_offered: Counter[str] = Counter()
+
+    def find_studies(self, study_filter: StudyFilter) -> Iterator[DicomStudy]:
+        """Search for the selected studies."""
+        for filters in build_search_filters(study_filter):
+            search = partial(
+                self._client.search_for_studies, search_filters=filters, fields=list(STUDY_KEYWORDS)
+            )
+            yield from map(parse_study_answer, _search_pages(search, "StudyInstanceUID"))
+
+    def fetch_study(self, study: DicomStudy, study_filter: StudyFilter, sink: ImageSink) -> None:
+        """Fetch the study's selected series, image by image."""
+        search = partial(self._client.search_for_series, study.uid, fields=list(SERIES_KEYWORDS))
+        answers = list(_search_pages(search, "SeriesInstanceUID"))
+        for series in iter_selected_series(answers, study_filter, sink):
+            num_received = 0
+            for image in self._iter_images(study, series):
+                sink.add(image)
+                num_received += 1
+            check_complete(num_received, series)
+
+    def _iter_images(self, study: DicomStudy, series: ArchiveSeries) -> Iterator[Dataset]:
+        as_stored = (("application/dicom", "*"),)
+        request = partial(self._client.iter_series, study.uid, series.uid, media_types=as_stored)
+        images = _call_archive(request)
+        while (image := _call_archive(partial(next, images, None))) is not None:
+            yield image
 
 
 def _call_archive(call: Callable[[], Any]) -> Any:
-    """The answer; a failure as a sentence (the library's own hold the address with the study's UID in it)."""
+    """Return the archive's answer.
+
+    Raises ConsiliumError for a failure; the library's own messages quote the address with the study's UID.
+    """
     try:
         return call()
     except requests.HTTPError as error:
-        said = (
-            f"{error.response.status_code} {error.response.reason}"
-            if error.response is not None
-            else "with an error"
-        )
-        raise ConsiliumError(f"the archive answers {said}") from None
+        status = "an error"
+        if error.response is not None:
+            status = f"'{error.response.status_code} {error.response.reason}'"
+        raise ConsiliumError(
+            f"the archive answered with {status}; check its address and the password in ~/.netrc"
+        ) from None
     except requests.RequestException as error:
         raise ConsiliumError(
             f"the archive cannot be reached ({type(error).__name__}); check address, network and certificate"
         ) from None
     except ValueError:
-        raise ConsiliumError("the archive answers something that is no DICOMweb; check the address") from None
+        raise ConsiliumError("the archive's answer is not DICOMweb; check the address") from None
 
 
-def _search_pages(search: Callable[..., list[dict[str, Any]]], key: str) -> Iterator[Dataset]:
-    """All answers of a search, page by page, each once: archives limit an answer, and some know no offset."""
-    seen: set[str] = set()
-    for offset in range(0, 1_000_000, PAGE_SIZE):
-        page = [
-            Dataset.from_json(answer)
-            for answer in _call_archive(partial(search, limit=PAGE_SIZE, offset=offset))
-        ]
-        fresh = [answer for answer in page if str(answer.get(key, "")) not in seen]
-        seen |= {str(answer.get(key, "")) for answer in fresh}
-        yield from fresh
-        if not fresh or len(page) < PAGE_SIZE:
+def _search_pages(search: Callable[..., list[dict[str, Any]]], uid_keyword: str) -> Iterator[Dataset]:
+    """Yield a search's answers, page by page, each once.
+
+    Archives limit the size of an answer, and some ignore the offset and repeat the first page.
+    """
+    seen_uids: set[str] = set()
+    for offset in range(0, MAX_ANSWERS, PAGE_SIZE):
+        page = _call_archive(partial(search, limit=PAGE_SIZE, offset=offset))
+        new_uids: set[str] = set()
+        for answer in map(Dataset.from_json, page):
+            uid = str(answer.get(uid_keyword, ""))
+            if uid not in seen_uids:
+                new_uids.add(uid)
+                yield answer
+        seen_uids |= new_uids
+        if not new_uids or len(page) < PAGE_SIZE:
             return
-
-
-def _find_studies(client: DICOMwebClient, study_filter: StudyFilter) -> Iterator[DicomStudy]:
-    for filters in build_search_filters(study_filter):
-        for answer in _search_pages(
-            partial(client.search_for_studies, search_filters=filters, fields=STUDY_KEYWORDS),
-            "StudyInstanceUID",
-        ):
-            said = [str(answer.get(word) or "") for word in STUDY_KEYWORDS]
-            yield DicomStudy(*said)
-
-
-def _fetch_study(
-    client: DICOMwebClient, study: DicomStudy, study_filter: StudyFilter, sink: ImageSink
-) -> None:
-    for series in list(
-        _search_pages(
-            partial(client.search_for_series, study.uid, fields=SERIES_KEYWORDS), "SeriesInstanceUID"
-        )
-    ):
-        uid, modality, body_part, count = (str(series.get(word) or "") for word in SERIES_KEYWORDS)
-        reason = series_exclusion_reason(modality, body_part, study_filter)
-        if reason:
-            sink.skip(reason, int(count) if count.isdigit() else 1)
-            continue
-        images = _call_archive(
-            partial(client.iter_series, study.uid, uid, media_types=(("application/dicom", "*"),))
-        )
-        came = 0
-        while (image := _call_archive(partial(next, images, None))) is not None:
-            sink.add(image)
-            came += 1
-        check_complete(came, count)

@@ -1,17 +1,18 @@
 """Studies from an archive that speaks DICOM's own protocol (PS3.4 annex C): C-FIND, then C-GET or C-MOVE.
 
-C-GET brings the images over the connection that asks for them, so nothing listens here. An archive without it sends them by C-MOVE to a
-storage SCP of our own, which listens only while a study is fetched and only where `listen=` says.
+C-GET returns the images over the connection that requests them, so nothing listens at the centre. An archive
+without C-GET sends them by C-MOVE to a storage SCP of ours, which listens only while a study is fetched, and
+only at the address that `listen=` gives.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -28,19 +29,22 @@ from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
 
 from client.ingest.deidentify import IMAGE_SOP_CLASSES
-from client.ingest.selection import (
-    DicomStudy,
+from client.ingest.selection import DicomStudy, StudyFilter, build_search_filters
+from client.ingest.study_source import (
+    SERIES_KEYWORDS,
+    STUDY_KEYWORDS,
+    ArchiveSeries,
     ImageSink,
-    StudyFilter,
-    StudySource,
-    build_search_filters,
     check_complete,
-    series_exclusion_reason,
+    iter_selected_series,
+    parse_study_answer,
 )
 from common.utils.errors import ConsiliumError
 
-# The study root information model (PS3.4 C.4).
-FIND_SOP_CLASS, MOVE_SOP_CLASS, GET_SOP_CLASS = (f"1.2.840.10008.5.1.4.1.2.2.{k}" for k in (1, 2, 3))
+# The study root information model (PS3.4 C.6.2).
+FIND_SOP_CLASS = "1.2.840.10008.5.1.4.1.2.2.1"
+MOVE_SOP_CLASS = "1.2.840.10008.5.1.4.1.2.2.2"
+GET_SOP_CLASS = "1.2.840.10008.5.1.4.1.2.2.3"
 UNCOMPRESSED_SYNTAXES: list[Any] = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
 COMPRESSED_SYNTAXES: list[Any] = [
     RLELossless,
@@ -48,206 +52,250 @@ COMPRESSED_SYNTAXES: list[Any] = [
     *JPEGLSTransferSyntaxes,
     *JPEG2000TransferSyntaxes,
 ]
-STORAGE_SOP_CLASSES = (
-    *IMAGE_SOP_CLASSES,
-    SecondaryCaptureImageStorage,
-)  # a screenshot within a series is to arrive, so that it is listed
+# A screenshot within a series is received, too, so that it is counted as skipped.
+STORAGE_SOP_CLASSES = (*IMAGE_SOP_CLASSES, SecondaryCaptureImageStorage)
 PENDING_STATUSES = (0xFF00, 0xFF01)
-STUDY_KEYWORDS = ("StudyInstanceUID", "PatientID", "AccessionNumber", "NumberOfStudyRelatedInstances")
-SERIES_KEYWORDS = ("SeriesInstanceUID", "Modality", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
+# Statuses of a C-STORE (PS3.4 table B.2-1).
+STORE_SUCCESS = 0x0000
+STORE_OUT_OF_RESOURCES = 0xA700
+STORE_UNEXPECTED_DATASET = 0xA900
+STORE_FAILED = 0xC000
+DEFAULT_PORT = 104
+DEFAULT_AE_TITLE = "CONSILIUM"
+MAX_AE_TITLE_LENGTH = 16
+CONNECT_TIMEOUT = 30  # s
+ANSWER_TIMEOUT = 300  # s; archives fetch from tape
 
 
-class DicomPeer(NamedTuple):
-    """The archive's application entity and ours; `listen` is where our storage SCP listens, None where the archive knows C-GET."""
+@dataclass(frozen=True)
+class DicomPeer:
+    """The archive's application entity and ours."""
 
     ae_title: str
     host: str
     port: int
     local_ae_title: str
-    listen_address: tuple[str, int] | None
+    listen_address: tuple[str, int] | None  # where our storage SCP listens; None where C-GET is used
 
 
 def parse_dicom_url(url: str) -> DicomPeer:
-    """`dicom://AET@host:port?aet=OURS&listen=host:port`. Raises ConsiliumError for another form."""
+    """Parse `dicom://AET@host:port?aet=OURS&listen=host:port`; raises ConsiliumError for another form."""
     try:
-        parts = urlsplit(url)
-        said = {
-            key: values[-1] for key, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()
-        }
-        host, _, port = said.pop("listen", "").rpartition(":")
-        ours = said.pop("aet", "CONSILIUM")
-        peer = DicomPeer(
-            parts.username or "",
-            parts.hostname or "",
-            parts.port or 104,
-            ours,
-            (host, int(port)) if port else None,
-        )
-        good = not said and bool(peer.host) and all(0 < len(aet) <= 16 for aet in (peer.ae_title, ours))
+        return _parse_peer(url)
     except ValueError:
-        good = False
-    if not good:
         raise ConsiliumError(
-            f"'{url}' is no DICOM address; write it as dicom://AET@host:port, with ?aet=OURS and &listen=0.0.0.0:11112 if need be"
-        )
-    return peer
+            f"'{url}' is not a DICOM address; write it as dicom://AET@host:port, if necessary with "
+            "?aet=OURS and &listen=0.0.0.0:11112"
+        ) from None
 
 
-def open_dimse_source(url: str) -> StudySource:
-    """The archive at `url`, see `peer_of`."""
-    peer = parse_dicom_url(url)
-    return StudySource(partial(_find_studies, peer), partial(_fetch_study, peer), Counter())
+def _parse_peer(url: str) -> DicomPeer:
+    """Parse the address; raises ValueError when it is malformed."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    ae_title = parts.username or ""
+    local_ae_title = options.pop("aet", DEFAULT_AE_TITLE)
+    listen_address = None
+    listen_host, _, listen_port = options.pop("listen", "").rpartition(":")
+    if listen_port:
+        listen_address = (listen_host, int(listen_port))
+    if options:
+        raise ValueError(f"unknown options {sorted(options)}")
+    if not parts.hostname:
+        raise ValueError("no host")
+    for title in (ae_title, local_ae_title):
+        if not 0 < len(title) <= MAX_AE_TITLE_LENGTH:
+            raise ValueError(f"AE title of {len(title)} characters")
+    return DicomPeer(ae_title, parts.hostname, parts.port or DEFAULT_PORT, local_ae_title, listen_address)
 
 
-@contextmanager
-def _open_association(peer: DicomPeer, contexts: list[Any], **more: Any) -> Iterator[Association]:
-    ae = AE(ae_title=peer.local_ae_title)
-    ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = 30, 300, 300  # s; archives fetch from tape
-    link = ae.associate(peer.host, peer.port, contexts=contexts, ae_title=peer.ae_title, **more)
-    if not link.is_established:
-        raise ConsiliumError(
-            f"the archive {peer.ae_title} at {peer.host}:{peer.port} cannot be reached or refuses us; check host, port and AE titles"
-        )
-    try:
-        yield link
-    finally:
-        if link.is_established:
-            link.release()
+def open_dimse_source(url: str) -> DimseSource:
+    """Return the archive at a URL (`parse_dicom_url`); nothing is sent yet."""
+    return DimseSource(parse_dicom_url(url))
 
 
-def _send_find(
-    link: Association, level: str, keys: tuple[str, ...], filters: dict[str, str]
-) -> list[Dataset]:
-    """C-FIND. Raises ConsiliumError when it does not end well."""
-    asked = Dataset()
-    asked.QueryRetrieveLevel = level
-    for word in keys:
-        setattr(asked, word, "")
-    for word, value in filters.items():
-        setattr(asked, word, value)
-    found: list[Dataset] = []
-    status = None
-    for status, answer in link.send_c_find(asked, FIND_SOP_CLASS):
-        if status and status.Status in PENDING_STATUSES and answer is not None:
-            found.append(answer)
-    _check_status(status, "C-FIND")
-    return found
+class DimseSource:
+    """A study source behind C-FIND, with C-GET or C-MOVE."""
+
+    def __init__(self, peer: DicomPeer) -> None:
+        self._peer = peer
+        self.not_offered: Counter[str] = Counter()
+
+    def find_studies(self, study_filter: StudyFilter) -> Iterator[DicomStudy]:
+        """Search for the selected studies."""
+        with _open_association(self._peer, [build_context(FIND_SOP_CLASS)]) as association:
+            for filters in build_search_filters(study_filter):
+                answers = _send_find(association, "STUDY", STUDY_KEYWORDS, filters)
+                yield from map(parse_study_answer, answers)
+
+    def fetch_study(self, study: DicomStudy, study_filter: StudyFilter, sink: ImageSink) -> None:
+        """Fetch the study's selected series."""
+        with _open_association(self._peer, [build_context(FIND_SOP_CLASS)]) as association:
+            filters = {"StudyInstanceUID": study.uid}
+            answers = _send_find(association, "SERIES", SERIES_KEYWORDS, filters)
+        for series in iter_selected_series(answers, study_filter, sink):
+            receiver = _StoreReceiver(study.uid, sink)
+            request = _make_series_request(study, series)
+            if self._peer.listen_address is None:
+                _retrieve_by_get(self._peer, request, receiver)
+            else:
+                _retrieve_by_move(self._peer, request, receiver, self._peer.listen_address)
+            check_complete(len(receiver.received_uids), series)
 
 
-def _check_status(status: Dataset | None, service: str) -> None:
-    if not status:
-        raise ConsiliumError(
-            f"the archive did not answer a {service} in time, or closed the connection: does it know our AE title?"
-        )
-    if status.Status:
-        lost = (
-            f", {status.NumberOfFailedSuboperations} images failed"
-            if status.get("NumberOfFailedSuboperations")
-            else ""
-        )
-        raise ConsiliumError(f"the archive ended a {service} with status {status.Status:#06x}{lost}")
+class _StoreReceiver:
+    """Passes the images that an archive stores to a sink, from pynetdicom's thread.
 
+    Errors are kept in `errors` for the thread that waits for the retrieval.
+    """
 
-def _find_studies(peer: DicomPeer, study_filter: StudyFilter) -> Iterator[DicomStudy]:
-    with _open_association(peer, [build_context(FIND_SOP_CLASS)]) as link:
-        for filters in build_search_filters(study_filter):
-            for answer in _send_find(link, "STUDY", STUDY_KEYWORDS, filters):
-                said = [str(answer.get(word) or "") for word in STUDY_KEYWORDS]
-                yield DicomStudy(*said)
+    def __init__(self, study_uid: str, sink: ImageSink) -> None:
+        self._study_uid = study_uid
+        self._sink = sink
+        self.received_uids: set[str] = set()
+        self.errors: list[Exception] = []
 
-
-def _fetch_study(peer: DicomPeer, study: DicomStudy, study_filter: StudyFilter, sink: ImageSink) -> None:
-    with _open_association(peer, [build_context(FIND_SOP_CLASS)]) as link:
-        answers = _send_find(link, "SERIES", SERIES_KEYWORDS, {"StudyInstanceUID": study.uid})
-    for answer in answers:
-        uid, modality, body_part, count = (str(answer.get(word) or "") for word in SERIES_KEYWORDS)
-        reason = series_exclusion_reason(modality, body_part, study_filter)
-        if reason:
-            sink.skip(reason, int(count) if count.isdigit() else 1)
-            continue
-        asked = Dataset()
-        asked.QueryRetrieveLevel, asked.StudyInstanceUID, asked.SeriesInstanceUID = "SERIES", study.uid, uid
-        check_complete(
-            (_retrieve_by_move if peer.listen_address else _retrieve_by_get)(peer, asked, study.uid, sink),
-            count,
-        )
-
-
-def _make_store_handler(
-    study: str, sink: ImageSink, came: list[str], trouble: list[Exception]
-) -> Callable[[evt.Event], int]:
-    """The handler of a C-STORE; what goes wrong in it is kept for the thread that waits."""
-
-    def store(event: evt.Event) -> int:
+    def handle_store(self, event: evt.Event) -> int:
+        """Handle a C-STORE and return its status."""
         try:
             dataset = event.dataset
             dataset.file_meta = event.file_meta
-            if str(dataset.StudyInstanceUID) != study:
-                return 0xA900  # nobody asked for it
-            sink.add(dataset)
-            came.append(str(dataset.SOPInstanceUID))
-            return 0x0000
+            if str(dataset.StudyInstanceUID) != self._study_uid:
+                return STORE_UNEXPECTED_DATASET  # it was not requested
+            self._sink.add(dataset)
+            self.received_uids.add(str(dataset.SOPInstanceUID))
+            return STORE_SUCCESS
         except Exception as error:
-            trouble.append(error)
-            return 0xA700 if isinstance(error, OSError) else 0xC000
+            self.errors.append(error)
+            return STORE_OUT_OF_RESOURCES if isinstance(error, OSError) else STORE_FAILED
 
-    return store
+
+@contextmanager
+def _open_association(
+    peer: DicomPeer,
+    contexts: list[Any],
+    roles: Sequence[Any] = (),
+    handlers: Sequence[Any] = (),
+) -> Iterator[Association]:
+    """Open an association for a block; raises ConsiliumError when it is not established."""
+    ae = AE(ae_title=peer.local_ae_title)
+    ae.acse_timeout = CONNECT_TIMEOUT
+    ae.dimse_timeout = ANSWER_TIMEOUT
+    ae.network_timeout = ANSWER_TIMEOUT
+    association = ae.associate(
+        peer.host,
+        peer.port,
+        contexts=contexts,
+        ae_title=peer.ae_title,
+        ext_neg=list(roles),
+        evt_handlers=list(handlers),
+    )
+    if not association.is_established:
+        raise ConsiliumError(
+            f"the archive {peer.ae_title} at {peer.host}:{peer.port} cannot be reached or refuses us; "
+            "check host, port and AE titles"
+        )
+    try:
+        yield association
+    finally:
+        if association.is_established:
+            association.release()
+
+
+def _send_find(
+    association: Association, level: str, keywords: tuple[str, ...], filters: dict[str, str]
+) -> list[Dataset]:
+    """Search by C-FIND; raises ConsiliumError when it fails."""
+    query = Dataset()
+    query.QueryRetrieveLevel = level
+    for keyword in keywords:
+        setattr(query, keyword, "")
+    for keyword, value in filters.items():
+        setattr(query, keyword, value)
+    answers: list[Dataset] = []
+    status = None
+    for status, answer in association.send_c_find(query, FIND_SOP_CLASS):
+        if status and status.Status in PENDING_STATUSES and answer is not None:
+            answers.append(answer)
+    _check_status(status, "C-FIND")
+    return answers
+
+
+def _check_status(status: Dataset | None, service: str) -> None:
+    """Raise ConsiliumError unless the last status of a service is success."""
+    if not status:
+        raise ConsiliumError(
+            f"the archive did not answer a {service} in time, or closed the connection; "
+            "check that it knows our AE title"
+        )
+    if status.Status:
+        num_failed = status.get("NumberOfFailedSuboperations")
+        failures = f", {num_failed} images failed" if num_failed else ""
+        raise ConsiliumError(
+            f"the archive ended a {service} with status {status.Status:#06x}{failures}; see its log"
+        )
+
+
+def _make_series_request(study: DicomStudy, series: ArchiveSeries) -> Dataset:
+    request = Dataset()
+    request.QueryRetrieveLevel = "SERIES"
+    request.StudyInstanceUID = study.uid
+    request.SeriesInstanceUID = series.uid
+    return request
 
 
 def _await_retrieval(
-    answers: Iterator[tuple[Dataset, Dataset | None]], service: str, trouble: list[Exception]
+    answers: Iterator[tuple[Dataset, Dataset | None]], service: str, receiver: _StoreReceiver
 ) -> None:
-    status = None
-    for answer in answers:
-        status = answer[0]
-        if trouble:
-            raise trouble[0]
-    _check_status(status, service)
+    """Wait for the end of a retrieval; raises the receiver's first error, or ConsiliumError when it fails."""
+    last_status = None
+    for status, _ in answers:
+        last_status = status
+        if receiver.errors:
+            raise receiver.errors[0]
+    _check_status(last_status, service)
 
 
-def _retrieve_by_get(peer: DicomPeer, asked: Dataset, study: str, sink: ImageSink) -> int:
-    """C-GET of a series; how many images came. Each compression is offered by itself, so that the archive need not decompress."""
+def _retrieve_by_get(peer: DicomPeer, request: Dataset, receiver: _StoreReceiver) -> None:
+    """Retrieve a series by C-GET.
+
+    Each compression is offered in a context of its own, so that the archive need not decompress.
+    """
     contexts = [build_context(GET_SOP_CLASS)]
-    contexts += [
-        build_context(kind, syntax)
-        for kind in STORAGE_SOP_CLASSES
-        for syntax in (UNCOMPRESSED_SYNTAXES, *COMPRESSED_SYNTAXES)
-    ]
-    came: list[str] = []
-    trouble: list[Exception] = []
-    handlers = [(evt.EVT_C_STORE, _make_store_handler(study, sink, came, trouble))]
-    roles = [build_role(kind, scp_role=True) for kind in STORAGE_SOP_CLASSES]
-    with _open_association(peer, contexts, ext_neg=roles, evt_handlers=handlers) as link:
-        if not any(context.abstract_syntax == GET_SOP_CLASS for context in link.accepted_contexts):
+    for sop_class in STORAGE_SOP_CLASSES:
+        contexts.append(build_context(sop_class, UNCOMPRESSED_SYNTAXES))
+        contexts += [build_context(sop_class, syntax) for syntax in COMPRESSED_SYNTAXES]
+    roles = [build_role(sop_class, scp_role=True) for sop_class in STORAGE_SOP_CLASSES]
+    handlers = [(evt.EVT_C_STORE, receiver.handle_store)]
+    with _open_association(peer, contexts, roles, handlers) as association:
+        accepted_classes = [context.abstract_syntax for context in association.accepted_contexts]
+        if GET_SOP_CLASS not in accepted_classes:
             raise ConsiliumError(
-                "the archive offers no C-GET; let it send by C-MOVE: add listen=host:port to its address, and make us known to it"
+                "the archive does not offer C-GET; add listen=host:port to its address and register us with "
+                "the archive, so that it can send by C-MOVE"
             )
-        _await_retrieval(link.send_c_get(asked, GET_SOP_CLASS), "C-GET", trouble)
-    return len(set(came))
+        _await_retrieval(association.send_c_get(request, GET_SOP_CLASS), "C-GET", receiver)
 
 
-def _retrieve_by_move(peer: DicomPeer, asked: Dataset, study: str, sink: ImageSink) -> int:
-    """C-MOVE of a series to a storage SCP of our own; how many images came."""
-    came: list[str] = []
-    trouble: list[Exception] = []
+def _retrieve_by_move(
+    peer: DicomPeer, request: Dataset, receiver: _StoreReceiver, listen_address: tuple[str, int]
+) -> None:
+    """Retrieve a series by C-MOVE to a storage SCP of our own."""
     ae = AE(ae_title=peer.local_ae_title)
     ae.require_called_aet = True
-    for kind in STORAGE_SOP_CLASSES:
-        ae.add_supported_context(kind, [*UNCOMPRESSED_SYNTAXES, *COMPRESSED_SYNTAXES])
-    assert peer.listen_address is not None
+    for sop_class in STORAGE_SOP_CLASSES:
+        ae.add_supported_context(sop_class, [*UNCOMPRESSED_SYNTAXES, *COMPRESSED_SYNTAXES])
+    handlers: list[Any] = [(evt.EVT_C_STORE, receiver.handle_store)]
     try:
-        ae.start_server(
-            peer.listen_address,
-            block=False,
-            evt_handlers=[(evt.EVT_C_STORE, _make_store_handler(study, sink, came, trouble))],
-        )
+        ae.start_server(listen_address, block=False, evt_handlers=handlers)
     except OSError as error:
+        host, port = listen_address
         raise ConsiliumError(
-            f"nothing can listen at {peer.listen_address[0]}:{peer.listen_address[1]} ({error.strerror}); give another port"
+            f"cannot listen at {host}:{port} ({error.strerror}); give another port in `listen=`"
         ) from None
     try:
-        with _open_association(peer, [build_context(MOVE_SOP_CLASS)]) as link:
-            _await_retrieval(link.send_c_move(asked, peer.local_ae_title, MOVE_SOP_CLASS), "C-MOVE", trouble)
+        with _open_association(peer, [build_context(MOVE_SOP_CLASS)]) as association:
+            answers = association.send_c_move(request, peer.local_ae_title, MOVE_SOP_CLASS)
+            _await_retrieval(answers, "C-MOVE", receiver)
     finally:
         ae.shutdown()
-    return len(set(came))

@@ -1,4 +1,4 @@
-"""Studies from a folder into which a scanner, a router or a person puts files; they are read and never changed."""
+"""Studies from a folder into which a scanner, a router or a person puts files; no file is changed."""
 
 from __future__ import annotations
 
@@ -7,109 +7,173 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydicom
+from pydicom.dataset import Dataset
 
 from client.imaging.readers.dicom_series import is_dicom
-from client.ingest.selection import DicomStudy, ImageSink, StudyFilter, StudySource
+from client.ingest.selection import DicomStudy, StudyFilter
+from client.ingest.study_source import ImageSink
 from common.utils.errors import ConsiliumError
 
-HEADER_KEYWORDS = [
-    "StudyInstanceUID",
-    "PatientID",
-    "AccessionNumber",
-    "StudyDate",
-    "Modality",
-    "BodyPartExamined",
-]
-FileStamp = tuple[int, int]  # bytes, ns
+HEADER_KEYWORDS = ["StudyInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
 
 
-def open_folder_source(root: Path, settle_seconds: float) -> StudySource:
-    """The folder `root`; a study is complete once none of its files has changed for `quiet` seconds. Headers are read once a file."""
+class FileStamp(NamedTuple):
+    """What changes when a file is written to."""
+
+    size: int  # bytes
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class StudyHeader:
+    """What a file says of its study."""
+
+    study_uid: str
+    patient_id: str
+    accession_number: str
+    study_date: str
+
+
+@dataclass(frozen=True)
+class _KnownFile:
+    """A file's header as it was last read; None when the file is damaged or not DICOM."""
+
+    stamp: FileStamp
+    first_seen: float  # time.monotonic() when the file was first seen with this stamp
+    header: StudyHeader | None
+
+
+@dataclass(frozen=True)
+class _StudyFile:
+    """A DICOM file at the time of a search."""
+
+    path: Path
+    stamp: FileStamp
+    is_settled: bool
+    header: StudyHeader
+
+
+def open_folder_source(root: Path, settle_seconds: float) -> FolderSource:
+    """Return the studies below a folder; raises ConsiliumError when it is not a folder."""
     if not root.is_dir():
-        raise ConsiliumError(f"{root} is no folder; give the folder that studies are put into")
-    heads: dict[Path, tuple[FileStamp, float, dict[str, str] | None]] = {}
-    files: dict[str, list[Path]] = {}
-    left: Counter[str] = Counter()
+        raise ConsiliumError(f"{root} is not a folder; give the folder that contains the studies")
+    return FolderSource(root, settle_seconds)
 
-    def head(path: Path) -> tuple[FileStamp, bool, dict[str, str] | None]:
-        """The file's stamp, whether it rests, and what its header says (None: no DICOM)."""
-        stat = path.stat()
-        stamp = stat.st_size, stat.st_mtime_ns
-        known = heads.get(path)
-        if known is None or known[0] != stamp:
-            known = heads[path] = (stamp, time.monotonic(), _read_header(path))
-        rests = (
-            time.time() - stat.st_mtime >= settle_seconds or time.monotonic() - known[1] >= settle_seconds
-        )  # its clock may be another machine's
-        return stamp, rests, known[2]
 
-    def find(wanted: StudyFilter) -> Iterator[DicomStudy]:
-        parts: dict[str, list[tuple[Path, FileStamp, bool, dict[str, str]]]] = defaultdict(list)
-        left.clear()
-        for path in _list_files(root):
+class FolderSource:
+    """A study source that reads a folder.
+
+    A study is offered once none of its files has changed for `settle_seconds`. A file's header is read again
+    only when the file has changed.
+    """
+
+    def __init__(self, root: Path, settle_seconds: float) -> None:
+        self._root = root
+        self._settle_seconds = settle_seconds
+        self._known_files: dict[Path, _KnownFile] = {}
+        self._paths_by_study: dict[str, list[Path]] = {}
+        self.not_offered: Counter[str] = Counter()
+
+    def find_studies(self, study_filter: StudyFilter) -> Iterator[DicomStudy]:
+        """Yield the complete studies within the filter's dates."""
+        self.not_offered.clear()
+        for study_uid, files in self._group_files_by_study().items():
+            header = files[0].header
+            if not all(file.is_settled for file in files):
+                self.not_offered["studies that are still arriving"] += 1
+            elif _is_in_date_range(header.study_date, study_filter):
+                self._paths_by_study[study_uid] = [file.path for file in files]
+                version = self._compute_version(files)
+                yield DicomStudy(study_uid, header.patient_id, header.accession_number, version)
+
+    def fetch_study(self, study: DicomStudy, study_filter: StudyFilter, sink: ImageSink) -> None:
+        """Put the files of a study that was found into the sink."""
+        for path in self._paths_by_study[study.uid]:
             try:
-                stamp, rests, said = head(path)
+                dataset = _read_image(path)
+            except OSError:
+                raise ConsiliumError("one of its files cannot be read or was moved away") from None
+            except Exception:  # a damaged file can fail in any way
+                sink.skip("its file is damaged")
+                continue
+            sink.add(dataset)
+
+    def _group_files_by_study(self) -> dict[str, list[_StudyFile]]:
+        files_by_study: dict[str, list[_StudyFile]] = defaultdict(list)
+        for path in _list_files(self._root):
+            try:
+                file = self._examine_file(path)
             except OSError:  # moved away since it was listed
                 continue
-            if said is None:
-                left["files that are no DICOM, or damaged"] += 1
+            if file is None:
+                self.not_offered["files that are damaged or not DICOM"] += 1
             else:
-                parts[said["StudyInstanceUID"]].append((path, stamp, rests, said))
-        for uid, found in parts.items():
-            said = found[0][3]
-            if not all(rests for _, _, rests, _ in found):
-                left["studies that are still arriving"] += 1
-            elif _is_in_date_range(said["StudyDate"], wanted):
-                files[uid] = [path for path, *_ in found]
-                stamps = "\n".join(f"{path.relative_to(root)} {stamp}" for path, stamp, *_ in found)
-                yield DicomStudy(
-                    uid,
-                    said["PatientID"],
-                    said["AccessionNumber"],
-                    hashlib.sha256(stamps.encode()).hexdigest()[:16],
-                )
+                files_by_study[file.header.study_uid].append(file)
+        return files_by_study
 
-    def fetch(study: DicomStudy, wanted: StudyFilter, taker: ImageSink) -> None:
-        for path in files[study.uid]:
-            try:
-                dataset = pydicom.dcmread(path)
-                dataset.file_meta.TransferSyntaxUID.is_encapsulated  # noqa: B018 - a header that lacks it cannot be read on
-            except OSError:
-                raise ConsiliumError("a file of it cannot be read, or was moved away") from None
-            except Exception:  # a damaged file fails in any way
-                taker.skip("a damaged file")
-                continue
-            taker.add(dataset)
+    def _examine_file(self, path: Path) -> _StudyFile | None:
+        """Return the file's header and whether it is settled; None when it is damaged or not DICOM."""
+        stat = path.stat()
+        stamp = FileStamp(stat.st_size, stat.st_mtime_ns)
+        known_file = self._known_files.get(path)
+        if known_file is None or known_file.stamp != stamp:
+            known_file = _KnownFile(stamp, time.monotonic(), _read_header(path))
+            self._known_files[path] = known_file
+        if known_file.header is None:
+            return None
+        age = time.time() - stat.st_mtime
+        observed = time.monotonic() - known_file.first_seen  # the file's time may be another machine's
+        is_settled = max(age, observed) >= self._settle_seconds
+        return _StudyFile(path, stamp, is_settled, known_file.header)
 
-    return StudySource(find, fetch, left)
+    def _compute_version(self, files: list[_StudyFile]) -> str:
+        """Return a hash of the files' names, sizes and times; journals on disk hold it."""
+        lines = []
+        for file in files:
+            size, mtime_ns = file.stamp
+            lines.append(f"{file.path.relative_to(self._root)} ({size}, {mtime_ns})")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _list_files(root: Path) -> Iterator[Path]:
-    """Every file below `root` in order; those whose names begin with a dot are still being written."""
-    for here, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield from (Path(here, n) for n in sorted(names) if not n.startswith(".") and n != "DICOMDIR")
+    """Yield every file below the folder in order, but for hidden ones, which are still being written."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name != "DICOMDIR":
+                yield Path(folder, name)
 
 
-def _read_header(path: Path) -> dict[str, str] | None:
+def _read_header(path: Path) -> StudyHeader | None:
+    """Read a file's header; None when the file is incomplete, damaged or not DICOM."""
     if not is_dicom(path):
         return None
     try:
         dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list[Any](HEADER_KEYWORDS))
-        said = {tag: str(dataset.get(tag) or "") for tag in HEADER_KEYWORDS}
-    except Exception:  # half a file, or a damaged one
+        values = [str(dataset.get(keyword) or "") for keyword in HEADER_KEYWORDS]
+    except Exception:  # a damaged file can fail in any way
         return None
-    return said if said["StudyInstanceUID"] else None
+    header = StudyHeader(*values)
+    return header if header.study_uid else None
+
+
+def _read_image(path: Path) -> Dataset:
+    """Read a whole file; raises when its transfer syntax is missing or unknown."""
+    dataset = pydicom.dcmread(path)
+    _ = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    return dataset
 
 
 def _is_in_date_range(date: str, study_filter: StudyFilter) -> bool:
-    """A study without a date is not from any asked day."""
-    return (
-        study_filter.since <= date <= (study_filter.until or "9")
-        if study_filter.date_range and date
-        else not study_filter.date_range
-    )
+    """Return whether a YYYYMMDD date is selected; a study without a date is in no range."""
+    if not study_filter.date_range:
+        return True
+    if not date:
+        return False
+    latest = study_filter.until or "9"  # later than any date
+    return study_filter.since <= date <= latest

@@ -1,14 +1,13 @@
-"""Which studies a centre wants from its archive, and how an archive's answers are judged; read from the command line and from tables."""
+"""Select the studies that a centre ingests: by date, modality, body part, or a list of identifiers."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +18,7 @@ IDENTIFIER_KEYWORDS = {
     "study": "StudyInstanceUID",
     "accession": "AccessionNumber",
     "patient": "PatientID",
-}  # a table's column: what DICOM calls it
+}  # {column of a table: DICOM keyword}
 COLUMN_SPELLINGS = {
     "studyinstanceuid": "study",
     "studyuid": "study",
@@ -30,7 +29,11 @@ COLUMN_SPELLINGS = {
 
 @dataclass(frozen=True)
 class StudyFilter:
-    """What to take. Dates are YYYYMMDD, both ends taken; `listed` holds (StudyInstanceUID | AccessionNumber | PatientID, value)."""
+    """What to ingest.
+
+    Dates are YYYYMMDD, both ends included. `identifiers` holds pairs of a DICOM keyword (StudyInstanceUID,
+    AccessionNumber or PatientID) and its value.
+    """
 
     since: str = ""
     until: str = ""
@@ -40,120 +43,131 @@ class StudyFilter:
 
     @property
     def date_range(self) -> str:
-        """DICOM's range matching, empty for any date (PS3.4 C.2.2.2.5)."""
-        return f"{self.since}-{self.until}" if self.since or self.until else ""
+        """The dates in DICOM's range matching (PS3.4 C.2.2.2.5), empty for any date."""
+        if not self.since and not self.until:
+            return ""
+        return f"{self.since}-{self.until}"
 
 
 @dataclass(frozen=True)
 class DicomStudy:
-    """A study as its archive names it. It identifies: nothing of it is printed or logged."""
+    """A study as its archive names it. Its values identify a patient: they are never printed or logged."""
 
     uid: str = field(repr=False)
     patient_id: str = field(repr=False)
     accession_number: str = field(repr=False)
-    version: str = field(repr=False)  # another one when images were added
+    version: str = field(repr=False)  # changes when images are added
 
 
 def is_listed(study: DicomStudy, study_filter: StudyFilter) -> bool:
-    """Whether the list names just this study (archives take `*` and `?` in a value for any text), or there is no list."""
-    own = {
+    """Return whether the filter lists exactly this study, or lists none.
+
+    The check is needed because archives take `*` and `?` in a value for any text.
+    """
+    if not study_filter.identifiers:
+        return True
+    values = {
         "StudyInstanceUID": study.uid,
         "AccessionNumber": study.accession_number,
         "PatientID": study.patient_id,
     }
-    return not study_filter.identifiers or any(
-        own[key].strip() == value for key, value in study_filter.identifiers
-    )
-
-
-class ImageSink(Protocol):
-    """What a source gives images to; both may be called from another thread."""
-
-    def add(self, dataset: Any) -> None:
-        """One image, its `file_meta` with it."""
-
-    def skip(self, reason: str, count: int = 1) -> None:
-        """Something of the study that is not even fetched, with the reason."""
-
-
-class StudySource(NamedTuple):
-    """Where studies come from. `fetch` raises ConsiliumError, without identifiers, when a study does not come whole.
-
-    `left` counts, after `find` has ended, what it met and could not offer.
-    """
-
-    find_studies: Callable[[StudyFilter], Iterable[DicomStudy]]
-    fetch_study: Callable[[DicomStudy, StudyFilter, ImageSink], None]
-    not_offered: Counter[str]
+    return any(values[keyword].strip() == value for keyword, value in study_filter.identifiers)
 
 
 def parse_date(text: str) -> str:
-    """`2020-04-01` or `20200401` as DICOM writes a day; empty stays empty. Raises ConsiliumError for another spelling."""
+    """Return a date such as `2020-04-01` or `20200401` as YYYYMMDD; empty text stays empty.
+
+    Raises ConsiliumError for any other text.
+    """
+    if not text:
+        return ""
     for spelling in ("%Y-%m-%d", "%Y%m%d"):
         try:
-            return datetime.strptime(text, spelling).strftime("%Y%m%d") if text else ""
+            return datetime.strptime(text, spelling).strftime("%Y%m%d")
         except ValueError:
             continue
-    raise ConsiliumError(f"'{text}' is no day; write it as 2020-04-01")
+    raise ConsiliumError(f"'{text}' is not a date; write it as 2020-04-01")
 
 
 def read_identifier_table(path: Path) -> pd.DataFrame:
-    """A CSV of text whose columns study, accession and patient (or DICOM's names for them) are found. Raises ConsiliumError for another."""
+    """Read a CSV as text, with its identifier columns renamed to study, accession and patient.
+
+    Raises ConsiliumError when the file cannot be read, has no identifier column, or has a column twice.
+    """
     try:
         table = pd.read_csv(path, dtype=str, skipinitialspace=True)
     except Exception as error:  # pandas fails in many ways
         raise ConsiliumError(
             f"{path} cannot be read as a table ({type(error).__name__}); save it as CSV (UTF-8)"
         ) from None
-    plain = [re.sub(r"[^a-z]", "", str(c).lower()) for c in table.columns]
-    table.columns = [
-        COLUMN_SPELLINGS.get(p, p if p in IDENTIFIER_KEYWORDS else str(c).strip())
-        for c, p in zip(table.columns, plain, strict=True)
-    ]
-    if not set(IDENTIFIER_KEYWORDS) & set(table.columns):
-        raise ConsiliumError(f"{path} has no column study, accession or patient; name one so")
-    if table.columns.duplicated().any():
-        raise ConsiliumError(
-            f"{path} has two columns for '{table.columns[table.columns.duplicated()][0]}'; remove one"
-        )
+    table.columns = pd.Index([_normalise_column(str(column)) for column in table.columns])
+    if table.columns.intersection(list(IDENTIFIER_KEYWORDS)).empty:
+        raise ConsiliumError(f"{path} has no column study, accession or patient; add or rename one")
+    duplicates = table.columns[table.columns.duplicated()]
+    if not duplicates.empty:
+        raise ConsiliumError(f"{path} has two columns for '{duplicates[0]}'; remove one")
     for column in table.columns:
         table[column] = table[column].str.strip()
     return table
 
 
+def _normalise_column(column: str) -> str:
+    """Return study, accession or patient for their usual spellings, else the column without outer spaces."""
+    letters = re.sub(r"[^a-z]", "", column.lower())
+    if letters in IDENTIFIER_KEYWORDS:
+        return letters
+    return COLUMN_SPELLINGS.get(letters, column.strip())
+
+
 def read_study_list(path: Path) -> tuple[tuple[str, str], ...]:
-    """The studies a CSV lists: of each row the study, else the accession number, else the patient (all studies of them)."""
-    table = read_identifier_table(path)
-    found = []
-    for row in table.to_dict("records"):
-        key = next((k for k in IDENTIFIER_KEYWORDS if isinstance(row.get(k), str) and row[k]), None)
-        if key:
-            found.append((IDENTIFIER_KEYWORDS[key], row[key]))
-    if not found:
+    """Read the studies that a CSV lists, as pairs for `StudyFilter.identifiers`.
+
+    Each row gives its study, else its accession number, else its patient, who stands for all of the
+    patient's studies. Raises ConsiliumError when the table cannot be read or lists nothing.
+    """
+    identifiers: dict[tuple[str, str], None] = {}  # a set in the table's order
+    for row in read_identifier_table(path).to_dict("records"):
+        column = _first_identifier(row)
+        if column:
+            identifiers[IDENTIFIER_KEYWORDS[column], row[column]] = None
+    if not identifiers:
         raise ConsiliumError(
-            f"{path} lists nothing; each row must hold a study, an accession number or a patient"
+            f"{path} lists no study; give each row a study, an accession number or a patient"
         )
-    return tuple(dict.fromkeys(found))
+    return tuple(identifiers)
+
+
+def _first_identifier(row: Mapping[Hashable, Any]) -> str:
+    """Return the first identifier column that has a value in the row, or an empty text."""
+    for column in IDENTIFIER_KEYWORDS:
+        value = row.get(column)
+        if isinstance(value, str) and value:
+            return column
+    return ""
 
 
 def build_search_filters(study_filter: StudyFilter) -> list[dict[str, str]]:
-    """The searches that find the wanted studies, keyword to value: one for each listed study, or else one for each modality."""
-    dates = {"StudyDate": study_filter.date_range} if study_filter.date_range else {}
+    """Return the searches that find the selected studies, as {DICOM keyword: value}.
+
+    There is one for each listed identifier, or else one for each modality.
+    """
+    dates = {}
+    if study_filter.date_range:
+        dates["StudyDate"] = study_filter.date_range
     if study_filter.identifiers:
-        return [{**dates, key: value} for key, value in study_filter.identifiers]
+        return [{**dates, keyword: value} for keyword, value in study_filter.identifiers]
     return [{**dates, "ModalitiesInStudy": modality} for modality in study_filter.modalities]
 
 
 def series_exclusion_reason(modality: str, body_part: str, study_filter: StudyFilter) -> str:
-    """Why a series is not wanted, empty when it is. An archive that does not say what part of the body it shows is believed."""
+    """Return why a series is not selected, or an empty text when it is.
+
+    An unknown modality or body part excludes nothing.
+    """
     if modality and modality not in study_filter.modalities:
-        return f"modality {modality if re.fullmatch('[A-Z]{2,8}', modality) else '?'} is not asked for"
+        # Any other text could identify a patient.
+        shown_modality = modality if re.fullmatch("[A-Z]{2,8}", modality) else "?"
+        return f"modality {shown_modality} is not selected"
     if study_filter.body_part and body_part and body_part.upper() != study_filter.body_part.upper():
-        return "it shows another part of the body"
+        return "it shows another body part"
     return ""
-
-
-def check_complete(num_received: int, num_expected: str) -> None:
-    """Raises ConsiliumError when fewer images came than the archive counts; an archive that does not count is believed."""
-    if num_expected.isdigit() and num_received < int(num_expected):
-        raise ConsiliumError(f"{num_received} of a series' {num_expected} images came")

@@ -257,7 +257,8 @@ def _draw_look_alikes(
         band = band * (grid.y > 0.3 * body.half_depth) * np.clip(1.1 - body.lung_height, 0, 1)[:, None, None]
         filled = np.maximum(filled, rng.uniform(0.1, 0.35) * band * np.clip(1 + 0.3 * texture, 0.3, 1.5))
     vessel_density = 0.7 if lungs.crowded else 0.8
-    return np.maximum(filled, lungs.vessels / np.float32(255) * vessel_density)
+    vessels = lungs.vessels / np.float32(255) * vessel_density
+    return np.asarray(np.maximum(filled, vessels))
 
 
 def _draw_lesions(rng: Rng, grid: Grid, lungs: Lungs, texture: np.ndarray) -> np.ndarray:

@@ -51,9 +51,7 @@ def project_radiograph(voxels: NDArray[np.int16], pixel_mm: float, slice_mm: flo
 def project_mask(
     mask: NDArray[np.bool_], pixel_mm: float, slice_mm: float, min_thickness: float = MIN_MASK_THICKNESS
 ) -> NDArray[np.bool_]:
-    """Return where a ray meets at least `min_thickness` mm of a mask [Z, N, N], on the radiograph's grid [h,
-    w].
-    """
+    """Return where a ray meets at least `min_thickness` mm of a mask [Z, N, N]: [h, w], as the radiograph."""
     thickness = mask.sum(axis=1, dtype=np.float32) * pixel_mm
     return np.asarray(_to_square_pixels(thickness, pixel_mm, slice_mm) >= min_thickness)
 

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
+from client.data.phantom_check import MARKER_FILENAME
 from client.phantom.chest_ct import draw_chest
 from client.phantom.chest_xray import project_radiograph
 from client.phantom.dicom_files import write_ct_series, write_mask, write_radiograph
@@ -42,7 +43,6 @@ DRAWING_MODULES = (
     "labels.py",
     "profiles.py",
 )
-MARKER_FILE = "phantom.json"  # of a finished centre: which drawing made it, with which settings
 CHEST_HEIGHT = 300.0  # mm of a chest on its radiograph; a CT of few slices would make a flat one
 REPEAT_RATE = 1 / 15  # of scans that are a patient's second
 
@@ -106,7 +106,7 @@ def write_centre(
         work = Path(tempfile.mkdtemp(prefix=f".{centre}-", dir=root))
         work.chmod(0o755)
         _write_scans(work, centre, settings, profile, progress)
-        (work / MARKER_FILE).write_text(json.dumps(_make_marker(settings, profile), indent=1))
+        (work / MARKER_FILENAME).write_text(json.dumps(_make_marker(settings, profile), indent=1))
         if folder.exists():
             folder.rename(Path(tempfile.mkdtemp(prefix=f".{centre}-", dir=root)) / "old")
         work.rename(folder)
@@ -212,7 +212,7 @@ def _make_rng(*names: object) -> np.random.Generator:
 
 def _is_finished(folder: Path, settings: PhantomConfig, profile: CentreProfile) -> bool:
     try:
-        return bool(json.loads((folder / MARKER_FILE).read_text()) == _make_marker(settings, profile))
+        return bool(json.loads((folder / MARKER_FILENAME).read_text()) == _make_marker(settings, profile))
     except (OSError, ValueError):
         return False
 

@@ -33,7 +33,7 @@ def suppress_small_cells(sums: Sums, min_count: int) -> Sums:
 
 
 def _suppress_statistic(statistic: str, values: Floats, min_count: int) -> Floats:
-    """Return one of the sums that a model's scores consist of (common/learning/metrics.py), suppressed."""
+    """Return one of the sums that a model's scores consist of (common/learning/metrics/), suppressed."""
     if statistic == "hist":
         return np.stack([merge_small_bins(row, min_count) for row in values])
     if statistic in ("confusion", "joint"):

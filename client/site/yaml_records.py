@@ -55,14 +55,18 @@ def field_names(record_type: type[Any]) -> list[str]:
 def check_keys(
     keys: Iterable[Any], valid_keys: Iterable[str], source: str, renamed_keys: Mapping[str, str]
 ) -> None:
-    """Raise ConsiliumError for a key that is unknown or has been renamed."""
+    """Raise ConsiliumError for a key that is unknown, or for all that have been renamed."""
     valid = list(valid_keys)
+    renamings = []
     for key in keys:
         if key in valid:
             continue
-        if key in renamed_keys:
-            raise ConsiliumError(f"{source}: '{key}' is now '{renamed_keys[key]}'; rename it")
-        raise ConsiliumError(f"{source}: unknown key '{key}'{suggest(str(key), valid)}")
+        if key not in renamed_keys:
+            raise ConsiliumError(f"{source}: unknown key '{key}'{suggest(str(key), valid)}")
+        renamings.append(f"'{key}' is now '{renamed_keys[key]}'")
+    if renamings:
+        pronoun = "it" if len(renamings) == 1 else "them"
+        raise ConsiliumError(f"{source}: {', '.join(renamings)}; rename {pronoun}")
 
 
 def parse_record(record_type: type[RecordT], values: Mapping[str, Any], source: str) -> RecordT:

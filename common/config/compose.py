@@ -135,20 +135,3 @@ def _merge_stages(values: Mapping[str, Any], overrides: list[str]) -> dict[str, 
         stages[name] = merged_values["stage"]
     others = {key: value for key, value in values.items() if key != "stage"}
     return {**others, "stages": stages}
-
-
-# Names that other rooms still import from here.
-from common.config.normalise import stage_tasks  # noqa: E402
-from common.config.parse import config_to_dict  # noqa: E402
-from common.config.validate import check_patient_dp  # noqa: E402
-
-__all__ = [
-    "CONFIG_DIR",
-    "check_patient_dp",
-    "compose_config",
-    "config_to_dict",
-    "parse_config",
-    "prepare_config",
-    "stage_tasks",
-    "validate_config",
-]

@@ -1,5 +1,4 @@
-"""Configuration keys of 0.1.0 and what they are called since 0.2.0, so that an old key is refused with its
-new name.
+"""Configuration keys of 0.1.0 and their names since 0.2.0: an old key is refused with its new name.
 
 ``*`` stands for a name that the recipe chooses (a task's). A key of ``stage`` is the same under
 ``stages.<name>``.

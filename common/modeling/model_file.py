@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from common.config.compose import parse_config
+from common.config.parse import parse_config
+from common.config.renamed_keys import upgrade_config
 from common.config.schema import Config, Task
 from common.learning.losses import UNSUPERVISED_TYPES
 from common.modeling.parameters import Array
@@ -16,7 +17,7 @@ from common.utils.errors import ConsiliumError
 
 
 def load_model_file(path: Path) -> tuple[dict[str, Array], Config]:
-    """Return ({tensor name: array}, the run's configuration).
+    """Return ({tensor name: array}, the run's configuration), also of a model saved by version 0.1.0.
 
     Raises:
         ConsiliumError: The file cannot be read, or is not a model of a run.
@@ -24,7 +25,7 @@ def load_model_file(path: Path) -> tuple[dict[str, Array], Config]:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        config = parse_config(json.loads(metadata["config"]))
+        config = parse_config(upgrade_config(json.loads(metadata["config"])))
         return load_file(path), config
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ConsiliumError(

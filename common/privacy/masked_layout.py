@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.config.compose import stage_tasks
+from common.config.normalise import stage_tasks
 from common.config.schema import Config, Task
 from common.learning.losses import class_names, output_dim
 from common.learning.metrics import compute_regression_sums, compute_score_histogram

@@ -15,7 +15,12 @@ from common.protocol.messages import Refusal, TrainReply
 from common.utils.errors import RefusalCode
 from server.aggregation.central_dp import dp_weighted_sum
 from server.aggregation.label_counts import count_labels, secure_sum_weights
-from server.aggregation.robust import find_quorum_error, robust_update, select_krum_outliers
+from server.aggregation.robust import (
+    COORDINATE_WISE_RULES,
+    find_quorum_error,
+    robust_update,
+    select_krum_outliers,
+)
 from server.aggregation.screening import find_outliers
 from server.aggregation.server_optimizer import server_step
 from server.aggregation.stored_updates import StoredUpdate
@@ -156,6 +161,6 @@ def _combine_updates(
             centre_rounds[centre].epsilon = private_sum.epsilon
             centre_rounds[centre].clip_norm = private_sum.clip_norm
         return private_sum.update
-    if run.config.aggregation.robust_rule in ("median", "trimmed_mean"):
+    if run.config.aggregation.robust_rule in COORDINATE_WISE_RULES:
         return robust_update(stored_updates, group_weights, run.model.layout, run.config.aggregation)
     return weighted_sum(stored_updates, group_weights, run.model.layout)

@@ -1,8 +1,7 @@
 """Aggregate in spite of centres that send anything at all: coordinate-wise median, trimmed mean, Krum.
 
 `num_byzantine` (f) of n centres may send anything. A plain mean goes wherever one of them wants; these rules
-stay among what
-the honest ones sent, and keep the centres' weights:
+stay among what the honest ones sent, and keep the centres' weights:
 
 - `median`, `trimmed_mean` (Yin et al., "Byzantine-robust distributed learning: towards optimal statistical
   rates", ICML 2018, definitions 1 and 2), value by value. `trimmed_mean` removes the f largest and the f
@@ -34,6 +33,7 @@ from server.aggregation.weighted_mean import BLOCK_SIZE, BlockReducer, reduce_bl
 from server.aggregation.weighting import GroupWeights
 
 WEIGHT_TOLERANCE = 1e-9  # of the total weight: sums of rounded numbers that are closer are equal
+COORDINATE_WISE_RULES = ("median", "trimmed_mean")
 MIN_BLOCK_SIZE = 1 << 12  # values; smaller blocks cost more time than they save memory
 
 
@@ -87,7 +87,7 @@ def robust_update(
 
 def find_quorum_error(group_weights: GroupWeights, settings: AggregationConfig) -> str:
     """Return why `median` or `trimmed_mean` would not protect some parameter group, or ""."""
-    if settings.robust_rule not in ("median", "trimmed_mean"):
+    if settings.robust_rule not in COORDINATE_WISE_RULES:
         return ""
     for group, weights in group_weights.items():
         num_centres = sum(weight > 0 for weight in weights.values())

@@ -124,10 +124,10 @@ def check_epsilon_limits(ledger: Ledger, row: Row, centres: Sequence[CentreHealt
     limits = {centre.centre: centre.report.epsilon_limit for centre in centres if centre.report}
     alerts = []
     for contribution in views.last_accepted(ledger, row["id"]):
-        epsilon = contribution["epsilon"]
-        limit = limits.get(contribution["centre"])
+        name, epsilon = contribution["centre"], contribution["epsilon"]
+        limit = limits.get(name)
         if epsilon is not None and limit and epsilon >= EPSILON_WARNING_FRACTION * limit:
-            text = f"{contribution['centre']} has spent epsilon {epsilon:.2f} of the {limit:g} that its policy allows"
+            text = f"{name} has spent epsilon {epsilon:.2f} of the {limit:g} that its policy allows"
             alerts.append(Alert(AlertLevel.WARNING, text))
     return alerts
 

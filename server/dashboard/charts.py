@@ -118,22 +118,21 @@ def learning_view(ledger: Ledger, row: Row, rounds: Rounds) -> dict[str, Any]:
     tested = run_history.load_test_scores(ledger, row["id"])
     task, metric = choose_task_metric(parse_config(row["config"]).evaluation, last)
     has_many_centres = len(names) > MAX_LINES
-    shown = names
+    drawn = names
     if has_many_centres:
-        shown = select_worst_centres(last[task].centres if task in last else {}, metric, names)
-    figures = build_round_figures(rounds, shown, task, metric)
+        drawn = select_worst_centres(last[task].centres if task in last else {}, metric, names)
+    figures = build_round_figures(rounds, drawn, task, metric)
     if has_many_centres:
         figures = [replace(figure, data=[*quartile_band(rounds, figure), *figure.data]) for figure in figures]
     return {
-        "figures": figures + build_weight_figures(rounds, shown) + build_cost_figures(rounds, shown),
-        "shown": shown if has_many_centres else [],
-        "who": shown,
-        "count": len(rounds),
+        "figures": figures + build_weight_figures(rounds, drawn) + build_cost_figures(rounds, drawn),
+        "drawn_centres": drawn,
+        "shows_worst_only": has_many_centres,
         "scores": _build_score_tables(last, "validation", task, metric),
         "tests": _build_score_tables(tested, "test", task, metric),
         "weights": build_weight_table(rounds, centres),
-        "why": explain_weights(ledger, row),
-        "matrix": build_cross_site_tables(load_cross_site_scores(ledger, row["id"]), metric),
+        "weighting": explain_weights(ledger, row),
+        "cross_site": build_cross_site_tables(load_cross_site_scores(ledger, row["id"]), metric),
     }
 
 
@@ -214,9 +213,9 @@ def explain_weights(ledger: Ledger, row: Row) -> dict[str, Any]:
         strength = "" if settings.prior == "none" else f", tau {settings.tau:g}"
         priors.append(f"{name}: {settings.prior}{strength}")
     return {
-        "grid": ReportTable([header], rows, f"labelled training scans for {task}"),
+        "label_counts": ReportTable([header], rows, f"labelled training scans for {task}"),
         "tau": config.aggregation.tau,
-        "count": config.aggregation.weight_by,
+        "weight_by": config.aggregation.weight_by,
         "priors": priors,
         "method": config.aggregation.method,
     }
@@ -308,9 +307,9 @@ def data_view(ledger: Ledger, row: Row) -> dict[str, Any]:
     return {
         "figures": figures,
         "drift": [(statistic.name, statistic.drift) for statistic in statistics.values() if statistic.drift],
-        "names": names,
-        "labels": build_label_count_tables(counts),
-        "surveyed": bool(statistics),
+        "centres": names,
+        "label_counts": build_label_count_tables(counts),
+        "has_image_statistics": bool(statistics),
     }
 
 

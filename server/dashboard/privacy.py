@@ -80,9 +80,7 @@ def privacy_view(ledger: Ledger, row: Row) -> dict[str, Any]:
 def _make_budget(centre: str, limit: float | None, contribution: Row | None) -> EpsilonBudget:
     if contribution is None:
         return EpsilonBudget(centre, limit=limit)
-    return EpsilonBudget(
-        centre, contribution["epsilon"], limit, contribution["stage"], contribution["round"]
-    )
+    return EpsilonBudget(centre, contribution["epsilon"], limit, contribution["stage"], contribution["round"])
 
 
 def _read_message_totals(ledger: Ledger, run_id: str) -> dict[tuple[str, str], MessageTotal]:

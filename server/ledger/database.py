@@ -93,7 +93,9 @@ class Database:
     def read(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """Return the rows of a query on the tables of `server.ledger.tables`."""
         with self.transaction(read_only=True) as connection:
-            return list(map(dict, connection.execute(query).mappings()))
+            result = connection.execute(query)
+            columns = list(result.keys())
+            return [dict(zip(columns, row, strict=True)) for row in result]  # half the time of `mappings()`
 
     @contextmanager
     def transaction(self, read_only: bool = False) -> Iterator[sa.Connection]:

@@ -103,8 +103,7 @@ def provision_federation(federation_file: Path, folder: Path, reissue: str = "")
 
 
 def revoke_centre(folder: Path, centre: str) -> str:
-    """Take a centre's key out of the coordinator's folder, and delete our copy of its private part and its
-    kit.
+    """Remove a centre's key from the coordinator's folder, and delete its private part and its kit.
 
     Raises:
         ConsiliumError: no such centre is enrolled.

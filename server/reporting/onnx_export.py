@@ -71,8 +71,7 @@ def export_onnx(model_path: Path, run_id: str, out: Path) -> float:
 
     Raises:
         ConsiliumError: ONNX is not installed, cannot express the model, or differs by more than
-            `ONNX_TOLERANCE`. No
-            file is left then.
+            `ONNX_TOLERANCE`. No file is left then.
     """
     _require_packages()
     weights, config = model_file.load_model_file(model_path)

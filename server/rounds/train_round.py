@@ -97,8 +97,7 @@ def plateau_lr_scale(stage: Stage, rounds: list[RoundRecord], evaluation: Evalua
     """Return the factor on the learning rate under ``schedule: plateau``.
 
     It is multiplied by `plateau_factor` each time that validation has had no new best in more than
-    `plateau_patience`
-    rounds: the rule of PyTorch's ReduceLROnPlateau, with threshold 0.
+    `plateau_patience` rounds: the rule of PyTorch's ReduceLROnPlateau, with threshold 0.
     """
     best = -math.inf
     rounds_without_best = 0

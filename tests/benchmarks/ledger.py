@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import Config
 from common.learning.class_imbalance import compute_effective_centres
 from common.modeling.parameters import Weights, build_layout

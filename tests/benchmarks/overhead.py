@@ -26,7 +26,8 @@ from flwr.simulation import run_simulation
 from client.app import app as client
 from client.phantom.federation import write_federation
 from client.phantom.profiles import CENTRE_PROFILES
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.protocol.messages import Request, StatisticsReply, TrainReply, TrainRequest
 from server.ledger.ledger import Ledger
 from server.rounds.coordinator import run_training

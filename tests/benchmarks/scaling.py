@@ -39,7 +39,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common.config.compose import compose_config, config_to_dict, parse_config
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict, parse_config
 from common.config.schema import Config
 from common.learning.losses import class_names
 from common.modeling.model import make_model

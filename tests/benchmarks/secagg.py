@@ -23,7 +23,8 @@ import torch
 
 from client.federation import secure_aggregation as centre_side
 from client.federation.parameter_cache import parameter_layout
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import Compression, Config, SecureAggregationConfig
 from common.modeling.parameters import EMPTY_PARAMS, Layout, TensorSlot, Weights
 from common.privacy import secure_aggregation

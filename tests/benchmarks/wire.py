@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from client.federation import error_feedback, parameter_cache
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import Compression, Config
 from common.modeling.model import make_model
 from common.modeling.parameters import Layout, Weights, build_layout

@@ -1,4 +1,4 @@
-"""A real archive for tests: Debian's Orthanc (`apt-get install orthanc orthanc-dicomweb`) in a temporary folder, with a password."""
+"""Run a real archive: Debian's Orthanc (`apt-get install orthanc orthanc-dicomweb`), with a password."""
 
 from __future__ import annotations
 
@@ -11,86 +11,97 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 PROGRAM = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin")
 USER, PASSWORD = "centre", "secret"
-AET, OURS = "ARCHIVE", "CONSILIUM"
+ARCHIVE_AE_TITLE, LOCAL_AE_TITLE = "ARCHIVE", "CONSILIUM"
+START_ATTEMPTS = 600  # 0.1 s apart
 
 
 @dataclass(frozen=True)
 class Orthanc:
-    """Its ports, and the one to which it sends by C-MOVE."""
+    """The archive's ports, and ours to which it sends by C-MOVE."""
 
-    http: int
-    dicom: int
-    ours: int
+    http_port: int
+    dicom_port: int
+    local_port: int
 
     @property
     def web(self) -> str:
-        return f"http://127.0.0.1:{self.http}/dicom-web"
+        """The address for DICOMweb."""
+        return f"http://127.0.0.1:{self.http_port}/dicom-web"
 
     @property
     def get(self) -> str:
-        return f"dicom://{AET}@127.0.0.1:{self.dicom}?aet={OURS}"
+        """The address for C-GET."""
+        return f"dicom://{ARCHIVE_AE_TITLE}@127.0.0.1:{self.dicom_port}?aet={LOCAL_AE_TITLE}"
 
     @property
     def move(self) -> str:
-        return f"{self.get}&listen=127.0.0.1:{self.ours}"
+        """The address for C-MOVE."""
+        return f"{self.get}&listen=127.0.0.1:{self.local_port}"
 
-    def put(self, data: bytes) -> None:
+    def store(self, data: bytes) -> None:
         """Store a DICOM file."""
-        requests.post(
-            f"http://127.0.0.1:{self.http}/instances", data=data, auth=(USER, PASSWORD), timeout=60
-        ).raise_for_status()
+        url = f"http://127.0.0.1:{self.http_port}/instances"
+        requests.post(url, data=data, auth=(USER, PASSWORD), timeout=60).raise_for_status()
 
 
-def _free() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
-def orthanc(folder: Path) -> Iterator[Orthanc]:
-    """Started, and ended with the block. Raises RuntimeError with its log when it does not start."""
-    here = Orthanc(_free(), _free(), _free())
-    config = {
+def run_orthanc(folder: Path) -> Iterator[Orthanc]:
+    """Run an archive for a block; raises RuntimeError with its log when it does not start."""
+    archive = Orthanc(_find_free_port(), _find_free_port(), _find_free_port())
+    config = folder / "orthanc.json"
+    config.write_text(json.dumps(_make_config(archive, folder)))
+    log_path = folder / "log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen([str(PROGRAM), str(config)], stdout=log, stderr=log)
+    try:
+        if not _wait_until_ready(archive, process):
+            raise RuntimeError(log_path.read_text(errors="replace")[-2000:])
+        yield archive
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _make_config(archive: Orthanc, folder: Path) -> dict[str, Any]:
+    return {
         "StorageDirectory": str(folder / "db"),
-        "HttpPort": here.http,
+        "HttpPort": archive.http_port,
         "RemoteAccessAllowed": False,
         "AuthenticationEnabled": True,
         "RegisteredUsers": {USER: PASSWORD},
-        "DicomAet": AET,
-        "DicomPort": here.dicom,
+        "DicomAet": ARCHIVE_AE_TITLE,
+        "DicomPort": archive.dicom_port,
         "DicomCheckCalledAet": True,
-        "DicomModalities": {"ours": [OURS, "127.0.0.1", here.ours]},
+        "DicomModalities": {"ours": [LOCAL_AE_TITLE, "127.0.0.1", archive.local_port]},
         "Plugins": [str(PLUGIN)],
         "DicomWeb": {"Enable": True},
         "SyncStorageArea": False,
         "IngestTranscodingOfCompressed": False,
     }
-    (folder / "orthanc.json").write_text(json.dumps(config))
-    with (folder / "log").open("wb") as log:
-        running = subprocess.Popen([str(PROGRAM), str(folder / "orthanc.json")], stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            try:
-                requests.get(
-                    f"{here.web}/studies?limit=1", auth=(USER, PASSWORD), timeout=5
-                ).raise_for_status()
-                break
-            except requests.RequestException:
-                if running.poll() is not None:
-                    break
-                time.sleep(0.1)
-        else:
-            running.kill()
-        if running.poll() is not None:
-            raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
-        yield here
-    finally:
-        running.terminate()
-        running.wait(30)
+
+
+def _wait_until_ready(archive: Orthanc, process: subprocess.Popen[bytes]) -> bool:
+    """Return whether the archive answers before its process ends and before the attempts run out."""
+    url = f"{archive.web}/studies?limit=1"
+    for _ in range(START_ATTEMPTS):
+        try:
+            requests.get(url, auth=(USER, PASSWORD), timeout=5).raise_for_status()
+            return True
+        except requests.RequestException:
+            if process.poll() is not None:
+                return False
+            time.sleep(0.1)
+    return False

@@ -1,9 +1,10 @@
-"""Objects that name a patient wherever they can: in every element of the standard's dictionary, sequences, private elements, headers."""
+"""Plant identifiers in DICOM objects: in every element of the standard's dictionary, in sequences and headers."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pydicom
 from pydicom.datadict import DicomDictionary
@@ -18,8 +19,8 @@ from client.ingest.deidentify import (
     UID_KEYWORDS,
 )
 
-ROOT = "1.2.840.99999.7.7"  # of planted UIDs
-BY_VR = {
+UID_ROOT = "1.2.840.99999.7.7"  # of planted UIDs
+VALUES_BY_VR = {
     **dict.fromkeys(("AE", "CS", "SH", "LO", "LT", "ST", "UT", "UC", "UR"), "PLANTED"),
     "PN": "PLANTED^Anna^^^",
     "DA": "19470311",
@@ -32,56 +33,66 @@ BY_VR = {
     "UN": b"PLANTED ",
     "OW": b"PLANTED ",
 }
-SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", ROOT.encode())
-STAYS = (
-    UID_KEYWORDS
-    | NUMERIC_KEYWORDS
-    | {
-        "SOPClassUID",
-        "PixelData",
-        "SpecificCharacterSet",
-        "Modality",
-        "PhotometricInterpretation",
-        "BurnedInAnnotation",
-    }
-)
-STAYS |= {"ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"}  # they change what the pixels mean
-STAYS |= {
+SIGNS = (b"PLANTED", b"Anna", b"19470311", b"081547", b"077Y", b"3141592", UID_ROOT.encode())
+NECESSARY_KEYWORDS = {
+    "SOPClassUID",
+    "PixelData",
+    "SpecificCharacterSet",
+    "Modality",
+    "PhotometricInterpretation",
+    "BurnedInAnnotation",
+}
+PIXEL_MEANING_KEYWORDS = {"ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"}
+ANSWER_KEYWORDS = {
     "NumberOfStudyRelatedInstances",
     "NumberOfSeriesRelatedInstances",
-}  # an archive's answer, not an image's
+}  # of archives, not images
+UNPLANTED_KEYWORDS = (
+    UID_KEYWORDS | NUMERIC_KEYWORDS | NECESSARY_KEYWORDS | PIXEL_MEANING_KEYWORDS | ANSWER_KEYWORDS
+)
+assert EMPTIED_KEYWORDS.isdisjoint(UNPLANTED_KEYWORDS)
 
 
 @cache
-def _signs() -> list[DataElement]:
-    """An element for each of the dictionary that may hold a sign; made once, as it takes a second."""
+def _make_signs() -> list[DataElement]:
+    """Make an element with a sign for each keyword of the dictionary that may hold one; takes a second."""
     elements = []
-    for tag, (vr, _, _, _, word) in DicomDictionary.items():
-        if word and word not in STAYS and tag >> 16 not in (0, 2, 4) and tag & 0xFFFF:
-            value = (
-                [_item(1 if word in SEQUENCE_KEYWORDS else 0)]
-                if vr == "SQ"
-                else f"{ROOT}.{tag}"
-                if vr == "UI"
-                else BY_VR.get(vr)
-            )
-            elements += [] if value is None else [DataElement(tag, vr, value)]
+    for tag, (vr, _, _, _, keyword) in DicomDictionary.items():
+        group, number = tag >> 16, tag & 0xFFFF
+        if keyword and keyword not in UNPLANTED_KEYWORDS and group not in (0, 2, 4) and number:
+            value = _make_value(tag, vr, keyword)
+            if value is not None:
+                elements.append(DataElement(tag, vr, value))
     return elements
+
+
+def _make_value(tag: int, vr: str, keyword: str) -> Any:
+    if vr == "SQ":
+        return [_make_item(depth=1 if keyword in SEQUENCE_KEYWORDS else 0)]
+    if vr == "UI":
+        return f"{UID_ROOT}.{tag}"
+    return VALUES_BY_VR.get(vr)
 
 
 def plant(
     dataset: Dataset, patient: str = "PLANTED-1", accession: str = "PLANTED-2", everywhere: bool = True
 ) -> Dataset:
-    """The dataset with signs: `everywhere` in each element of the dictionary that its pixels do not need, else in the usual ones. To be written."""
-    for element in _signs() if everywhere else []:
-        if not (element.keyword in CODE_KEYWORDS | SEQUENCE_KEYWORDS and element.keyword in dataset):
-            dataset.add(element)
-    dataset.PatientName, dataset.InstitutionName, dataset.PatientBirthDate = (
-        "PLANTED^Anna",
-        "PLANTED",
-        "19470311",
-    )
-    dataset.PatientID, dataset.AccessionNumber, dataset.StudyDate = patient, accession, "19470311"
+    """Plant signs in a dataset and return it.
+
+    With `everywhere` each element of the dictionary that its pixels do not need holds one, else only the
+    usual ones. The dataset shares elements with others, so it is to be written to a file next.
+    """
+    if everywhere:
+        for element in _make_signs():
+            is_needed = element.keyword in CODE_KEYWORDS | SEQUENCE_KEYWORDS and element.keyword in dataset
+            if not is_needed:
+                dataset.add(element)
+    dataset.PatientName = "PLANTED^Anna"
+    dataset.InstitutionName = "PLANTED"
+    dataset.PatientBirthDate = "19470311"
+    dataset.PatientID = patient
+    dataset.AccessionNumber = accession
+    dataset.StudyDate = "19470311"
     dataset.ImageType = [*dataset.ImageType[:2], "AXIAL", "PLANTED"]
     dataset.add_new(0x60003000, "OW", b"PLANTED ")
     dataset.add_new(0x60004000, "LT", "PLANTED")
@@ -92,35 +103,33 @@ def plant(
     return dataset
 
 
-def _item(depth: int) -> Dataset:
+def _make_item(depth: int) -> Dataset:
     item = Dataset()
-    item.PatientName, item.PatientID, item.TextValue, item.PersonName = (
-        "PLANTED^Anna",
-        "PLANTED",
-        "PLANTED",
-        "PLANTED^Anna",
-    )
-    item.ReferencedSOPInstanceUID, item.Date = f"{ROOT}.1", "19470311"
+    item.PatientName = "PLANTED^Anna"
+    item.PatientID = "PLANTED"
+    item.TextValue = "PLANTED"
+    item.PersonName = "PLANTED^Anna"
+    item.ReferencedSOPInstanceUID = f"{UID_ROOT}.1"
+    item.Date = "19470311"
     item.private_block(0x0011, "PLANTED CREATOR", create=True).add_new(1, "LO", "PLANTED")
     if depth:
-        item.ConceptNameCodeSequence = [_item(depth - 1)]
-        item.PixelMeasuresSequence = [_item(depth - 1)]  # of a kind that is kept
+        item.ConceptNameCodeSequence = [_make_item(depth - 1)]
+        item.PixelMeasuresSequence = [_make_item(depth - 1)]  # a sequence that de-identification keeps
     return item
 
 
-def signs_in(folder: Path, *more: str) -> list[tuple[str, bytes]]:
-    """Where below `folder` a planted sign, or one of `more`, is found: in a file's bytes or in a path."""
-    found = []
-    for path in [p for p in sorted(folder.rglob("*")) if p.is_file()]:
-        data = str(path.relative_to(folder)).encode() + path.read_bytes()
-        found += [(path.name, sign) for sign in (*SIGNS, *(text.encode() for text in more)) if sign in data]
-    return found
+def find_signs(folder: Path, *identifiers: str) -> list[tuple[str, bytes]]:
+    """Return (file, sign) for each planted sign, or identifier, in the bytes or the path of a file."""
+    signs = [*SIGNS, *(text.encode() for text in identifiers)]
+    matches = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = str(path.relative_to(folder)).encode() + path.read_bytes()
+            matches += [(path.name, sign) for sign in signs if sign in data]
+    return matches
 
 
-def uids_of(path: Path) -> set[str]:
-    """The study's, series', image's and frame's own UIDs in a file."""
+def read_uids(path: Path) -> set[str]:
+    """Return the UIDs of a file's study, series, image and frame of reference."""
     dataset = pydicom.dcmread(path, stop_before_pixels=True)
-    return {str(dataset[word].value) for word in UID_KEYWORDS if word in dataset}
-
-
-assert EMPTIED_KEYWORDS.isdisjoint(STAYS)
+    return {str(dataset[keyword].value) for keyword in UID_KEYWORDS if keyword in dataset}

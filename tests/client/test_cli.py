@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from client.cli import main
 from client.data.cohort import load_cohort
 from client.phantom.federation import write_centre
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import PhantomConfig
 from common.modeling.model import make_model
 from server.rounds.run_lifecycle import open_ledger, start_run
@@ -86,7 +87,9 @@ def sentence(result: tuple[int, str, str]) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def test_cohort_preprocess_and_predict_from_a_folder_of_dicom(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
+def test_cohort_preprocess_and_predict_from_a_folder_of_dicom(
+    consilium: Command, folder: Path, model: Path, tmp_path: Path
+) -> None:
     own = shutil.copytree(folder, tmp_path / "scans")
     pd.DataFrame({"scan": sorted(p.name for p in own.iterdir()), "covid": [0, 1] * 10}).to_csv(
         own / "labels.csv", index=False
@@ -164,7 +167,9 @@ def test_phantom_is_written_and_preprocessed(consilium: Command, tmp_path: Path)
     )
 
 
-def test_bad_input_is_refused_in_one_sentence(consilium: Command, folder: Path, model: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_sentence(
+    consilium: Command, folder: Path, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.csv").write_text("scan,path,split,covid\n")
     (tmp_path / "text").write_text("no model")

@@ -20,7 +20,7 @@ from server.ledger.ledger import Ledger
 from server.rounds.run_lifecycle import open_ledger, start_run
 from tests.client.planted import plant
 from tests.in_process_federation import InProcess, phantom_config
-from tests.server.dashboard.console_client import PAGES, logged_in
+from tests.server.dashboard.console_client import PAGES, log_in_as
 
 SECRETS = ("DOE^JANE", "jane_doe", "19340229", "MRN0815", "PLANTED", "19470311")
 
@@ -108,7 +108,7 @@ def read_rows(path: Path) -> list[str]:
 
 def read_console(ledger: Ledger, runs: Path) -> list[str]:
     """The texts of the console's pages."""
-    client = logged_in(ledger, runs=runs)
+    client = log_in_as(ledger, runs=runs)
     texts = []
     for path in (*PAGES, "/metrics", "/runs/r/files/model-card.html", "/runs/r/files/scores.csv"):
         page = client.get(path)

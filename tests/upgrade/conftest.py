@@ -1,4 +1,4 @@
-"""The folders of a hospital and a coordinator as version 0.1.0 left them (state_0_1_0.md), unpacked anew for each test."""
+"""The folders of a hospital and a coordinator as 0.1.0 left them (state_0_1_0.md), unpacked for each test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The encoder of the recorded runs: 400 weights, so that their files are small. Importing it registers `tiny_net`."""
+"""The encoder of the recorded runs, of 400 weights so that their files are small.
+
+Importing this module registers it with timm as `tiny_net`.
+"""
 
 from __future__ import annotations
 

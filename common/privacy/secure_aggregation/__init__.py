@@ -2,21 +2,17 @@
 
 The protocol is that of Bonawitz et al., "Practical secure aggregation for privacy-preserving machine
 learning", CCS 2017, figure 4, for an honest-but-curious server. Every pair of centres shares a mask; the
-sparser graph of Bell et al.,
-CCS 2020, would pay off beyond a hundred centres. A sum takes four steps:
+sparser graph of Bell et al., CCS 2020, would pay off beyond a hundred centres. A sum takes four steps:
 
 1. TrainRequest or StatisticsRequest: the centre computes its values, stores them, and replies with public
-keys generated
-   for this sum (client/federation/secure_aggregation.py).
+   keys generated for this sum (client/federation/secure_aggregation.py).
 2. ShareKeysRequest: it splits its two secrets (the seed of its own mask, and the private key of its pairwise
-masks)
-   into shares and encrypts one share for every other centre.
+   masks) into shares and encrypts one share for every other centre.
 3. MaskedInputRequest: it sends its values plus its own mask, plus or minus a mask for each other centre. The
-pairwise
-   masks cancel in the sum.
+   pairwise masks cancel in the sum.
 4. UnmaskRequest: for each centre in the sum it reveals a share of the seed of that centre's own mask; for
-each centre
-   that dropped out, a share of the private key. It never reveals both (server/run/secure_aggregation.py).
+   each centre that dropped out, a share of the private key. It never reveals both
+   (server/run/secure_aggregation.py).
 
 Values are integers added modulo 2^(8 bytes), so the sum is exact in any order of arrival. Parameters are
 quantized with a step of 2 clip / 2^bits, so a value within the clip is off by at most half a step, clip /
@@ -44,19 +40,15 @@ from common.privacy.secure_aggregation.fixed_point import (
     unpack_ring_values,
 )
 from common.privacy.secure_aggregation.key_agreement import (
-    BLOCK_SIZE,
     ByteArray,
     PublicKeys,
-    add_mask,
-    compute_pair_sign,
     derive_public_key,
     derive_shared_key,
-    expand_seed,
     hash_mask_context,
     parse_public_keys,
-    shamir_combine,
-    shamir_split,
 )
+from common.privacy.secure_aggregation.masks import BLOCK_SIZE, add_mask, compute_pair_sign, expand_seed
+from common.privacy.secure_aggregation.secret_sharing import shamir_combine, shamir_split
 from common.privacy.secure_aggregation.settings import (
     COMBINED_COHORT,
     MIN_CENTRES,

@@ -1,4 +1,4 @@
-"""De-identification: nothing that was planted survives, what reading needs does, and a patient keeps one name."""
+"""De-identification removes planted identifiers, keeps what reading needs, and gives a patient one pseudonym."""
 
 from __future__ import annotations
 
@@ -29,145 +29,142 @@ from client.phantom.chest_ct import Scanner
 from client.phantom.dicom_files import write_ct_series, write_radiograph
 from client.phantom.profiles import CENTRE_PROFILES
 from common.utils.errors import ConsiliumError
-from tests.client.planted import plant, signs_in, uids_of
+from tests.client.planted import find_signs, plant, read_uids
 
-KEY, OTHER = bytes(range(32)), bytes(32)
+KEY = bytes(range(32))
+OTHER_KEY = bytes(32)
 
 
 @pytest.fixture(params=["north", "south", "film"])
 def scan(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with a CT (south: RLE, north: plain) or a film, planted."""
+    """A folder with a CT (south: RLE, north: uncompressed) or a radiograph that hold planted identifiers."""
     folder = tmp_path / "original"
     folder.mkdir()
     rng = np.random.default_rng(1)
     if request.param == "film":
-        write_radiograph(
-            folder / "film.dcm", rng.integers(0, 255, (32, 32), np.uint8), 1.0, ("a",), "P1", "Maker"
-        )
+        pixels = rng.integers(0, 255, (32, 32), np.uint8)
+        write_radiograph(folder / "film.dcm", pixels, 1.0, ("a",), "P1", "Maker")
     else:
         scanner: Scanner = CENTRE_PROFILES[request.param].scanner
-        write_ct_series(
-            folder,
-            rng.integers(-1024, 1500, (2, 16, 16)).astype(np.int16),
-            scanner,
-            ("a", request.param),
-            "P1",
-            rng,
-        )
+        voxels = rng.integers(-1024, 1500, (2, 16, 16)).astype(np.int16)
+        write_ct_series(folder, voxels, scanner, ("a", request.param), "P1", rng)
     for path in folder.iterdir():
         plant(pydicom.dcmread(path)).save_as(path)
     return folder
 
 
-def test_nothing_planted_survives_and_every_pixel_does(scan: Path, tmp_path: Path) -> None:
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    old: set[str] = set()
-    for k, path in enumerate(sorted(scan.iterdir())):
-        before, after = pydicom.dcmread(path), pydicom.dcmread(path)
-        assert signs_in(scan)
-        assert exclusion_reason(after, StudyFilter()) == ""
-        deidentify_dataset(after, KEY).save_as(clean / f"{k}.dcm", enforce_file_format=True)
-        written = pydicom.dcmread(clean / f"{k}.dcm")
-        assert written.PixelData == before.PixelData
-        assert written.file_meta.TransferSyntaxUID == before.file_meta.TransferSyntaxUID
+def test_planted_identifiers_are_removed_and_pixels_are_kept(scan: Path, tmp_path: Path) -> None:
+    clean_dir = tmp_path / "clean"
+    clean_dir.mkdir()
+    original_uids: set[str] = set()
+    assert find_signs(scan)
+    for number, path in enumerate(sorted(scan.iterdir())):
+        original, dataset = pydicom.dcmread(path), pydicom.dcmread(path)
+        assert exclusion_reason(dataset, StudyFilter()) == ""
+        clean_path = clean_dir / f"{number}.dcm"
+        deidentify_dataset(dataset, KEY).save_as(clean_path, enforce_file_format=True)
+        written = pydicom.dcmread(clean_path)
+        assert written.PixelData == original.PixelData
+        assert written.file_meta.TransferSyntaxUID == original.file_meta.TransferSyntaxUID
         assert written.PatientIdentityRemoved == "YES"
         assert written.PatientID == make_patient_pseudonym(KEY, "PLANTED-1", "")
-        old |= uids_of(path)
-    assert len(old) >= 3
-    assert signs_in(clean, *old) == []
-    a, b = read_scan(scan), read_scan(clean)
-    assert np.array_equal(a.voxels, b.voxels)
-    assert (a.spacing, a.origin, a.modality) == (b.spacing, b.origin, b.modality)
-    assert np.array_equal(a.positions, b.positions)
+        original_uids |= read_uids(path)
+    assert len(original_uids) >= 3
+    assert find_signs(clean_dir, *original_uids) == []
+    before, after = read_scan(scan), read_scan(clean_dir)
+    assert np.array_equal(before.voxels, after.voxels)
+    assert before.spacing == after.spacing
+    assert before.origin == after.origin
+    assert before.modality == after.modality
+    assert np.array_equal(before.positions, after.positions)
 
 
-def test_a_multi_frame_image_keeps_its_geometry() -> None:
-    dataset = Dataset()
-    for word in ("PixelMeasuresSequence", "PlanePositionSequence", "DerivationImageSequence"):
-        setattr(dataset, word, [Dataset()])
-    dataset.PixelMeasuresSequence[0].PixelSpacing = [0.7, 0.7]
-    dataset.PixelMeasuresSequence[0].PatientName = "PLANTED"
-    dataset.PlanePositionSequence[0].ImagePositionPatient = [1, 2, 3.5]
-    whole = deepcopy(plant(_image()))
-    whole.SOPClassUID = EnhancedCTImageStorage
-    whole.PerFrameFunctionalGroupsSequence = [dataset]
-    out = deidentify_dataset(whole, KEY)
-    (frame,) = out.PerFrameFunctionalGroupsSequence
-    assert {e.keyword for e in frame} == {"PixelMeasuresSequence", "PlanePositionSequence"}
-    assert {e.keyword for e in frame.PixelMeasuresSequence[0]} == {"PixelSpacing"}
-    assert frame.PlanePositionSequence[0].ImagePositionPatient == [1, 2, 3.5]
+def test_multi_frame_image_keeps_its_geometry() -> None:
+    frame = Dataset()
+    for keyword in ("PixelMeasuresSequence", "PlanePositionSequence", "DerivationImageSequence"):
+        setattr(frame, keyword, [Dataset()])
+    frame.PixelMeasuresSequence[0].PixelSpacing = [0.7, 0.7]
+    frame.PixelMeasuresSequence[0].PatientName = "PLANTED"
+    frame.PlanePositionSequence[0].ImagePositionPatient = [1, 2, 3.5]
+    image = deepcopy(plant(_make_image()))
+    image.SOPClassUID = EnhancedCTImageStorage
+    image.PerFrameFunctionalGroupsSequence = [frame]
+    (clean_frame,) = deidentify_dataset(image, KEY).PerFrameFunctionalGroupsSequence
+    assert {element.keyword for element in clean_frame} == {"PixelMeasuresSequence", "PlanePositionSequence"}
+    assert {element.keyword for element in clean_frame.PixelMeasuresSequence[0]} == {"PixelSpacing"}
+    assert clean_frame.PlanePositionSequence[0].ImagePositionPatient == [1, 2, 3.5]
 
 
-def _image(**values: object) -> Dataset:
+def _make_image(**values: object) -> Dataset:
+    """A CT image of 2 x 2 pixels, with some values replaced."""
     dataset = Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.Modality, dataset.ImageType = (
-        IMAGE_SOP_CLASSES[0],
-        "CT",
-        ["ORIGINAL", "PRIMARY"],
-    )
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID = (
-        "1.2.3",
-        "1.2.3.4",
-        "1.2.3.4.5",
-    )
+    dataset.SOPClassUID = IMAGE_SOP_CLASSES[0]
+    dataset.Modality = "CT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY"]
+    dataset.StudyInstanceUID = "1.2.3"
+    dataset.SeriesInstanceUID = "1.2.3.4"
+    dataset.SOPInstanceUID = "1.2.3.4.5"
     dataset.Rows = dataset.Columns = 2
-    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.PixelData = 1, 16, bytes(8)
-    for word, value in values.items():
-        setattr(dataset, word, value)
+    dataset.SamplesPerPixel = 1
+    dataset.BitsAllocated = 16
+    dataset.PixelData = bytes(8)
+    for keyword, value in values.items():
+        setattr(dataset, keyword, value)
     return dataset
 
 
 @given(
-    word=st.sampled_from(sorted((CODE_KEYWORDS | NUMERIC_KEYWORDS) - {"LUTData"})),
+    keyword=st.sampled_from(sorted((CODE_KEYWORDS | NUMERIC_KEYWORDS) - {"LUTData"})),
     text=st.from_regex(r"[A-Z][a-z]{3,8}", fullmatch=True),
 )
-def test_no_text_survives_where_a_number_or_a_word_is_kept(word: str, text: str) -> None:
+def test_text_in_the_place_of_a_number_or_a_code_is_removed(keyword: str, text: str) -> None:
     assert text not in ALLOWED_CODE_VALUES
-    dataset = _image()
-    dataset.add_new(
-        pydicom.datadict.tag_for_keyword(word), "LO", text
-    )  # as a scanner that breaks the standard writes it
+    dataset = _make_image()
+    # As a scanner that breaks the standard writes it.
+    dataset.add_new(pydicom.datadict.tag_for_keyword(keyword), "LO", text)
     dataset.is_little_endian, dataset.is_implicit_VR = True, False
     assert text not in str(deidentify_dataset(dataset, KEY))
 
 
-def test_what_is_not_taken_is_told() -> None:
-    said = {
-        "an object of unknown kind: no CT image and no radiograph": _image(SOPClassUID="1.2.99.1"),
-        "Secondary Capture Image Storage: no CT image and no radiograph": _image(
-            SOPClassUID=SecondaryCaptureImageStorage
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"SOPClassUID": "1.2.99.1"}, "an object of unknown kind is neither a CT image nor a radiograph"),
+        (
+            {"SOPClassUID": SecondaryCaptureImageStorage},
+            "Secondary Capture Image Storage is neither a CT image nor a radiograph",
         ),
-        "annotations are burned into its pixels": _image(BurnedInAnnotation="YES"),
-        "a colour image: a screenshot or a dose report": _image(SamplesPerPixel=3),
-        "a localiser": _image(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
-        "its pixels are not there, or not all of them": _image(PixelData=bytes(6)),
-        "modality MR is not asked for": _image(Modality="MR"),
-        "it shows another part of the body": _image(BodyPartExamined="SKULL"),
-        "": _image(BodyPartExamined="chest", BurnedInAnnotation="NO"),
-    }
-    for reason, dataset in said.items():
-        assert exclusion_reason(dataset, StudyFilter(body_part="CHEST")) == reason
+        ({"BurnedInAnnotation": "YES"}, "annotations are burned into its pixels"),
+        ({"SamplesPerPixel": 3}, "it is a colour image, such as a screenshot or a dose report"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "it is a localiser"),
+        ({"PixelData": bytes(6)}, "its pixel data is missing or incomplete"),
+        ({"Modality": "MR"}, "modality MR is not selected"),
+        ({"BodyPartExamined": "SKULL"}, "it shows another body part"),
+        ({"BodyPartExamined": "chest", "BurnedInAnnotation": "NO"}, ""),
+    ],
+)
+def test_exclusion_reason_names_what_is_wrong(values: dict[str, object], reason: str) -> None:
+    assert exclusion_reason(_make_image(**values), StudyFilter(body_part="CHEST")) == reason
 
 
-def test_one_patient_stays_one_and_sites_do_not_share_names() -> None:
+def test_pseudonyms_differ_between_patients_kinds_and_sites() -> None:
     assert make_patient_pseudonym(KEY, "4711 ", "1.2") == make_patient_pseudonym(KEY, "4711", "1.3")
     assert make_patient_pseudonym(KEY, "", "1.2") != make_patient_pseudonym(KEY, "", "1.3")
-    assert make_patient_pseudonym(KEY, "4711", "") != make_patient_pseudonym(OTHER, "4711", "")
-    assert make_uid(KEY, "1.2") != make_uid(OTHER, "1.2")
+    assert make_patient_pseudonym(KEY, "4711", "") != make_patient_pseudonym(OTHER_KEY, "4711", "")
+    assert make_uid(KEY, "1.2") != make_uid(OTHER_KEY, "1.2")
     assert make_pseudonym(KEY, "study", "4711") != "s" + make_pseudonym(KEY, "patient", "4711")[1:]
 
 
 @given(st.lists(st.from_regex(r"[12](\.[1-9][0-9]{0,8}){1,6}", fullmatch=True), unique=True))
-def test_new_uids_are_valid_and_apart(old: list[str]) -> None:
-    new = [make_uid(KEY, uid) for uid in old]
-    assert all(uid.is_valid and uid.startswith("2.25.") for uid in new)
-    assert len(set(new)) == len(old)
+def test_new_uids_are_valid_and_distinct(old_uids: list[str]) -> None:
+    new_uids = [make_uid(KEY, uid) for uid in old_uids]
+    assert all(uid.is_valid and uid.startswith("2.25.") for uid in new_uids)
+    assert len(set(new_uids)) == len(old_uids)
 
 
-def test_the_key_is_its_owners_and_is_not_made_twice(tmp_path: Path) -> None:
+def test_site_key_is_private_and_created_only_once(tmp_path: Path) -> None:
     key = load_site_key(tmp_path)
     assert len(key) == 32
     assert load_site_key(tmp_path) == key
@@ -177,5 +174,5 @@ def test_the_key_is_its_owners_and_is_not_made_twice(tmp_path: Path) -> None:
         load_site_key(tmp_path)
     (tmp_path / "key").unlink()
     (tmp_path / "journal.jsonl").touch()
-    with pytest.raises(ConsiliumError, match="is lost"):
+    with pytest.raises(ConsiliumError, match="is missing, but studies were ingested with it"):
         load_site_key(tmp_path)

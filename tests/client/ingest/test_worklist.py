@@ -127,7 +127,9 @@ def test_a_radiograph_has_a_severity_but_no_sides(centre: Path, tmp_path: Path) 
     assert film[["lesion_right", "lesion_left"]].isna().all(axis=None)
     assert film["lesion_severity"].tolist() == [100]
     assert "the model was made for" not in film["notes"][0]
-    taken, _ = predict_folder(save_random_model(tmp_path / "b", *TRIAGE), tmp_path / "new", tmp_path / "store")
+    taken, _ = predict_folder(
+        save_random_model(tmp_path / "b", *TRIAGE), tmp_path / "new", tmp_path / "store"
+    )
     assert "It was read as XR, the model was made for CT." in taken["notes"][0]
 
 

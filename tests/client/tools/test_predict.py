@@ -23,7 +23,8 @@ from client.phantom.federation import write_centre
 from client.tools.mask_filenames import make_mask_filename
 from client.tools.predict import PredictOptions, load_model, predict_folder
 from client.tools.prediction_values import compute_output_values, list_output_columns
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import Config, PhantomConfig, Task
 from common.modeling.model import make_model
 from common.utils.errors import ConsiliumError

@@ -17,7 +17,8 @@ from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
 from client.site.config import Site
 from client.training.autotune import RuntimeSettings, autotune
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from common.config.schema import PhantomConfig
 from common.modeling.model import make_model
 from common.modeling.parameters import build_layout, get_model_weights

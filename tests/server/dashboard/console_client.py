@@ -1,4 +1,4 @@
-"""A person at the console, and a long run for them to look at."""
+"""Clients of the console, and a ledger with a run of any length to show."""
 
 from __future__ import annotations
 
@@ -31,142 +31,162 @@ PAGES = (
     "/audit",
     "/accounts",
 )
+ROUND_SECONDS = 30
+ROUNDS_PER_TRANSACTION = 100
+TASKS = ("covid", "source")
+PARAMETER_GROUPS = ("backbone", "covid", "source")
+METRICS = (
+    "auc",
+    "f1",
+    "sensitivity",
+    "specificity",
+    "balanced_accuracy",
+    "accuracy",
+    "ece",
+    "brier",
+    "loss",
+)
+BYTES_UP = 6_000_000
+BYTES_DOWN = 24_000_000
+Rows = list[dict[str, Any]]
 
 
 @cache
-def config(*overrides: str) -> dict[str, Any]:
+def compose_settings(*overrides: str) -> dict[str, Any]:
+    """Return a run's configuration as the ledger keeps it."""
     return config_to_dict(compose_config(["tasks.source.classes=[a,b]", *overrides]))
 
 
-def started(ledger: Ledger, run: str, *overrides: str) -> None:
+def add_run(ledger: Ledger, run_id: str, *overrides: str, mode: str = "federated") -> None:
+    """Write a run that has just started."""
     ledger.add_run(
-        run, recipe="multisource", mode="federated", config=config(*overrides), code_fingerprint="0123456789abcdef"
+        run_id,
+        recipe="multisource",
+        mode=mode,
+        config=compose_settings(*overrides),
+        code_fingerprint="0123456789abcdef",
     )
 
 
-def browser(
+def open_console(
     ledger: Ledger,
     address: str = "10.1.2.3",
     trust: ProxyTrust | None = None,
-    secure: bool = False,
+    is_https: bool = False,
     runs: Path | None = None,
 ) -> TestClient:
+    """Return a client at `address` that has not logged in."""
     runs = runs or Path(str(ledger._engine.url.database)).parent
-    app = create_app(ledger, runs, Launcher(runs, ""), trust or ProxyTrust(), secure)
+    app = create_app(ledger, runs, Launcher(runs, ""), trust or ProxyTrust(), is_https)
     return TestClient(
         app,
-        base_url="https://console" if secure else "http://console",
+        base_url="https://console" if is_https else "http://console",
         client=(address, 50000),
         follow_redirects=False,
     )
 
 
-def logged_in(ledger: Ledger, role: str = "operator", **how: Any) -> TestClient:
-    client = browser(ledger, **how)
+def log_in_as(ledger: Ledger, role: str = "operator", **options: Any) -> TestClient:
+    """Return a client that has logged in; its account is named after its role."""
+    client = open_console(ledger, **options)
     password = accounts.create_account(ledger, role, role, "the test")
     assert client.post("/login", data={"name": role, "password": password}).status_code == 303
     return client
 
 
-def token(client: TestClient) -> str:
-    return re.search(r'name="csrf" value="([^"]+)"', client.get("/accounts").text)[1]  # type: ignore[index]
+def read_csrf_token(client: TestClient) -> str:
+    """Return the token that the session's forms carry."""
+    match = re.search(r'name="csrf" value="([^"]+)"', client.get("/accounts").text)
+    assert match
+    return match[1]
 
 
-def many(ledger: Ledger, run: str, centres: tuple[str, ...], rounds: int) -> None:
-    """Rounds as the coordinator writes them, in few transactions."""
-    draws = np.random.default_rng(1)
-    began = datetime.now(UTC) - timedelta(seconds=30 * rounds)
-    named = (
-        "auc",
-        "f1",
-        "sensitivity",
-        "specificity",
-        "balanced_accuracy",
-        "accuracy",
-        "ece",
-        "brier",
-        "loss",
-    )
-    for first in range(0, rounds + 1, 100):
-        rows: dict[str, list[dict[str, Any]]] = {
-            "rounds": [],
-            "contributions": [],
-            "group_weights": [],
-            "scores": [],
-            "progress": [],
-        }
-        for r in range(first, min(first + 100, rounds + 1)):
-            at, when = (
-                {"run_id": run, "stage": "main", "round": r, "attempt": 1},
-                began + timedelta(seconds=30 * r),
-            )
-            rows["rounds"].append({**at, "started": when, "seconds": 30.0, "close_reason": "all replied"})
-            values = {
-                c: {m: float(v) for m, v in zip(named, draws.random(len(named)), strict=True)}
-                | {"n": 40.0, "positives": 20.0}
-                for c in centres
-            }
-            scored = {c: {"metrics": of, "loss": of["loss"], "reasons": {}} for c, of in values.items()}
-            worst = min(values, key=lambda c: values[c]["auc"])
-            macro = {m: float(np.mean([values[c][m] for c in centres])) for m in named}
-            views = {
-                "macro": macro,
-                "pooled": macro,
-                "spread": macro,
-                "worst": {"auc": {"value": values[worst]["auc"], "centre": worst}},
-            }
-            rows["scores"] += [
-                {**at, "split": "val", "task": t, "summaries": views, "centres": scored}
-                for t in ("covid", "source")
-            ]
-            rows["progress"].append(
-                {
-                    "run_id": run,
-                    "time": when,
-                    "stage": "main",
-                    "round": r,
-                    "activity": "train",
-                    "asked_centres": list(centres),
-                }
-                | NOBODY
-            )
-            if r:
-                share = dict.fromkeys(centres, 1 / len(centres))
-                rows["group_weights"] += [
-                    {**at, "group": part, "effective_centres": float(len(centres)), "centre_weights": share}
-                    for part in ("backbone", "covid", "source")
-                ]
-                for c in centres:
-                    said = {
-                        "accepted": True,
-                        "reason": "",
-                        "scans": 80,
-                        "steps": 8,
-                        "norm": 1.0,
-                        "loss": 0.5,
-                        "epsilon": None,
-                        "seconds": 20.0,
-                    }
-                    rows["contributions"].append(
-                        {**at, "centre": c, **said, "bytes_up": 6_000_000, "bytes_down": 24_000_000}
-                    )
-            for doing in ("train", "scores"):
-                told = {"run_id": run, "time": when, "stage": "main", "round": r, "activity": doing, "asked_centres": None}
-                rows["progress"] += [
-                    {
-                        **told,
-                        "centre": c,
-                        "seconds": 20.0,
-                        "reason": None,
-                        "bytes_up": 6_000_000,
-                        "bytes_down": 24_000_000,
-                    }
-                    for c in centres
-                ]
+def add_rounds(ledger: Ledger, run_id: str, centres: tuple[str, ...], num_rounds: int) -> None:
+    """Write rounds as the coordinator does, but in few transactions."""
+    rng = np.random.default_rng(1)
+    start = datetime.now(UTC) - timedelta(seconds=ROUND_SECONDS * num_rounds)
+    for first in range(0, num_rounds + 1, ROUNDS_PER_TRANSACTION):
+        rows: dict[str, Rows] = {}
+        for number in range(first, min(first + ROUNDS_PER_TRANSACTION, num_rounds + 1)):
+            key = {"run_id": run_id, "stage": "main", "round": number}
+            time = start + timedelta(seconds=ROUND_SECONDS * number)
+            for table_name, table_rows in make_round_rows(key, time, centres, rng).items():
+                rows.setdefault(table_name, []).extend(table_rows)
         with ledger.transaction() as database:
-            for name, these in rows.items():
-                if these:
-                    database.execute(tables.schema.tables[name].insert(), these)
+            for table_name, table_rows in rows.items():
+                database.execute(tables.schema.tables[table_name].insert(), table_rows)
 
 
-NOBODY = {"centre": None, "seconds": None, "reason": None, "bytes_up": None, "bytes_down": None}
+def make_round_rows(
+    key: dict[str, Any], time: datetime, centres: tuple[str, ...], rng: np.random.Generator
+) -> dict[str, Rows]:
+    """Return {table: rows} of one round; round 0 is scored but not trained."""
+    attempt_key = key | {"attempt": 1}
+    round_row = {"started": time, "seconds": float(ROUND_SECONDS), "close_reason": "all replied"}
+    rows = {
+        "rounds": [attempt_key | round_row],
+        "scores": make_score_rows(attempt_key, centres, rng),
+        "progress": make_progress_rows(key, time, centres),
+    }
+    if key["round"]:
+        rows["group_weights"] = make_weight_rows(attempt_key, centres)
+        rows["contributions"] = make_contribution_rows(attempt_key, centres)
+    return rows
+
+
+def make_score_rows(key: dict[str, Any], centres: tuple[str, ...], rng: np.random.Generator) -> Rows:
+    """Return random scores on validation; both tasks have the same."""
+    values = {}
+    for centre in centres:
+        metrics = dict(zip(METRICS, rng.random(len(METRICS)).tolist(), strict=True))
+        values[centre] = metrics | {"n": 40.0, "positives": 20.0}
+    scores = {}
+    for centre, metrics in values.items():
+        scores[centre] = {"metrics": metrics, "loss": metrics["loss"], "reasons": {}}
+    worst = min(values, key=lambda centre: values[centre]["auc"])
+    means = {name: float(np.mean([values[centre][name] for centre in centres])) for name in METRICS}
+    summaries = {
+        "macro": means,
+        "pooled": means,
+        "spread": means,
+        "worst": {"auc": {"value": values[worst]["auc"], "centre": worst}},
+    }
+    content = {"split": "val", "summaries": summaries, "centres": scores}
+    return [key | content | {"task": task} for task in TASKS]
+
+
+def make_weight_rows(key: dict[str, Any], centres: tuple[str, ...]) -> Rows:
+    """Return equal weights for all centres."""
+    weights = dict.fromkeys(centres, 1 / len(centres))
+    content = {"effective_centres": float(len(centres)), "centre_weights": weights}
+    return [key | content | {"group": group} for group in PARAMETER_GROUPS]
+
+
+def make_contribution_rows(key: dict[str, Any], centres: tuple[str, ...]) -> Rows:
+    """Return an accepted contribution of every centre."""
+    content = {
+        "accepted": True,
+        "reason": "",
+        "scans": 80,
+        "steps": 8,
+        "norm": 1.0,
+        "loss": 0.5,
+        "epsilon": None,
+        "seconds": 20.0,
+        "bytes_up": BYTES_UP,
+        "bytes_down": BYTES_DOWN,
+    }
+    return [key | content | {"centre": centre} for centre in centres]
+
+
+def make_progress_rows(key: dict[str, Any], time: datetime, centres: tuple[str, ...]) -> Rows:
+    """Return a training request and every centre's replies to it and to the scoring."""
+    no_reply = {"centre": None, "seconds": None, "reason": None, "bytes_up": None, "bytes_down": None}
+    request = {"time": time, "activity": "train", "asked_centres": list(centres)}
+    rows = [key | request | no_reply]
+    reply = {"seconds": 20.0, "reason": None, "bytes_up": BYTES_UP, "bytes_down": BYTES_DOWN}
+    for activity in ("train", "scores"):
+        for centre in centres:
+            about = {"time": time, "activity": activity, "asked_centres": None, "centre": centre}
+            rows.append(key | about | reply)
+    return rows

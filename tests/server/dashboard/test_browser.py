@@ -182,7 +182,7 @@ def test_two_runs_are_compared_and_a_model_card_is_kept(place: Place, tmp_path: 
     page.goto(f"{url}/runs")
     for box in page.query_selector_all("input[name=run]"):
         box.check()
-    page.click("text=Compare the ticked")
+    page.click("text=Compare selected runs")
     page.wait_for_selector(".js-plotly-plot .trace")
     assert "aggregation.tau" in page.inner_text("main")
     assert "federation.data_root" not in page.inner_text("main"), "what is equal is not shown"

@@ -1,4 +1,4 @@
-"""The console without a browser: who may see and do what, what the pages tell browsers."""
+"""The console without a browser: who may see and do what, and what its responses contain."""
 
 from __future__ import annotations
 
@@ -26,85 +26,106 @@ from tests.deploy.processes import postgresql
 from tests.server.dashboard.console_client import (
     CENTRES,
     PAGES,
-    browser,
-    config,
-    logged_in,
-    many,
-    started,
-    token,
+    add_rounds,
+    add_run,
+    log_in_as,
+    open_console,
+    read_csrf_token,
 )
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
-    started(made, "r")
-    return made
+    """A ledger with one run that has just started."""
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    add_run(ledger, "r")
+    return ledger
 
 
-def test_nothing_is_to_be_seen_without_a_log_in(ledger: Ledger) -> None:
-    client = browser(ledger)
+def test_every_page_requires_a_login(ledger: Ledger) -> None:
+    client = open_console(ledger)
     for path in (*PAGES, "/start", "/runs/r/order/stop", "/runs/r/files/config.yaml", "/compare?run=r&run=r"):
-        answer = client.get(path)
-        assert (answer.status_code, answer.headers["location"].split("?")[0]) == (303, "/login"), path
+        response = client.get(path)
+        assert response.status_code == 303, path
+        assert response.headers["location"].split("?")[0] == "/login", path
     assert client.get("/live").status_code == 401
     assert client.get("/metrics").status_code == 303
     assert client.post("/runs/r/order/stop", data={"why": "because"}).status_code == 303
     assert client.get("/openapi.json").status_code == 404
-    assert [e["action"] for e in ledger.read_audit()] == []
+    assert ledger.read_audit() == []
 
 
-def test_every_page_answers_before_anything_has_happened(ledger: Ledger) -> None:
-    client = logged_in(ledger)
+def test_every_page_works_before_the_first_round(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
     for path in (*PAGES, "/start", "/runs/r/order/stop"):
         assert client.get(path).status_code == 200, path
     assert client.get("/runs/none").status_code == 400
     assert client.get("/none").status_code == 404
 
 
-def test_where_one_site_holds_all_scans_each_cohort_is_shown(ledger: Ledger) -> None:
-    """Central mode: one answers, as `pooled`, of four cohorts."""
-    ledger.add_run(
-        "c",
-        recipe="multisource",
-        mode="central",
-        config=config("federation.mode=central"),
-        code_fingerprint="0123456789abcdef",
-    )
-    bins = {name: len(of.bin_edges) - 1 for name, of in IMAGE_STATISTICS.items()}
-    surveyed = {
-        f"{c}/quality/{name}": np.roll(np.arange(1.0, n + 1), k)
-        for k, c in enumerate(CENTRES)
-        for name, n in bins.items()
-    }
-    statistics = {name: asdict(statistic) for name, statistic in summarise_histograms(surveyed).items()}
+def test_first_page_works_before_the_first_run(tmp_path: Path) -> None:
+    client = log_in_as(Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"))
+    assert "There is no run yet" in client.get("/").text
+
+
+def test_two_runs_are_compared(ledger: Ledger) -> None:
+    add_run(ledger, "other", "aggregation.tau=0.25")
+    add_rounds(ledger, "r", CENTRES, 2)
+    add_rounds(ledger, "other", CENTRES, 3)
+    client = log_in_as(ledger)
+    page = client.get("/compare?run=r&run=other")
+    assert page.status_code == 200
+    assert "aggregation.tau" in page.text
+    assert "federation.data_root" not in page.text, "settings that are equal are not shown"
+    assert client.get("/compare?run=r").status_code == 400
+
+
+def test_central_run_shows_each_cohort(ledger: Ledger) -> None:
+    """In central mode one centre, `pooled`, replies for four cohorts."""
+    add_run(ledger, "c", "federation.mode=central", mode="central")
+    histograms = {}
+    for index, centre in enumerate(CENTRES):
+        for name, statistic in IMAGE_STATISTICS.items():
+            num_bins = len(statistic.bin_edges) - 1
+            histograms[f"{centre}/quality/{name}"] = np.roll(np.arange(1.0, num_bins + 1), index)
+    statistics = {name: asdict(statistic) for name, statistic in summarise_histograms(histograms).items()}
     ledger.add_artifact("c", ArtifactKind.IMAGE_STATISTICS, statistics)
-    many(ledger, "c", CENTRES, 2)
-    client = logged_in(ledger)
+    add_rounds(ledger, "c", CENTRES, 2)
+    client = log_in_as(ledger)
     for path in ("/runs/c/data", "/runs/c/learning"):
-        drawn = client.get(path).text.partition("<script")[2]
-        assert all(f'"name": "{c}"' in drawn or f'"name":"{c}"' in drawn for c in CENTRES), path
-    drift = client.get("/runs/c/data").text.partition("<h2>Drift</h2>")[2]
-    assert all(f"<span>{c}</span>" in drift for c in CENTRES)
+        figures = client.get(path).text.partition("<script")[2]
+        for centre in CENTRES:
+            assert f'"name": "{centre}"' in figures or f'"name":"{centre}"' in figures, path
+    drift_table = client.get("/runs/c/data").text.partition("<h2>Drift</h2>")[2]
+    for centre in CENTRES:
+        assert f"<span>{centre}</span>" in drift_table
 
 
-def test_a_run_that_could_not_be_taken_up_says_why(ledger: Ledger, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_recent", [True, False])
+def test_run_page_shows_why_a_resume_failed(ledger: Ledger, tmp_path: Path, is_recent: bool) -> None:
+    """A process that was started before the run was paused says nothing about resuming it."""
     ledger.log_event("r", "paused", "enough for today")
-    client = logged_in(ledger)
+    client = log_in_as(ledger)
     launcher = client.app.state.console.launcher  # type: ignore[attr-defined]
     write_outcome(tmp_path, "r", Outcome(False, "the SuperLink cannot be reached"))
-    for when, shown in ((datetime.now(UTC), True), (datetime.now(UTC) - timedelta(hours=1), False)):
-        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        launcher.launched["r"] = LaunchedProcess(process, when)
-        with pytest.raises(ConsiliumError, match="already being resumed" if shown else "no run 'r'"):
-            launcher.resume_run("r", ledger.read_run("r")["since"])  # type: ignore[index]
-        process.communicate()  # the end of its input is the end of it, with an error
-        assert ("the SuperLink cannot be reached" in client.get("/runs/r").text) is shown
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = datetime.now(UTC) if is_recent else datetime.now(UTC) - timedelta(hours=1)
+    launcher.launched["r"] = LaunchedProcess(process, started)
+    run = ledger.read_run("r")
+    assert run
+    message = "already being resumed" if is_recent else "no run 'r'"
+    with pytest.raises(ConsiliumError, match=message):
+        launcher.resume_run("r", run["since"])
+    process.communicate()  # closes its input, so that it fails
+    assert ("the SuperLink cannot be reached" in client.get("/runs/r").text) is is_recent
 
 
-def test_what_browsers_are_told(ledger: Ledger) -> None:
-    """Only files of ours, no script or style in the page itself, no frame, no copy; cookies that neither scripts nor other sites get."""
-    client = logged_in(ledger, secure=True)
+def test_responses_carry_security_headers_and_strict_cookies(ledger: Ledger) -> None:
+    """Only our own files, no inline script or style, no frame, no cached copy.
+
+    Neither scripts nor other sites get the cookie.
+    """
+    client = log_in_as(ledger, is_https=True)
     page = client.get("/runs/r")
     policy = page.headers["content-security-policy"]
     assert "script-src 'self';" in policy
@@ -113,79 +134,66 @@ def test_what_browsers_are_told(ledger: Ledger) -> None:
     assert page.headers["cache-control"] == "no-store"
     assert not re.search(r"<script(?![^>]*(src=|application/json))|\sstyle=|\son\w+=|<style", page.text)
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page.text)
-    cookie = client.post(
-        "/login",
-        data={
-            "name": "operator",
-            "password": accounts.create_account(ledger, "operator", "operator", "test"),
-        },
-    ).headers["set-cookie"]
+    password = accounts.create_account(ledger, "operator", "operator", "test")
+    cookie = client.post("/login", data={"name": "operator", "password": password}).headers["set-cookie"]
     assert cookie.startswith("__Host-consilium=")
-    assert {"httponly", "secure", "samesite=strict"} <= {part.strip().lower() for part in cookie.split(";")}
+    attributes = {part.strip().lower() for part in cookie.split(";")}
+    assert {"httponly", "secure", "samesite=strict"} <= attributes
 
 
-def test_a_viewer_sees_and_does_nothing(ledger: Ledger) -> None:
-    client = logged_in(ledger, "viewer")
-    assert all(client.get(path).status_code == 200 for path in PAGES)
+def test_viewer_sees_every_page_and_cannot_change_anything(ledger: Ledger) -> None:
+    client = log_in_as(ledger, "viewer")
+    for path in PAGES:
+        assert client.get(path).status_code == 200
     assert "/order/" not in client.get("/runs/r").text
-    csrf = token(client)
+    form = {"csrf": read_csrf_token(client), "why": "because", "name": "x", "role": "operator"}
     for path in ("/runs/r/order/stop", "/start", "/accounts", "/accounts/close"):
-        assert (
-            client.post(
-                path, data={"csrf": csrf, "why": "because", "name": "x", "role": "operator"}
-            ).status_code
-            == 403
-        ), path
-    assert {e["action"] for e in ledger.read_audit()} == {"account", "login"}
+        assert client.post(path, data=form).status_code == 403, path
+    assert {entry["action"] for entry in ledger.read_audit()} == {"account", "login"}
 
 
-def test_an_order_needs_the_session_s_token_and_a_reason(ledger: Ledger) -> None:
-    client = logged_in(ledger)
-    csrf = token(client)
-    assert client.post("/runs/r/order/pause", data={"why": "another site's form"}).status_code == 403
-    assert (
-        client.post("/runs/r/order/pause", data={"csrf": "x", "why": "another site's form"}).status_code
-        == 403
-    )
-    assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": " "}).status_code == 400
+def test_command_requires_csrf_token_and_reason(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
+    csrf = read_csrf_token(client)
+
+    def post_command(command: str, **form: str) -> int:
+        return client.post(f"/runs/r/order/{command}", data=form).status_code
+
+    assert post_command("pause", why="another site's form") == 403
+    assert post_command("pause", why="another site's form", csrf="x") == 403
+    assert post_command("pause", why=" ", csrf=csrf) == 400
     assert ledger.read_audit("r") == []
-    assert client.post("/runs/r/order/pause", data={"csrf": csrf, "why": "<b>the scanner"}).status_code == 303
-    assert (
-        client.post(
-            "/runs/r/order/exclude", data={"csrf": csrf, "why": "moves", "centre": "west"}
-        ).status_code
-        == 303
-    )
-    assert [(e["actor"], e["action"], e["centre"], e["reason"]) for e in ledger.read_audit("r")] == [
+    assert post_command("pause", why="<b>the scanner", csrf=csrf) == 303
+    assert post_command("exclude", why="moves", csrf=csrf, centre="west") == 303
+    entries = ledger.read_audit("r")
+    assert [(entry["actor"], entry["action"], entry["centre"], entry["reason"]) for entry in entries] == [
         ("operator", "pause", "", "<b>the scanner"),
         ("operator", "exclude", "west", "moves"),
     ]
-    shown = client.get("/audit").text
-    assert "&lt;b&gt;the scanner" in shown
-    assert "<b>the scanner" not in shown
+    audit_page = client.get("/audit").text
+    assert "&lt;b&gt;the scanner" in audit_page
+    assert "<b>the scanner" not in audit_page
 
 
-def test_log_ins_are_counted_and_sessions_end(ledger: Ledger) -> None:
-    client = logged_in(ledger)
-    copy = dict(client.cookies)
-    csrf = token(client)
+def test_login_attempts_are_limited_and_logout_ends_the_session(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
+    cookies = dict(client.cookies)
+    csrf = read_csrf_token(client)
     assert client.post("/logout", data={"csrf": csrf}).status_code == 303
-    again = browser(ledger)
-    again.app = client.app
-    again.cookies.update(copy)
-    assert again.get("/").status_code == 303, "a copied cookie outlived its session"
-    answers = [
-        client.post("/login", data={"name": "operator", "password": "wrong"}).status_code for _ in range(7)
-    ]
-    assert answers == [401] * 5 + [403] * 2
+    client_with_copy = open_console(ledger)
+    client_with_copy.app = client.app
+    client_with_copy.cookies.update(cookies)
+    assert client_with_copy.get("/").status_code == 303, "a copied cookie outlived its session"
+    wrong_login = {"name": "operator", "password": "wrong"}
+    statuses = [client.post("/login", data=wrong_login).status_code for _ in range(7)]
+    assert statuses == [401] * 5 + [403] * 2
     password = accounts.create_account(ledger, "operator", "operator", "test")
-    assert client.post("/login", data={"name": "operator", "password": password}).status_code == 403, (
-        "the right one, too soon"
-    )
+    right_login = {"name": "operator", "password": password}
+    assert client.post("/login", data=right_login).status_code == 403, "the right password, too soon"
 
 
-def test_a_new_password_or_a_closed_account_ends_its_sessions(ledger: Ledger) -> None:
-    client = logged_in(ledger)
+def test_new_role_ends_sessions_and_last_operator_is_protected(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
     assert client.get("/").status_code == 200
     accounts.create_account(ledger, "operator", "viewer", "test")
     assert client.get("/").status_code == 303
@@ -196,71 +204,80 @@ def test_a_new_password_or_a_closed_account_ends_its_sessions(ledger: Ledger) ->
         accounts.create_account(ledger, "eve", "admin", "test")
 
 
-def test_a_person_changes_the_own_password(ledger: Ledger) -> None:
-    client = browser(ledger)
+def test_user_changes_own_password(ledger: Ledger) -> None:
+    client = open_console(ledger)
     old = accounts.create_account(ledger, "vera", "viewer", "test")
     client.post("/login", data={"name": "vera", "password": old})
-    csrf = token(client)
-    assert client.post("/password", data={"csrf": csrf, "old": old, "new": "too short"}).status_code == 400
-    assert (
-        client.post("/password", data={"csrf": csrf, "old": "wrong", "new": "long enough by far"}).status_code
-        == 400
-    )
-    assert (
-        client.post("/password", data={"csrf": csrf, "old": old, "new": "long enough by far"}).status_code
-        == 303
-    )
+    csrf = read_csrf_token(client)
+
+    def post_password(old: str, new: str) -> int:
+        return client.post("/password", data={"csrf": csrf, "old": old, "new": new}).status_code
+
+    assert post_password(old, "too short") == 400
+    assert post_password("wrong", "long enough by far") == 400
+    assert post_password(old, "long enough by far") == 303
     assert accounts.authenticate(ledger, "vera", old) is None
     assert accounts.authenticate(ledger, "vera", "long enough by far")
     assert "long enough" not in str(ledger.read_accounts())
 
 
-def test_a_proxy_s_header_holds_from_the_proxy_only(ledger: Ledger) -> None:
-    """And /metrics is open to the watcher's address, not to what comes by way of the proxy."""
+def test_user_header_is_trusted_from_the_proxy_only(ledger: Ledger) -> None:
+    """/metrics is open to the scraper's address, but not to what comes through the proxy."""
     trust = ProxyTrust.from_options("X-Forwarded-User", ["10.0.0.0/24"], ["10.0.0.9", "10.9.9.9"])
     accounts.create_account(ledger, "vera", "viewer", "test", uses_proxy=True)
-    said = {"X-Forwarded-User": "vera"}
-    assert browser(ledger, "10.0.0.5", trust).get("/", headers=said).status_code == 200
-    assert browser(ledger, "10.0.1.5", trust).get("/", headers=said).status_code == 303
-    assert browser(ledger, "10.0.0.5", trust).get("/", headers={"X-Forwarded-User": "eve"}).status_code == 403
-    assert (
-        browser(ledger, "10.0.0.5", trust).post("/login", data={"name": "vera", "password": ""}).status_code
-        == 401
-    )
-    assert b"consilium_" in browser(ledger, "10.9.9.9", trust).get("/metrics").content
-    assert browser(ledger, "10.0.0.9", trust).get("/metrics").status_code == 303
+    vera = {"X-Forwarded-User": "vera"}
+    stranger = {"X-Forwarded-User": "eve"}
+    behind_proxy = open_console(ledger, "10.0.0.5", trust)
+    assert behind_proxy.get("/", headers=vera).status_code == 200
+    assert open_console(ledger, "10.0.1.5", trust).get("/", headers=vera).status_code == 303
+    assert open_console(ledger, "10.0.0.5", trust).get("/", headers=stranger).status_code == 403
+    login = {"name": "vera", "password": ""}
+    assert open_console(ledger, "10.0.0.5", trust).post("/login", data=login).status_code == 401
+    assert b"consilium_" in open_console(ledger, "10.9.9.9", trust).get("/metrics").content
+    assert open_console(ledger, "10.0.0.9", trust).get("/metrics").status_code == 303
     with pytest.raises(ConsiliumError, match="--trust-header needs --proxy"):
         ProxyTrust.from_options("X-Forwarded-User", [], [])
 
 
-def test_settings_that_do_not_fit_start_nothing(ledger: Ledger) -> None:
-    client = logged_in(ledger)
-    given = {"csrf": token(client), "recipe": "multisource", "why": "a try"}
-    answer = client.post("/start", data={**given, "overrides": "stage.rouds=3"})
-    assert (answer.status_code, "did you mean &#39;rounds&#39;?" in answer.text) == (400, True)
-    assert client.post("/start", data={**given, "overrides": "stage.rounds=3", "why": ""}).status_code == 400
-    assert "start" not in {e["action"] for e in ledger.read_audit()}
+def test_invalid_settings_do_not_start_a_run(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
+    form = {"csrf": read_csrf_token(client), "recipe": "multisource", "why": "a try"}
+    response = client.post("/start", data=form | {"overrides": "stage.rouds=3"})
+    assert response.status_code == 400
+    assert "did you mean &#39;rounds&#39;?" in response.text
+    without_reason = form | {"overrides": "stage.rounds=3", "why": ""}
+    assert client.post("/start", data=without_reason).status_code == 400
+    assert "start" not in {entry["action"] for entry in ledger.read_audit()}
+
+
+def test_pending_run_is_shown_until_the_ledger_has_it(ledger: Ledger, tmp_path: Path) -> None:
+    client = log_in_as(ledger)
+    ledger.log_audit("operator", "start", "a try", "new")
+    assert "new: started by operator" in client.get("/runs").text
+    assert "it is starting" in client.get("/runs").text
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    process.wait()
+    client.app.state.console.launcher.launched["new"] = LaunchedProcess(process, datetime.now(UTC))  # type: ignore[attr-defined]
+    write_outcome(tmp_path, "new", Outcome(False, "the SuperLink cannot be reached"))
+    assert "the start failed: the SuperLink cannot be reached" in client.get("/runs").text
+    add_run(ledger, "new")
+    assert "started by operator" not in client.get("/runs").text
 
 
 @pytest.mark.skipif(
     not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
     reason="no PostgreSQL here: apt install postgresql",
 )
-def test_on_postgresql(tmp_path: Path) -> None:
-    """The pages, the orders and the chain, as in deployment."""
+def test_pages_commands_and_audit_trail_work_on_postgresql(tmp_path: Path) -> None:
     with postgresql() as (address, _):
         ledger = Ledger(address)
-        started(ledger, "r")
-        many(ledger, "r", CENTRES, 5)
-        client = logged_in(ledger, runs=tmp_path)
+        add_run(ledger, "r")
+        add_rounds(ledger, "r", CENTRES, 5)
+        client = log_in_as(ledger, runs=tmp_path)
         for path in PAGES:
             assert client.get(path).status_code == 200, path
-        assert (
-            client.post(
-                "/runs/r/order/exclude", data={"csrf": token(client), "why": "moves", "centre": "west"}
-            ).status_code
-            == 303
-        )
+        form = {"csrf": read_csrf_token(client), "why": "moves", "centre": "west"}
+        assert client.post("/runs/r/order/exclude", data=form).status_code == 303
         assert "west is excluded by operator: moves" in client.get("/").text
         assert first_broken_link(ledger.read_audit()) is None
         with pytest.raises(ConsiliumError, match="append-only"), ledger.transaction() as database:
@@ -268,26 +285,29 @@ def test_on_postgresql(tmp_path: Path) -> None:
         ledger._engine.dispose()
 
 
-def test_names_are_text(tmp_path: Path) -> None:
-    """A hostile centre's name and reason reach neither the page's elements nor the data of its figures."""
-    evil = "</script><script>alert(1)</script>"
+def test_names_and_reasons_from_centres_are_escaped(tmp_path: Path) -> None:
+    """A hostile centre's name and reason cannot end an element, nor the data of the figures."""
+    script = "</script><script>alert(1)</script>"
     ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
-    started(ledger, "r", "federation.centres=[north]")
-    ledger.add_centre(
-        "r",
-        evil,
-        {"counts": {}, "sources": [evil], "versions": {evil: evil}, "skipped": {evil: 1}, "device": evil},
-    )
-    ledger.log_event("r", "left_out", evil, evil)
-    many(ledger, "r", (evil, "north"), 3)
-    client = logged_in(ledger)
+    add_run(ledger, "r", "federation.centres=[north]")
+    report = {
+        "counts": {},
+        "sources": [script],
+        "versions": {script: script},
+        "skipped": {script: 1},
+        "device": script,
+    }
+    ledger.add_centre("r", script, report)
+    ledger.log_event("r", "left_out", script, script)
+    add_rounds(ledger, "r", (script, "north"), 3)
+    client = log_in_as(ledger)
     for path in PAGES:
         assert "<script>alert" not in client.get(path).text, path
 
 
-def test_the_trail_s_chain_is_checked(ledger: Ledger) -> None:
-    client = logged_in(ledger)
-    assert "each follows from the one before" in client.get("/audit").text
+def test_audit_page_detects_a_changed_entry(ledger: Ledger) -> None:
+    client = log_in_as(ledger)
+    assert "the chain of hashes is intact" in client.get("/audit").text
     with ledger.transaction() as database:
         database.execute(sa.text('DROP TRIGGER "audit_no_UPDATE"'))
         database.execute(sa.text("UPDATE audit SET actor = 'eve' WHERE id = 1"))
