@@ -29,7 +29,7 @@ resume: .venv/ready  ## make resume RUN=<run id>
 test: .venv/ready lint  ## lint, types, walls, tests
 	$(PY)/pytest -n 2
 
-deploy-test: .venv/ready  ## a deployed federation, as processes and as containers: kits, TLS, who is refused, what happens when parts of it fail
+deploy-test: .venv/ready  ## end-to-end deployment tests, as processes and as containers
 	$(PY)/pytest -m deploy -p no:xdist -rs tests/deploy
 
 lint: .venv/ready

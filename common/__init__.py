@@ -1,1 +1,1 @@
-"""What hospitals and the coordinator must agree on. Imports neither client nor server."""
+"""What hospitals and the coordinator must agree on. Imports neither ``client`` nor ``server``."""

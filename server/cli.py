@@ -197,6 +197,7 @@ def export_run(
 
 app.command()(operator_commands.backup)
 app.command()(operator_commands.restore)
+app.command()(operator_commands.upgrade)
 app.command()(operator_commands.provision)
 app.command()(operator_commands.admit)
 app.command()(operator_commands.doctor)

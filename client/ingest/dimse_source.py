@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -29,6 +27,7 @@ from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
 
 from client.ingest.deidentify import IMAGE_SOP_CLASSES
+from client.ingest.dicom_peer import DicomPeer, parse_dicom_url
 from client.ingest.selection import DicomStudy, StudyFilter, build_search_filters
 from client.ingest.study_source import (
     SERIES_KEYWORDS,
@@ -60,53 +59,8 @@ STORE_SUCCESS = 0x0000
 STORE_OUT_OF_RESOURCES = 0xA700
 STORE_UNEXPECTED_DATASET = 0xA900
 STORE_FAILED = 0xC000
-DEFAULT_PORT = 104
-DEFAULT_AE_TITLE = "CONSILIUM"
-MAX_AE_TITLE_LENGTH = 16
 CONNECT_TIMEOUT = 30  # s
 ANSWER_TIMEOUT = 300  # s; archives fetch from tape
-
-
-@dataclass(frozen=True)
-class DicomPeer:
-    """The archive's application entity and ours."""
-
-    ae_title: str
-    host: str
-    port: int
-    local_ae_title: str
-    listen_address: tuple[str, int] | None  # where our storage SCP listens; None where C-GET is used
-
-
-def parse_dicom_url(url: str) -> DicomPeer:
-    """Parse `dicom://AET@host:port?aet=OURS&listen=host:port`; raises ConsiliumError for another form."""
-    try:
-        return _parse_peer(url)
-    except ValueError:
-        raise ConsiliumError(
-            f"'{url}' is not a DICOM address; write it as dicom://AET@host:port, if necessary with "
-            "?aet=OURS and &listen=0.0.0.0:11112"
-        ) from None
-
-
-def _parse_peer(url: str) -> DicomPeer:
-    """Parse the address; raises ValueError when it is malformed."""
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-    ae_title = parts.username or ""
-    local_ae_title = options.pop("aet", DEFAULT_AE_TITLE)
-    listen_address = None
-    listen_host, _, listen_port = options.pop("listen", "").rpartition(":")
-    if listen_port:
-        listen_address = (listen_host, int(listen_port))
-    if options:
-        raise ValueError(f"unknown options {sorted(options)}")
-    if not parts.hostname:
-        raise ValueError("no host")
-    for title in (ae_title, local_ae_title):
-        if not 0 < len(title) <= MAX_AE_TITLE_LENGTH:
-            raise ValueError(f"AE title of {len(title)} characters")
-    return DicomPeer(ae_title, parts.hostname, parts.port or DEFAULT_PORT, local_ae_title, listen_address)
 
 
 def open_dimse_source(url: str) -> DimseSource:

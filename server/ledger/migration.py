@@ -60,16 +60,41 @@ def migrate_ledger(old_address: str, new_address: str) -> int:
     return count
 
 
+def has_old_form(address: str) -> bool:
+    """Tell whether the ledger at an address is of 0.1.0, and not of this version.
+
+    Raises:
+        ConsiliumError: there is no ledger.
+    """
+    ledger = _UncheckedLedger(address)
+    ledger.close()
+    if tables.schema_version.name in ledger.table_names:
+        return False
+    if tables.runs.name in ledger.table_names:
+        return True
+    raise _no_ledger(ledger.address)
+
+
+class _UncheckedLedger(Database):
+    """The database of a ledger of any version."""
+
+    table_names: list[str]
+
+    def __init__(self, address: str) -> None:
+        """Open the database. Raises ConsiliumError where there is none."""
+        _require_file(address)
+        super().__init__(address)
+
+    def _prepare_tables(self, connection: sa.Connection) -> None:
+        self.table_names = sa.inspect(connection).get_table_names()
+
+
 class OldLedger(Database):
     """The database of a ledger of version 0.1.0, open for reading."""
 
     def __init__(self, address: str) -> None:
         """Open the database. Raises ConsiliumError where there is no such ledger."""
-        url = parse_address(address)
-        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            raise ConsiliumError(
-                f"there is no ledger at {url.render_as_string()}; give the address of the old one"
-            )
+        _require_file(address)
         super().__init__(address)
 
     def _prepare_tables(self, connection: sa.Connection) -> None:
@@ -82,6 +107,17 @@ class OldLedger(Database):
         if missing:
             names = ", ".join(sorted(missing))
             raise ConsiliumError(f"{self.address} is not a ledger of version 0.1.0: it has no table {names}")
+
+
+def _require_file(address: str) -> None:
+    """Raise ConsiliumError where the file of a SQLite ledger is missing: opening it would make a new one."""
+    url = parse_address(address)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise _no_ledger(url.render_as_string())
+
+
+def _no_ledger(shown_address: str) -> ConsiliumError:
+    return ConsiliumError(f"there is no ledger at {shown_address}; give the address of the old one")
 
 
 def _require_empty(connection: sa.Connection, shown_address: str) -> None:

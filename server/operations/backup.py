@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 from common.utils.atomic_files import atomic_path, hash_file
 from common.utils.errors import ConsiliumError
 from server.ledger.ledger import Ledger
+from server.ledger.migration import has_old_form
 from server.run import checkpoint
 from server.run.broadcast import RESIDUAL_FILE
 
@@ -83,7 +84,8 @@ def restore_backup(file: Path, runs: Path, ledger: Ledger) -> Iterator[str]:
     everything.
 
     Raises:
-        ConsiliumError: the folder or ledger holds runs, or the back-up is damaged; then nothing is changed.
+        ConsiliumError: the folder or ledger holds runs, or the back-up is damaged or of 0.1.0; then nothing
+            is changed.
     """
     existing = [folder.name for folder in list_run_folders(runs)]
     existing += [row["id"] for row in ledger.read_runs()]
@@ -100,7 +102,13 @@ def restore_backup(file: Path, runs: Path, ledger: Ledger) -> Iterator[str]:
         except (OSError, tarfile.TarError, ValueError) as error:
             raise ConsiliumError(f"{file} is not an intact back-up ({error}); use another one") from error
         sentences = [describe_run(folder).sentence for folder in list_unfinished_runs(work / RUNS_FOLDER)]
-        copy = Ledger(f"sqlite:///{work / LEDGER_FILE}")
+        ledger_address = f"sqlite:///{work / LEDGER_FILE}"
+        if has_old_form(ledger_address):
+            raise ConsiliumError(
+                f"{file} was written by version 0.1.0; unpack it with tar, and run `consilium-server upgrade "
+                f"{RUNS_FOLDER} --ledger sqlite:///{LEDGER_FILE} --to ADDRESS`"
+            )
+        copy = Ledger(ledger_address)
         for path in (work / RUNS_FOLDER).iterdir():
             path.rename(runs / path.name)
         num_rows = copy.copy_to(ledger)
@@ -147,6 +155,8 @@ def describe_run(folder: Path) -> ResumePoint:
     """Return where an unfinished run stands, and whether its newest checkpoint is intact."""
     try:
         latest = checkpoint.load_latest(folder)
+    except checkpoint.OldCheckpointError:
+        return ResumePoint(f"run {folder.name}: only version 0.1.0, which began it, can finish it", True)
     except ConsiliumError:
         return ResumePoint(f"run {folder.name}: no checkpoint is intact; it cannot be resumed", False)
     if latest is None:

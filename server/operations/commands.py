@@ -9,7 +9,7 @@ import typer
 
 from common.utils.checks import print_results
 from server.command_options import AuthorityOption, LedgerOption, RunsOption, SuperLinkOption
-from server.rounds.run_lifecycle import open_ledger, resolve_runs_dir
+from server.rounds.run_lifecycle import open_ledger, resolve_ledger_address, resolve_runs_dir
 
 CentresFolder = Path("/etc/centres")
 
@@ -38,6 +38,33 @@ def restore(
     runs_dir = resolve_runs_dir(runs)
     for sentence in restore_backup(file, runs_dir, open_ledger(runs_dir, ledger)):
         typer.echo(sentence, err=True)
+
+
+def upgrade(
+    runs: Annotated[str, typer.Argument(help="folder of results; empty: $CONSILIUM_RUNS or ./runs")] = "",
+    ledger: Annotated[
+        str,
+        typer.Option(
+            help="address of the old ledger; empty: $CONSILIUM_LEDGER, or SQLite in the folder of results"
+        ),
+    ] = "",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="address of the new ledger, an empty database; empty: the place of the old one (SQLite only)"
+        ),
+    ] = "",
+    leave_unfinished: Annotated[
+        bool, typer.Option("--leave-unfinished", help="give up the runs that 0.1.0 has not finished")
+    ] = False,
+) -> None:
+    """Migrate the ledger and the finished runs of version 0.1.0; the old files are kept as *.0.1.0."""
+    from server.operations.upgrade import upgrade_coordinator
+
+    runs_dir = resolve_runs_dir(runs)
+    old_address = resolve_ledger_address(runs_dir, ledger)
+    for sentence in upgrade_coordinator(runs_dir, old_address, to or old_address, leave_unfinished):
+        typer.echo(sentence)
 
 
 def provision(

@@ -25,8 +25,8 @@ from common.utils.errors import ConsiliumError
 from common.utils.log_setup import parse_log_message
 from server.operations.local_superlink import SuperLinkAccess, find_tool
 from server.reporting.terminal_tables import build_result_table
-from server.rounds.cross_validation import SUMMARY_FILE, is_cross_validation
-from server.rounds.run_lifecycle import find_run_dir, generate_run_id, load_run_config
+from server.rounds.cross_validation import is_cross_validation
+from server.rounds.run_lifecycle import SUMMARY_FILE, find_run_dir, generate_run_id, load_run_config
 from server.run.outcome import clear_outcome, read_outcome
 from server.run.records import parse_result, parse_summary
 

@@ -28,6 +28,7 @@ from server.ledger.ledger import Ledger
 from server.rounds.run_lifecycle import (
     CONFIG_FILE,
     METRICS_FILE,
+    SUMMARY_FILE,
     CommandScope,
     create_run_dir,
     find_run_dir,
@@ -50,7 +51,6 @@ from server.run.run_state import NoLabelledScans
 from server.run.transport import Transport
 
 log = logging.getLogger("consilium.server")
-SUMMARY_FILE = "crossval.json"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from common.config.parse import config_to_dict, parse_config
+from common.config.renamed_keys import upgrade_config
 from common.config.schema import Config
 from common.protocol.code_fingerprint import fingerprint_code
 from common.utils.atomic_files import atomic_write
@@ -31,6 +32,7 @@ from server.run.transport import Transport
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
+SUMMARY_FILE = "crossval.json"  # of a cross-validation
 ORDERLY_ENDS = ("paused", "stopped", "failed")  # the status of a run whose process wrote one before it ended
 log = logging.getLogger("consilium.server")
 
@@ -45,7 +47,12 @@ def resolve_runs_dir(path: str = "") -> Path:
 
 def open_ledger(runs_dir: Path, address: str = "") -> Ledger:
     """Open the ledger: the given one, else `$CONSILIUM_LEDGER`, else SQLite in the runs folder."""
-    return Ledger(address or os.environ.get("CONSILIUM_LEDGER") or f"sqlite:///{runs_dir / 'ledger.db'}")
+    return Ledger(resolve_ledger_address(runs_dir, address))
+
+
+def resolve_ledger_address(runs_dir: Path, address: str = "") -> str:
+    """Return the address of the ledger that `open_ledger` opens."""
+    return address or os.environ.get("CONSILIUM_LEDGER") or f"sqlite:///{runs_dir / 'ledger.db'}"
 
 
 def generate_run_id(config: Config) -> str:
@@ -64,8 +71,20 @@ def find_run_dir(runs_dir: Path, run_id: str) -> Path:
 
 
 def load_run_config(run_dir: Path) -> Config:
-    """Load the configuration that a run was started with."""
-    return parse_config(yaml.safe_load((run_dir / CONFIG_FILE).read_text()))
+    """Load the configuration that a run was started with. Raises ConsiliumError for a run of 0.1.0."""
+    values = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
+    if upgrade_config(values) == values:
+        return parse_config(values)
+    if is_finished(run_dir):
+        remedy = "convert all finished runs with `consilium-server upgrade`"
+    else:
+        remedy = "finish it with that version, or start a new run"
+    raise ConsiliumError(f"run '{run_dir.name}' was started by version 0.1.0; {remedy}")
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Tell whether a run or cross-validation is finished: its results are the last that it writes."""
+    return (run_dir / METRICS_FILE).is_file() or (run_dir / SUMMARY_FILE).is_file()
 
 
 def create_run_dir(folder: Path, config: Config) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -66,6 +66,10 @@ class CheckpointHeader:
     def num_rounds(self) -> int:
         """The number of records of rounds that belong to the checkpoint."""
         return sum(self.rounds_by_stage)
+
+
+class OldCheckpointError(ConsiliumError):
+    """The checkpoints were written by version 0.1.0."""
 
 
 _HEADER_ADAPTER = TypeAdapter(CheckpointHeader)
@@ -177,7 +181,8 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     """Return the newest complete state; None where the run has none yet.
 
     A checkpoint whose files do not match their checksums is skipped, and `recovery_note` says so. Raises
-    ConsiliumError where no intact one is left, because starting from scratch is for a person to decide.
+    ConsiliumError where no intact one is left, because starting from scratch is for a person to decide, and
+    OldCheckpointError for those of 0.1.0.
     """
     folder = Path(run_dir) / "checkpoints"
     headers = _read_headers(folder)
@@ -221,11 +226,21 @@ def load_weights(path: Path) -> Arrays:
 
 
 def _read_headers(folder: Path) -> dict[str, CheckpointHeader]:
-    """Return {checkpoint's name: header}; a file that cannot be parsed is skipped."""
+    """Return {checkpoint's name: header}; a file that cannot be parsed is skipped.
+
+    Raises OldCheckpointError for one of 0.1.0: without it, its run would start from scratch.
+    """
     headers = {}
     for path in folder.glob(f"*{HEADER_SUFFIX}"):
         try:
-            headers[path.stem] = _HEADER_ADAPTER.validate_python(json.loads(path.read_bytes()))
+            values = json.loads(path.read_bytes())
+            headers[path.stem] = _HEADER_ADAPTER.validate_python(values)
+        except ValidationError:
+            if "facts" in values and "sha256" in values:
+                raise OldCheckpointError(
+                    f"the checkpoints of run '{folder.parent.name}' were written by version 0.1.0, "
+                    "and only that version can finish the run"
+                ) from None
         except (OSError, ValueError):
             continue
     return headers

@@ -8,6 +8,8 @@ needs a new `SCHEMA_VERSION`.
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from common.utils.errors import RefusalCode
+from common.utils.errors import ConsiliumError, RefusalCode
 
 SCHEMA_VERSION = 2  # 1 was 0.1.0's, which had no version number
 
@@ -138,7 +140,7 @@ class Exclusion:
     round: int
     centre: str
     reason: str
-    code: RefusalCode  # of the reason, for programs
+    code: RefusalCode | None  # of the reason, for programs; None in a run of 0.1.0, which had no codes
 
 
 @dataclass
@@ -224,7 +226,13 @@ def result_to_dict(result: RunResult | CrossValidationSummary) -> dict[str, Any]
 
 
 def parse_result(values: Any) -> RunResult:
-    """Build the records from plain values. Raises pydantic.ValidationError for values of another form."""
+    """Build the records from plain values.
+
+    Raises:
+        ConsiliumError: 0.1.0 wrote them.
+        pydantic.ValidationError: they have another form.
+    """
+    _refuse_old_form(values)
     return _ADAPTER.validate_python(values)
 
 
@@ -245,7 +253,8 @@ def parse_task_scores(row: Mapping[str, Any]) -> TaskScores:
 
 
 def parse_summary(values: Any) -> CrossValidationSummary:
-    """Build a cross-validation's summary from plain values. Raises pydantic.ValidationError."""
+    """Build a cross-validation's summary from plain values. Raises as `parse_result` does."""
+    _refuse_old_form(values)
     return _SUMMARY_ADAPTER.validate_python(values)
 
 
@@ -259,8 +268,30 @@ def parse_image_statistics(values: Any) -> dict[str, ImageStatistic]:
     return _IMAGE_STATISTICS_ADAPTER.validate_python(values)
 
 
+def is_old_form(values: Any) -> bool:
+    """Tell whether 0.1.0 wrote a result or a summary; it wrote no version."""
+    return isinstance(values, Mapping) and "run" in values and "schema_version" not in values
+
+
+def _refuse_old_form(values: Any) -> None:
+    if is_old_form(values):
+        raise ConsiliumError(
+            f"the result of run '{values['run']}' was written by version 0.1.0; "
+            "convert all finished runs with `consilium-server upgrade`"
+        )
+
+
 def metrics_schema() -> dict[str, Any]:
-    """Return the JSON Schema of ``metrics.json``."""
-    schema = _ADAPTER.json_schema()
-    schema["$id"] = f"consilium/metrics.json/{SCHEMA_VERSION}"
-    return schema
+    """Return the JSON Schema of ``metrics.json``, in which every field is present."""
+    schema = _ADAPTER.json_schema(mode="serialization")
+    schema["properties"]["schema_version"] = {"const": SCHEMA_VERSION, "title": "Schema Version"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"consilium/metrics.json/{SCHEMA_VERSION}",
+        **schema,
+        "title": "metrics.json of a Consilium run",
+    }
+
+
+if __name__ == "__main__":  # > docs/metrics.schema.json
+    sys.stdout.write(json.dumps(metrics_schema(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Plant identifiers in DICOM objects: in every element of the standard's dictionary, in sequences and headers."""
+"""Plant identifiers in DICOM objects: in all elements of the standard's dictionary, sequences and headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A deployed federation that can be harmed and mended: what tests/deploy/test_failures.py needs to do it, and to see what became of it."""
+"""A deployed federation that can be damaged and repaired, with what the tests need to see the effects.
+
+Used by tests/deploy/test_failures.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from server.ledger.ledger import Ledger
-from tests.deploy import processes as p
+from tests.deploy.processes import (
+    ProcessGroup,
+    find_free_port,
+    list_processes,
+    open_process_group,
+    postgresql,
+    start_centre,
+    start_federation,
+    start_superlink,
+    wait_until,
+)
 
 CENTRES = ["north", "east", "south", "west"]
 PHANTOM = [
@@ -30,154 +43,206 @@ RUN = [
     "preprocess.image_size=32",
 ]
 BUSY = float(os.environ.get("CONSILIUM_BUSY", "1"))  # how much slower than two idle cores this machine is
-DEADLINE = 90.0 * BUSY
+ROUND_TIMEOUT = 90.0 * BUSY
+END_STATUSES = ("paused", "failed", "finished")
 
 
 @dataclass
 class Federation:
-    """A running one, and what the tests need to harm and mend it."""
+    """A running federation, its runs, and the means to damage and repair it."""
 
-    processes: p.Started
+    processes: ProcessGroup
     folder: Path
-    port: int  # of the proxy
-    relay: int  # west's way to it
+    proxy_port: int
+    relay_port: int  # by which west reaches the proxy
     operator: str  # address of the SuperLink
-    ledger: str
-    database: Callable[[str], None]  # starts and kills the ledger's server
-    runs: list[str] = field(default_factory=list)
-    books: list[Ledger] = field(default_factory=list)
+    ledger_address: str
+    control_database: Callable[[str], None]  # starts and kills the ledger's server
+    run_ids: list[str] = field(default_factory=list)
+    ledgers: list[Ledger] = field(default_factory=list)  # at most one, opened when it is needed
 
-    def start(self, *overrides: str, resume: str = "", wait: float = 400) -> str:
-        """`consilium-server run`, in the background. Returns the run's id once the ledger has it."""
-        before = self.events(resume)
-        number = sum(name.startswith("command") for name in self.processes.processes)
-        self.processes.start(
-            f"command-{number}-{time.monotonic_ns()}",
-            *(
-                sys.executable,
-                "-c",
-                "from server.cli import main; main()",
-                "run",
-                "--superlink",
-                self.operator,
-            ),
-            *(
-                "--ca",
-                str(self.folder / "made/ca.crt"),
-                "--runs",
-                str(self.folder / "runs"),
-                *RUN,
-                *overrides,
-            ),
-            *(["--resume", resume] if resume else []),
-        )
-        if resume:
-            self.until("", "the run is taken up", wait, lambda: len(self.events(resume)) > len(before))
-            return resume
-        ids = lambda: [row["id"] for row in self.book().read_runs() if row["id"] not in self.runs]  # noqa: E731
-        self.until("", "the run begins", wait, lambda: bool(ids()))
-        self.runs += ids()
-        return self.runs[-1]
+    # --- runs
 
-    def book(self) -> Ledger:
-        if not self.books:
-            self.books.append(Ledger(self.ledger))
-        return self.books[0]
+    def start_run(self, *overrides: str) -> str:
+        """Start `consilium-server run`, and return the run's id once the ledger has it."""
+        self._start_command(*overrides)
+        self.wait_until("", "the run starts", 400, lambda: bool(self._list_new_run_ids()))
+        self.run_ids += self._list_new_run_ids()
+        return self.run_ids[-1]
 
-    def events(self, run: str) -> list[dict[str, Any]]:
-        return self.book().read_events(run)
+    def resume_run(self, run_id: str) -> None:
+        """Start `consilium-server run --resume`, and wait until the run is resumed."""
+        num_events = len(self.read_events(run_id))
+        self._start_command("--resume", run_id)
+        self.wait_until("", "the run is resumed", 400, lambda: len(self.read_events(run_id)) > num_events)
 
-    def kinds(self, run: str) -> list[str]:
-        return [event["kind"] for event in self.events(run)]
+    def _start_command(self, *arguments: str) -> None:
+        name = f"command-{time.monotonic_ns()}"
+        options = [f"--superlink={self.operator}", f"--ca={self.folder / 'made/ca.crt'}"]
+        options.append(f"--runs={self.folder / 'runs'}")
+        code = "from server.cli import main; main()"
+        self.processes.start(name, sys.executable, "-c", code, "run", *options, *RUN, *arguments)
 
-    def said(self, run: str, centre: str) -> str:
-        """What the ledger has of a centre: every event's detail."""
-        return "; ".join(str(event["detail"]) for event in self.events(run) if event["centre"] == centre)
+    def _list_new_run_ids(self) -> list[str]:
+        ids = [row["id"] for row in self.open_ledger().read_runs()]
+        return [run_id for run_id in ids if run_id not in self.run_ids]
 
-    def rounds(self, run: str) -> int:
-        """The last round that closed; -1 before the stage's start."""
-        return max((row["round"] for row in self.book().read_rounds(run)), default=-1)
+    # --- what the ledger says
 
-    def replies(self, run: str, round: int) -> dict[str, dict[str, Any]]:
-        return {row["centre"]: row for row in self.book().read_contributions(run) if row["round"] == round}
+    def open_ledger(self) -> Ledger:
+        """Return the ledger, opened when it is first needed."""
+        if not self.ledgers:
+            self.ledgers.append(Ledger(self.ledger_address))
+        return self.ledgers[0]
 
-    def until(self, run: str, what: str, seconds: float, true: Callable[[], bool]) -> float:
-        """Wait; returns for how long. Fails at once when the run has ended without it."""
-        began = time.monotonic()
-        while time.monotonic() - began < seconds * BUSY:
-            if true():
-                return time.monotonic() - began
-            if run and self.book().read_status(run) in ("paused", "failed", "finished") and not true():
+    def read_status(self, run_id: str) -> str | None:
+        """Return a run's status."""
+        return self.open_ledger().read_status(run_id)
+
+    def read_events(self, run_id: str) -> list[dict[str, Any]]:
+        """Return a run's events."""
+        return self.open_ledger().read_events(run_id)
+
+    def read_event_kinds(self, run_id: str) -> list[str]:
+        """Return the kinds of a run's events."""
+        return [event["kind"] for event in self.read_events(run_id)]
+
+    def read_centre_details(self, run_id: str, centre: str) -> str:
+        """Return the details of a centre's events, as one text."""
+        events = [event for event in self.read_events(run_id) if event["centre"] == centre]
+        return "; ".join(str(event["detail"]) for event in events)
+
+    def last_round(self, run_id: str) -> int:
+        """Return the last round that closed; -1 before the stage's start."""
+        return max((row["round"] for row in self.open_ledger().read_rounds(run_id)), default=-1)
+
+    def read_contributions(self, run_id: str, round_number: int) -> dict[str, dict[str, Any]]:
+        """Return {centre: its contribution to a round}."""
+        contributions = {}
+        for row in self.open_ledger().read_contributions(run_id):
+            if row["round"] == round_number:
+                contributions[row["centre"]] = row
+        return contributions
+
+    def list_accepted(self, run_id: str, round_number: int) -> set[str]:
+        """Return the centres whose contributions count in a round."""
+        contributions = self.read_contributions(run_id, round_number)
+        return {centre for centre, row in contributions.items() if row["accepted"]}
+
+    # --- waiting
+
+    def wait_until(self, run_id: str, event: str, seconds: float, has_happened: Callable[[], bool]) -> float:
+        """Wait for an event, and return how long it took.
+
+        Fails at once when the run has ended without it.
+        """
+        start = time.monotonic()
+        while time.monotonic() - start < seconds * BUSY:
+            if has_happened():
+                return time.monotonic() - start
+            if run_id and self.read_status(run_id) in END_STATUSES and not has_happened():
                 break
             time.sleep(0.1)
-        logs = "\n".join(f"== {name}\n{self.processes.log(name)[-800:]}" for name in self.processes.processes)
-        raise AssertionError(
-            f"not within {seconds * BUSY:.0f} s: {what}; {[(e['kind'], e['detail']) for e in self.events(run)]}\n{logs}"
+        events = [(row["kind"], row["detail"]) for row in self.read_events(run_id)]
+        logs = self.processes.read_log_ends(800)
+        raise AssertionError(f"not within {seconds * BUSY:.0f} s: {event}; {events}\n{logs}")
+
+    def wait_until_finished(self, run_id: str, seconds: float = 900) -> float:
+        """Wait until a run is finished."""
+        return self.wait_until(
+            run_id, "the run finishes", seconds, lambda: self.read_status(run_id) == "finished"
         )
 
-    def training(self, run: str, centre: str) -> int:
-        """Waits until a centre works on a round's training; returns the round."""
-        after = self.rounds(run)
-        self.until(run, "the round closes", 600, lambda: self.rounds(run) > after)
-        self.until(run, f"{centre} works on round {after + 2}", 300, lambda: bool(self.apps(centre)))
-        return self.rounds(run) + 1
+    def wait_until_paused(self, run_id: str, seconds: float) -> float:
+        """Wait until a run is paused."""
+        return self.wait_until("", "the run pauses", seconds, lambda: self.read_status(run_id) == "paused")
 
-    def back(self, run: str, centre: str, after: int, seconds: float = 600) -> float:
-        """Waits until a contribution of the centre is accepted in a round after `after`; returns for how long."""
-        there = lambda: any(
-            row["accepted"]
-            for r in range(after + 1, self.rounds(run) + 1)
-            if (row := self.replies(run, r).get(centre))
-        )
-        return self.until(run, f"{centre} takes part again", seconds, there)
+    def wait_until_left_out(
+        self, run_id: str, centre: str, reasons: tuple[str, ...], seconds: float
+    ) -> float:
+        """Wait until a centre is refused or left out for one of the reasons."""
 
-    def hospital(self, centre: str) -> Path:
+        def is_left_out() -> bool:
+            details = self.read_centre_details(run_id, centre)
+            return any(reason in details for reason in reasons)
+
+        return self.wait_until(run_id, f"{centre} is left out", seconds, is_left_out)
+
+    def wait_until_training(self, run_id: str, centre: str) -> int:
+        """Wait until a centre works on the training of a new round; return the round."""
+        last_round = self.last_round(run_id)
+        self.wait_until(run_id, "the round closes", 600, lambda: self.last_round(run_id) > last_round)
+        event = f"{centre} works on round {last_round + 2}"
+        self.wait_until(run_id, event, 300, lambda: bool(self.list_client_apps(centre)))
+        return self.last_round(run_id) + 1
+
+    def wait_until_accepted(self, run_id: str, centre: str, after_round: int, seconds: float = 600) -> float:
+        """Wait until a centre's contribution is accepted in a later round; return how long it took."""
+
+        def is_accepted() -> bool:
+            later_rounds = range(after_round + 1, self.last_round(run_id) + 1)
+            return any(centre in self.list_accepted(run_id, number) for number in later_rounds)
+
+        return self.wait_until(run_id, f"{centre} takes part again", seconds, is_accepted)
+
+    # --- damage and repair
+
+    def hospital_folder(self, centre: str) -> Path:
+        """Return a hospital's folder."""
         return self.folder / "hospitals" / centre
 
-    def apps(self, centre: str) -> list[int]:
-        """The processes that a centre's SuperNode has started for messages."""
-        return p.children(self.processes.processes[centre].pid, "flwr-clientapp")
+    def list_client_apps(self, centre: str) -> list[int]:
+        """Return the processes that a centre's SuperNode has started for messages."""
+        return list_processes(self.processes.pid(centre), "flwr-clientapp")
 
-    def everything(self, centre: str, how: signal.Signals) -> None:
-        """To the SuperNode of a centre and all it has started."""
-        os.killpg(self.processes.processes[centre].pid, how)
+    def signal_centre(self, centre: str, signal_number: signal.Signals) -> None:
+        """Send a signal to a centre's SuperNode and everything that it started."""
+        os.killpg(self.processes.pid(centre), signal_number)
 
-    def centre(self, name: str, **more: str) -> None:
-        """Start a centre as Docker does, with `restart: unless-stopped`: again after a wait that doubles, up to a minute."""
-        address = f"localhost:{self.relay if name == 'west' else self.port}"
+    def start_centre(self, name: str, **variables: str) -> None:
+        """Start a centre anew, with the restart policy of `restart: unless-stopped`."""
+        port = self.relay_port if name == "west" else self.proxy_port
         if name in self.processes.processes:
             self.processes.stop(name, signal.SIGKILL)
-        p.start_centre(self.processes, self.hospital(name), address, restart=True, WARM="yes", **more)
+        folder = self.hospital_folder(name)
+        start_centre(self.processes, folder, f"localhost:{port}", restarts=True, WARM="yes", **variables)
 
-    def connect(self) -> None:
-        """West's cable."""
-        self.processes.start(
-            "relay",
-            sys.executable,
-            str(Path(__file__).with_name("relay.py")),
-            str(self.relay),
-            str(self.port),
-        )
+    def start_relay(self) -> None:
+        """Connect west to the proxy."""
+        script = Path(__file__).with_name("relay.py")
+        ports = (str(self.relay_port), str(self.proxy_port))
+        self.processes.start("relay", sys.executable, str(script), *ports)
 
-    def note(self, failure: str, outcome: str, seconds: float) -> None:
-        """A row for deploy/README.md."""
+    def start_superlink(self) -> None:
+        """Start the SuperLink again at its port."""
+        port = int(self.operator.rpartition(":")[2])
+        start_superlink(self.processes, self.folder / "made", port)
+
+    def note_outcome(self, failure: str, outcome: str, seconds: float) -> None:
+        """Add a row to the table for deploy/README.md."""
         with (self.folder / "table.txt").open("a") as table:
             table.write(f"| {failure} | {outcome} | {seconds:.0f} s |\n")
 
 
 @contextlib.contextmanager
-def deployed(folder: Path) -> Iterator[Federation]:
-    """Four centres, west through a relay, and a PostgreSQL server for the ledger; prints the table of what was noted."""
-    with p.postgresql() as (ledger, database), p.started(folder) as processes:
-        operator, port = p.federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=ledger)
-        there = Federation(processes, folder, port, p.free_port(), operator, ledger, database)
-        there.connect()
-        for name in CENTRES:
-            there.centre(name)
-        p.wait_until(
-            "every centre is warm",
-            240 * BUSY,
-            lambda: all((folder / f"home-{c}" / "warm.sock").exists() for c in CENTRES),
+def deploy_federation(folder: Path) -> Iterator[Federation]:
+    """Deploy four centres, west through a relay, with the ledger in PostgreSQL.
+
+    Prints the table of noted outcomes in the end.
+    """
+    with postgresql() as (ledger_address, control_database), open_process_group(folder) as processes:
+        operator, proxy_port = start_federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=ledger_address)
+        federation = Federation(
+            processes, folder, proxy_port, find_free_port(), operator, ledger_address, control_database
         )
-        yield there
+        federation.start_relay()
+        for name in CENTRES:
+            federation.start_centre(name)
+        sockets = [folder / f"home-{name}" / "warm.sock" for name in CENTRES]
+        wait_until(
+            "every centre has PyTorch loaded",
+            240 * BUSY,
+            lambda: all(path.exists() for path in sockets),
+        )
+        yield federation
         print("\n" + (folder / "table.txt").read_text())

@@ -1,4 +1,7 @@
-"""A deployed federation as processes of this machine: SuperLink, SuperExec, nginx and SuperNodes with what `provision` made, over TLS."""
+"""A deployed federation as processes of this machine, over TLS and with what `provision` wrote.
+
+SuperLink, SuperExec, nginx where it is installed, SuperNodes, and PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -27,84 +30,121 @@ from tests.in_process_federation import InProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-QUIET = {
+IMAGE_COMMANDS = ("flwr-clientapp", "flower-supernode", "flower-superlink")  # of deploy/image
+QUIET_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+WARM_VARIABLE = "WARM"  # set: a SuperNode's processes are forked from one that has PyTorch loaded (warm.py)
+STOP_TIMEOUT = 15.0  # seconds until a process is killed
+# Docker's restart policy: again after a wait that doubles, up to a minute.
+RESTART_LOOP = 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done'
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def find_free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
-    """As the images set it: a home of its own, the images' commands first in PATH, an empty working directory."""
+def make_environment(home: Path, **variables: str) -> dict[str, str]:
+    """Return the environment that the images set: a home of its own, the images' commands first in PATH."""
     commands = home / "bin"
     commands.mkdir(parents=True, exist_ok=True)
-    for name in ("flwr-clientapp", "flower-supernode", "flower-superlink"):
-        body = (ROOT / "deploy" / "image" / name).read_text().partition("\n")[2]
-        (commands / name).write_text(f"#!{sys.executable}\n{body}")
-        (commands / name).chmod(0o755)
-    if more.pop("WARM", ""):  # its processes are forked from a loaded one
-        (commands / "flwr-clientapp").replace(commands / "image.py")
-        warm = f"#!{sys.executable} -S\nimport sys\nsys.path[0] = {str(Path(__file__).parent)!r}\nfrom warm import ask\n"
-        (commands / "flwr-clientapp").write_text(
-            warm + f"sys.exit(ask([{str(commands / 'image.py')!r}, *sys.argv[1:]]))\n"
-        )
-        (commands / "flwr-clientapp").chmod(0o755)
-    return (
-        {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "CONSILIUM_"))}
-        | QUIET
-        | {
-            "FLWR_HOME": str(home / "flwr"),
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": "131072",
-        }
-        | more
-    )
+    for name in IMAGE_COMMANDS:
+        _, _, body = (ROOT / "deploy" / "image" / name).read_text().partition("\n")
+        _write_script(commands / name, f"#!{sys.executable}\n{body}")
+    if variables.pop(WARM_VARIABLE, ""):
+        _replace_by_warm_start(commands)
+    environment = {}
+    for key, value in os.environ.items():
+        if not key.startswith(("FLWR_", "CONSILIUM_")):
+            environment[key] = value
+    settings = {
+        "FLWR_HOME": str(home / "flwr"),
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{commands}:{BIN}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+    }
+    return environment | QUIET_ENVIRONMENT | settings | variables
 
 
-def server(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`consilium-server` to its end."""
-    return command("server.cli", *arguments, timeout=timeout)
+def _replace_by_warm_start(commands: Path) -> None:
+    """Let `flwr-clientapp` ask warm.py for a process that executes the image's file, here image.py."""
+    (commands / "flwr-clientapp").replace(commands / "image.py")
+    lines = [
+        f"#!{sys.executable} -S",
+        "import sys",
+        f"sys.path[0] = {str(Path(__file__).parent)!r}",
+        "from warm import request_fork",
+        f"sys.exit(request_fork([{str(commands / 'image.py')!r}, *sys.argv[1:]]))",
+    ]
+    _write_script(commands / "flwr-clientapp", "\n".join([*lines, ""]))
 
 
-def centre(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`consilium-centre` to its end."""
-    return command("client.cli", *arguments, timeout=timeout)
+def _write_script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
-def command(
+# --- commands that end by themselves
+
+
+def run_server_command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run `consilium-server` to its end."""
+    return run_command("server.cli", *arguments, timeout=timeout)
+
+
+def run_centre_command(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run `consilium-centre` to its end."""
+    return run_command("client.cli", *arguments, timeout=timeout)
+
+
+def run_command(
     module: str, *arguments: str, root: Path = ROOT, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """A command of ours to its end, from the code at `root`."""
+    """Run one of our commands to its end, from the code in the folder `root`."""
     code = f"import sys; sys.path.insert(0, {str(root)!r}); from {module} import main; main()"
-    started = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout, env=started
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
     )
 
 
-class Started:
-    """Processes in sessions of their own, each with a log; all end with the block."""
+def as_settings(overrides: Sequence[str]) -> list[str]:
+    """Return the options by which `consilium-centre phantom` takes overrides."""
+    options = []
+    for override in overrides:
+        options += ["-s", override]
+    return options
+
+
+# --- processes that go on
+
+
+class ProcessGroup:
+    """Processes in sessions of their own, each with a log."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a process; `variables` are added to its environment."""
         home = self.folder / f"home-{name}"
         home.mkdir(exist_ok=True)
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 list(arguments),
                 cwd=home,
-                env=environment(home, **more),
+                env=make_environment(home, **variables),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -112,185 +152,218 @@ class Started:
         self.processes[name] = process
         return process
 
-    def log(self, name: str) -> str:
+    def pid(self, name: str) -> int:
+        """Return a process's id, which is also its session's."""
+        return self.processes[name].pid
+
+    def read_log(self, name: str) -> str:
+        """Return what a process has printed, in all its starts."""
         return (self.folder / f"{name}.log").read_text()
 
-    def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+    def read_log_ends(self, num_characters: int) -> str:
+        """Return the ends of all logs, for a failure's message."""
+        return "\n".join(f"== {name}\n{self.read_log(name)[-num_characters:]}" for name in self.processes)
+
+    def stop(self, name: str, signal_number: signal.Signals = signal.SIGTERM) -> None:
+        """Stop a process with everything that it started."""
         process = self.processes.pop(name)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
+            os.killpg(process.pid, signal_number)
         try:
-            process.wait(15)
+            process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
+    def stop_all(self) -> None:
+        """Stop all processes at the same time."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for name in list(self.processes):
+            self.stop(name)
+
 
 @contextlib.contextmanager
-def started(folder: Path) -> Iterator[Started]:
-    processes = Started(folder)
+def open_process_group(folder: Path) -> Iterator[ProcessGroup]:
+    """Yield a group whose processes end with the block."""
+    processes = ProcessGroup(folder)
     try:
         yield processes
     finally:
-        for process in processes.processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        for name in list(processes.processes):
-            processes.stop(name)
+        processes.stop_all()
 
 
-def federation(processes: Started, centres: list[str], drawn: list[str], **more: str) -> tuple[str, int]:
-    """A running coordinator, and in `hospitals/` each centre's folder, let in and with phantom scans, not started yet. Returns the operator's address
-    and the hospitals' port."""
-    folder, port = processes.folder, free_port()
-    settings = [part for o in [*drawn, f"federation.centres=[{','.join(centres)}]"] for part in ("-s", o)]
-    wanted = {"address": f"localhost:{port}", "centres": {name: {"device": "cpu"} for name in centres}}
-    (folder / "federation.yaml").write_text(yaml.safe_dump(wanted))
+def start_federation(
+    processes: ProcessGroup, centres: list[str], phantom_overrides: list[str], **variables: str
+) -> tuple[str, int]:
+    """Start a coordinator, and prepare each centre's folder in `hospitals/`, admitted and with phantom scans.
+
+    Returns:
+        The operator's address, and the port for the hospitals.
+    """
+    folder = processes.folder
+    port = find_free_port()
+    settings = as_settings([*phantom_overrides, f"federation.centres=[{','.join(centres)}]"])
+    federation = {"address": f"localhost:{port}", "centres": {name: {"device": "cpu"} for name in centres}}
+    (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
     made = folder / "made"
-    for done in (
-        centre("phantom", str(folder / "data"), *settings, "--no-prepare"),
-        server("provision", str(folder / "federation.yaml"), "--out", str(made)),
-    ):
-        assert done.returncode == 0, done.stderr
-    operator = start_coordinator(processes, made, folder / "runs", port, **more)
-    admitted = server(
-        "admit", str(made / "coordinator/centres"), "--superlink", operator, "--ca", str(made / "ca.crt")
-    )
+    drawn = run_centre_command("phantom", str(folder / "data"), *settings, "--no-prepare")
+    assert drawn.returncode == 0, drawn.stderr
+    provisioned = run_server_command("provision", str(folder / "federation.yaml"), "--out", str(made))
+    assert provisioned.returncode == 0, provisioned.stderr
+    operator = start_coordinator(processes, made, folder / "runs", port, **variables)
+    admitted = admit_centres(made, operator)
     assert admitted.returncode == 0, admitted.stderr
     for name in centres:
-        unpack(made / "kits" / f"{name}.tar.gz", folder / "hospitals", folder / "data" / name)
+        unpack_kit(made / "kits" / f"{name}.tar.gz", folder / "hospitals", folder / "data" / name)
     return operator, port
 
 
-def start_coordinator(processes: Started, made: Path, runs: Path, port: int, **more: str) -> str:
-    """SuperLink, SuperExec and, where there is one, nginx on `port`. Returns the SuperLink's own address, for the operator alone."""
+def admit_centres(made: Path, operator: str) -> subprocess.CompletedProcess[str]:
+    """Admit the centres that `provision` wrote into the folder `made`, and revoke those that it revoked."""
+    options = ("--superlink", operator, "--ca", str(made / "ca.crt"))
+    return run_server_command("admit", str(made / "coordinator/centres"), *options)
+
+
+def start_coordinator(processes: ProcessGroup, made: Path, runs: Path, port: int, **variables: str) -> str:
+    """Start SuperLink, SuperExec and, where it is installed, nginx on `port`.
+
+    Returns the SuperLink's own address, which is the operator's.
+    """
     coordinator = made / "coordinator"
-    own = free_port() if shutil.which("nginx") else port
-    start_superlink(processes, made, own)
-    start_superexec(processes, made, coordinator / "superexec.secret", f"localhost:{own}", runs, **more)
-    if own != port:
-        conf = (
-            (coordinator / "nginx.conf")
-            .read_text()
-            .replace("superlink:8000", f"127.0.0.1:{own}")
-            .replace("8443", f"127.0.0.1:{port}")
-        )
+    has_nginx = bool(shutil.which("nginx"))
+    superlink_port = find_free_port() if has_nginx else port
+    start_superlink(processes, made, superlink_port)
+    operator = f"localhost:{superlink_port}"
+    start_superexec(processes, made, coordinator / "superexec.secret", operator, runs, **variables)
+    if has_nginx:
         scratch = processes.folder / "nginx"
         scratch.mkdir()
-        (coordinator / "nginx.here").write_text(conf.replace("/tmp/", f"{scratch}/"))
+        text = (coordinator / "nginx.conf").read_text()
+        text = text.replace("superlink:8000", f"127.0.0.1:{superlink_port}")
+        text = text.replace("8443", f"127.0.0.1:{port}").replace("/tmp/", f"{scratch}/")
+        (coordinator / "nginx.here").write_text(text)
         start_nginx(processes, made, port)
-    return f"localhost:{own}"
+    return operator
 
 
-def start_superlink(processes: Started, made: Path, own: int) -> None:
+def start_superlink(processes: ProcessGroup, made: Path, port: int) -> None:
+    """Start the SuperLink with its database in the group's folder, and wait until it answers."""
     coordinator = made / "coordinator"
     processes.start(
         "superlink",
-        *(
-            "flower-superlink",
-            "--ssl-certfile",
-            str(coordinator / "server.crt"),
-            "--ssl-keyfile",
-            str(coordinator / "server.key"),
-        ),
-        *(
-            "--ssl-ca-certfile",
-            str(coordinator / "ca.crt"),
-            "--enable-supernode-auth",
-            "--database",
-            str(processes.folder / "state.db"),
-        ),
-        *("--host", "127.0.0.1", "--port", str(own), "--disable-runtime-dependency-installation"),
-        *("--isolation", "process", "--superexec-auth-secret-file", str(coordinator / "superexec.secret")),
+        "flower-superlink",
+        f"--ssl-certfile={coordinator / 'server.crt'}",
+        f"--ssl-keyfile={coordinator / 'server.key'}",
+        f"--ssl-ca-certfile={coordinator / 'ca.crt'}",
+        "--enable-supernode-auth",
+        f"--database={processes.folder / 'state.db'}",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--disable-runtime-dependency-installation",
+        "--isolation=process",
+        f"--superexec-auth-secret-file={coordinator / 'superexec.secret'}",
     )
-    wait_for(f"https://localhost:{own}/health", made, processes, "superlink")
+    wait_until_healthy(f"https://localhost:{port}/health", made, processes, "superlink")
 
 
-def start_nginx(processes: Started, made: Path, port: int) -> None:
-    user = (
-        "user root; " if os.getuid() == 0 else ""
-    )  # else its workers were nobody, who may not look into this folder
-    processes.start(
-        "nginx", "nginx", "-c", str(made / "coordinator" / "nginx.here"), "-g", f"{user}daemon off;"
-    )
-    wait_for(f"https://localhost:{port}/health", made, processes, "nginx")
+def start_nginx(processes: ProcessGroup, made: Path, port: int, waits: bool = True) -> None:
+    """Start nginx, and wait until it answers unless told otherwise."""
+    # As root, nginx would give its workers the user nobody, who may not read this folder.
+    user = "user root; " if os.getuid() == 0 else ""
+    configuration = made / "coordinator" / "nginx.here"
+    processes.start("nginx", "nginx", "-c", str(configuration), "-g", f"{user}daemon off;")
+    if waits:
+        wait_until_healthy(f"https://localhost:{port}/health", made, processes, "nginx")
 
 
 def start_superexec(
-    processes: Started,
+    processes: ProcessGroup,
     made: Path,
     secret: Path,
     address: str,
     runs: Path,
     name: str = "superexec",
-    **more: str,
+    **variables: str,
 ) -> None:
+    """Start a SuperExec that identifies itself by a file with a secret."""
     processes.start(
         name,
-        *("flower-superexec", "--runtime-api-address", address, "--root-certificates", str(made / "ca.crt")),
-        *("--superexec-auth-secret-file", str(secret)),
+        "flower-superexec",
+        f"--runtime-api-address={address}",
+        f"--root-certificates={made / 'ca.crt'}",
+        f"--superexec-auth-secret-file={secret}",
         CONSILIUM_RUNS=str(runs),
-        **more,
+        **variables,
     )
 
 
-def unpack(kit: Path, into: Path, data: Path) -> Path:
-    """A hospital's folder: the kit unpacked, and its paths set to where this hospital has its data."""
+def unpack_kit(kit: Path, hospitals: Path, data: Path) -> Path:
+    """Unpack a kit as a hospital's folder, and set its paths to where this hospital has its data."""
     with tarfile.open(kit) as bundle:
-        bundle.extractall(into, filter="data")
-    folder = into / kit.name.removesuffix(".tar.gz")
+        bundle.extractall(hospitals, filter="data")
+    folder = hospitals / kit.name.removesuffix(".tar.gz")
     site = yaml.safe_load((folder / "site.yaml").read_text())
-    own = {
+    local_settings = {
         "data": str(data),
         "state": str(folder / "state"),
         "device": "cpu",
         "policy": str(folder / "policy.yaml"),
         "threads": 1,
     }
-    (folder / "site.yaml").write_text(yaml.safe_dump(site | own))
+    (folder / "site.yaml").write_text(yaml.safe_dump(site | local_settings))
     return folder
 
 
 def start_centre(
-    processes: Started,
+    processes: ProcessGroup,
     folder: Path,
     address: str,
     key: Path | None = None,
     name: str = "",
-    restart: bool = False,
-    **more: str,
+    restarts: bool = False,
+    **variables: str,
 ) -> subprocess.Popen[bytes]:
-    """A SuperNode with the kit's material, as deploy/compose.centre.yaml starts it; with its restart policy (Docker's), when asked for."""
-    warm = f"test -e bin/image.py && rm -f warm.sock && python {Path(__file__).with_name('warm.py')} & "  # forked from, where that is wanted
-    again = (
-        "sh",
-        "-c",
-        warm + 'wait=1; while :; do "$@"; sleep $wait; wait=$((wait < 32 ? 2 * wait : 60)); done',
-        "restart",
-    )
+    """Start a SuperNode from an unpacked kit, as deploy/compose.centre.yaml does.
+
+    Args:
+        processes: to which it is added, under `name` or the folder's name.
+        folder: of the hospital.
+        address: where the coordinator is, host:port.
+        key: private key; None: the kit's.
+        name: of the process.
+        restarts: whether it is started again when it ends, as Docker's restart policy does.
+        variables: added to its environment.
+    """
+    wrapper: list[str] = []
+    if restarts:
+        warm_script = Path(__file__).with_name("warm.py")
+        warm_start = f"test -e bin/image.py && rm -f warm.sock && python {warm_script} & "
+        wrapper = ["sh", "-c", warm_start + RESTART_LOOP, "restart"]
     return processes.start(
         name or folder.name,
-        *(again if restart else ()),
-        *("flower-supernode", "--superlink", address, "--root-certificates", str(folder / "ca.crt")),
-        *(
-            "--auth-supernode-private-key",
-            str(key or folder / "key"),
-            "--node-config",
-            f'site="{folder / "site.yaml"}"',
-        ),
-        *("--port", str(free_port())),
-        **more,
+        *wrapper,
+        "flower-supernode",
+        f"--superlink={address}",
+        f"--root-certificates={folder / 'ca.crt'}",
+        f"--auth-supernode-private-key={key or folder / 'key'}",
+        f'--node-config=site="{folder / "site.yaml"}"',
+        f"--port={find_free_port()}",
+        **variables,
     )
 
 
 @contextlib.contextmanager
 def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
-    """A PostgreSQL server of our own on a socket in a temporary folder: its address, and a function that does "start" or "kill" (-9) to it."""
+    """Run a PostgreSQL server on a socket in a temporary folder.
+
+    Yields its address, and a function that does "start" or "kill" (-9) to it.
+    """
     programs = max(Path("/usr/lib/postgresql").glob("*/bin/initdb")).parent
     account = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
-    with tempfile.TemporaryDirectory(
-        prefix="pg"
-    ) as folder:  # short: a socket's path has at most 107 characters
+    # A short prefix, because a socket's path has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
         if account:
             shutil.chown(folder, account)
 
@@ -303,60 +376,68 @@ def postgresql() -> Iterator[tuple[str, Callable[[str], None]]]:
                 cwd=folder,
             )
 
-        def do(what: str) -> None:
-            if what == "start":
-                call(
-                    "pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses= -k {folder}", "start"
-                )
+        def control(action: str) -> None:
+            if action == "start":
+                options = f"-c listen_addresses= -k {folder}"
+                call("pg_ctl", "-w", "-l", f"{folder}/log", "-o", options, "start")
             else:
-                os.kill(int(Path(f"{folder}/data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+                first_line, *_ = Path(f"{folder}/data/postmaster.pid").read_text().split()
+                os.kill(int(first_line), signal.SIGKILL)
 
         call("initdb", "-A", "trust", "-U", "consilium", "--no-sync")
-        do("start")
+        control("start")
         try:
-            yield f"postgresql://consilium@/postgres?host={folder}", do
+            yield f"postgresql://consilium@/postgres?host={folder}", control
         finally:
             call("pg_ctl", "-m", "immediate", "stop")
 
 
-def children(parent: int, name: str) -> list[int]:
-    """Processes of this name in the session that `parent` leads."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()
-                if (
-                    int(state[3]) == parent
-                    and state[0] != "Z"
-                    and name in (entry / "cmdline").read_bytes().decode().replace("\0", " ")
-                ):
-                    found.append(int(entry.name))
-    return found
+def list_processes(session: int, name: str) -> list[int]:
+    """Return the live processes of a session with `name` in their command line."""
+    matches = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # After the name in parentheses: state, parent, process group, session.
+            state, _, _, session_text, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            command = (entry / "cmdline").read_bytes().decode().replace("\0", " ")
+            if int(session_text) == session and state != "Z" and name in command:
+                matches.append(int(entry.name))
+    return matches
 
 
-def wait_for(url: str, made: Path, processes: Started, name: str, seconds: float = 240) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and processes.processes[name].poll() is None:
+def wait_until_healthy(
+    url: str, made: Path, processes: ProcessGroup, name: str, seconds: float = 240
+) -> None:
+    """Wait until a process answers at its URL. Raises AssertionError once it has ended, or too late."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and processes.processes[name].poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(url, verify=str(made / "ca.crt"), timeout=2, trust_env=False).is_success:
                 return
         time.sleep(0.2)
-    raise AssertionError(f"{name} did not start: {processes.log(name)[-1500:]}")
+    raise AssertionError(f"{name} did not start: {processes.read_log(name)[-1500:]}")
 
 
-def wait_until(what: str, seconds: float, true: object) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if true():  # type: ignore[operator]
+def wait_until(event: str, seconds: float, has_happened: Callable[[], object]) -> None:
+    """Wait for an event. Raises AssertionError when it has not happened in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if has_happened():
             return
         time.sleep(0.3)
-    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+    raise AssertionError(f"not within {seconds:.0f} s: {event}")
 
 
-def as_simulated(model: Path, overrides: list[str], data: Path, policies: list[Path], folder: Path) -> None:
-    """A deployed run's weights are those of the same run in this process, with the hospitals' policies, which coarsen small counts."""
-    sites = [Site(index=k, threads=1, device="cpu", policy=str(policy)) for k, policy in enumerate(policies)]
+def assert_same_as_simulated(
+    model: Path, overrides: list[str], data: Path, policies: list[Path], folder: Path
+) -> None:
+    """Compare a deployed run's weights with those of the same run in this process.
+
+    The hospitals' policies count, because they coarsen small counts.
+    """
+    sites = []
+    for index, policy in enumerate(policies):
+        sites.append(Site(index=index, threads=1, device="cpu", policy=str(policy)))
     config = compose_config(["recipe=multisource", *overrides, f"federation.data_root={data}"])
     start_run(config, InProcess(sites), folder, open_ledger(folder), "simulated")
     simulated = load_file(folder / "simulated" / "model.safetensors")

@@ -1,4 +1,7 @@
-"""A TCP relay that can be cut: what is between a hospital and the coordinator, without the rights that network namespaces need."""
+"""A TCP relay that can be cut: the line between a hospital and the coordinator.
+
+Network namespaces would do the same, but need privileges.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,22 @@ import sys
 import threading
 
 
-def main(listen: int, to: int) -> None:
-    """Pass every connection to the port `listen` on to the port `to`, until killed: a cable that is pulled out."""
-    with socket.create_server(("127.0.0.1", listen)) as server:
+def relay_connections(listen_port: int, target_port: int) -> None:
+    """Relay every connection to one local port on to another, until killed."""
+    with socket.create_server(("127.0.0.1", listen_port)) as server:
         while True:
-            near, _ = server.accept()
+            client, _ = server.accept()
             try:
-                far = socket.create_connection(("127.0.0.1", to))
+                target = socket.create_connection(("127.0.0.1", target_port))
             except OSError:
-                near.close()
+                client.close()
                 continue
-            for a, b in ((near, far), (far, near)):
-                threading.Thread(target=pump, args=(a, b), daemon=True).start()
+            for source, sink in ((client, target), (target, client)):
+                threading.Thread(target=copy_stream, args=(source, sink), daemon=True).start()
 
 
-def pump(source: socket.socket, sink: socket.socket) -> None:
+def copy_stream(source: socket.socket, sink: socket.socket) -> None:
+    """Copy what comes from one socket to another until either side closes."""
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
@@ -32,4 +36,4 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    relay_connections(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""A deployed federation ordered about from the console alone: its pages over TLS, as compose.coordinator.yaml starts it."""
+"""A deployed federation commanded by the console alone, over TLS, as compose.coordinator.yaml starts it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ import os
 import re
 import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import pytest
 import yaml
 
-from server.ledger.ledger import Ledger
 from server.ledger.audit_trail import first_broken_link
-from tests.deploy import processes as p
+from server.ledger.ledger import Ledger
 from tests.deploy.faults import BUSY, PHANTOM
+from tests.deploy.processes import (
+    BIN,
+    ROOT,
+    ProcessGroup,
+    find_free_port,
+    list_processes,
+    open_process_group,
+    postgresql,
+    run_server_command,
+    start_centre,
+    start_federation,
+    wait_until,
+    wait_until_healthy,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,168 +42,181 @@ pytestmark = [
     ),
 ]
 CENTRES = ["north", "south"]
-OVERRIDES = f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.local_epochs=1 stage.batch_size=4 preprocess.image_size=32"
+OVERRIDES = (
+    f"federation=folder 'federation.centres=[{', '.join(CENTRES)}]' stage.rounds=400 stage.local_epochs=1 "
+    "stage.batch_size=4 preprocess.image_size=32"
+)
 
 
 class Console(NamedTuple):
-    """An operator's browser at a running console, and what stands behind it."""
+    """An operator's browser at a running console, and what is behind it."""
 
     browser: httpx.Client
     ledger: Ledger
-    processes: p.Started
+    processes: ProcessGroup
 
-    def text(self, path: str) -> str:
-        """A page, without its line breaks."""
-        answer = self.browser.get(path)
-        assert answer.status_code == 200, answer.text
-        return " ".join(answer.text.split())
+    def read_page(self, path: str) -> str:
+        """Return a page's text without line breaks."""
+        response = self.browser.get(path)
+        assert response.status_code == 200, response.text
+        return " ".join(response.text.split())
 
-    def send(self, path: str, **fields: str) -> None:
-        """Fill in the form at `path`, with what stands in it hidden, and send it."""
-        form = self.text(path)
-        hidden = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', form))
-        answer = self.browser.post(path.partition("?")[0], data=hidden | fields)
-        assert answer.status_code == 303, answer.text
+    def submit_form(self, path: str, **fields: str) -> None:
+        """Fill in the form at a path, keep its hidden fields, and submit it."""
+        form = self.read_page(path)
+        hidden_fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', form))
+        response = self.browser.post(path.partition("?")[0], data=hidden_fields | fields)
+        assert response.status_code == 303, response.text
 
-    def until(self, what: str, true: Any, seconds: float = 300) -> None:
+    def wait_until(self, event: str, has_happened: Callable[[], object], seconds: float = 300) -> None:
+        """Wait for an event; a failure shows the ends of all logs."""
         try:
-            p.wait_until(what, seconds * BUSY, true)
+            wait_until(event, seconds * BUSY, has_happened)
         except AssertionError as error:
-            logs = [*self.processes.folder.glob("*.log"), *self.processes.folder.glob("runs/*.log")]
-            raise AssertionError(
-                "\n".join([str(error), *(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)])
-            ) from error
+            lines = [str(error)]
+            folder = self.processes.folder
+            for log in [*folder.glob("*.log"), *folder.glob("runs/*.log")]:
+                lines.append(f"== {log.name}\n{log.read_text()[-1500:]}")
+            raise AssertionError("\n".join(lines)) from error
 
-    def used(self, run: str) -> dict[int, set[str]]:
-        """{round that was closed: the centres whose contributions count in it}."""
-        rows = self.ledger.read_contributions(run)
-        return {
-            number: {r["centre"] for r in rows if r["round"] == number and r["accepted"]}
-            for number in {r["round"] for r in rows}
-        }
+    def accepted_centres(self, run_id: str) -> dict[int, set[str]]:
+        """Return {closed round: centres whose contributions count in it}."""
+        accepted: dict[int, set[str]] = {}
+        for row in self.ledger.read_contributions(run_id):
+            centres = accepted.setdefault(row["round"], set())
+            if row["accepted"]:
+                centres.add(row["centre"])
+        return accepted
 
 
 @pytest.fixture(scope="module")
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
-    """Two hospitals, a coordinator, and anna logged in to its console."""
+    """Two hospitals, a coordinator, and the operator anna logged in to its console."""
     folder = tmp_path_factory.mktemp("console")
-    with p.postgresql() as (address, _), p.started(folder) as processes:
-        operator, port = p.federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=address)
+    with postgresql() as (address, _), open_process_group(folder) as processes:
+        operator, port = start_federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=address)
         for name in CENTRES:
-            p.start_centre(
-                processes, folder / "hospitals" / name, f"localhost:{port}", restart=True, WARM="yes"
-            )
+            hospital = folder / "hospitals" / name
+            start_centre(processes, hospital, f"localhost:{port}", restarts=True, WARM="yes")
         url = start_console(processes, operator, address)
-        account = p.server("account", "add", "anna", "--role", "operator", "--ledger", address)
+        account = run_server_command("account", "add", "anna", "--role", "operator", "--ledger", address)
         assert account.returncode == 0, account.stderr
-        trusted = ssl.create_default_context(cafile=folder / "made/ca.crt")
+        login = {"name": "anna", "password": account.stdout.split("password ")[1].strip()}
+        tls = ssl.create_default_context(cafile=folder / "made/ca.crt")
         ledger = Ledger(address)
         try:
-            with httpx.Client(base_url=url, verify=trusted, timeout=120, trust_env=False) as browser:
-                answer = browser.post(
-                    "/login", data={"name": "anna", "password": account.stdout.split("password ")[1].strip()}
-                )
-                assert answer.status_code == 303, answer.text
+            with httpx.Client(base_url=url, verify=tls, timeout=120, trust_env=False) as browser:
+                response = browser.post("/login", data=login)
+                assert response.status_code == 303, response.text
                 yield Console(browser, ledger, processes)
         finally:
             ledger.close()
-            for pid in followers(folder / "runs"):
+            for pid in list_run_processes(folder / "runs"):
                 os.kill(pid, signal.SIGKILL)
 
 
-def start_console(processes: p.Started, operator: str, address: str) -> str:
-    """By the stack's own command and settings, with the paths and ports of this machine; returns where it is."""
-    made, port = processes.folder / "made", p.free_port()
-    service = yaml.safe_load((p.ROOT / "deploy/compose.coordinator.yaml").read_text())["services"][
-        "dashboard"
-    ]
-    here = {
+def start_console(processes: ProcessGroup, operator: str, ledger_address: str) -> str:
+    """Start the console by the stack's own command and settings, and return its URL.
+
+    Only paths and ports are replaced by those of this machine.
+    """
+    made = processes.folder / "made"
+    port = find_free_port()
+    stack = yaml.safe_load((ROOT / "deploy/compose.coordinator.yaml").read_text())
+    service = stack["services"]["dashboard"]
+    replacements = {
         "/etc/consilium/": f"{made}/coordinator/",
         "/run/secrets/": f"{made}/coordinator/",
         "superlink:8000": operator,
-    }
-    here |= {
         "0.0.0.0": "127.0.0.1",
         "/runs": str(processes.folder / "runs"),
-        service["environment"]["CONSILIUM_LEDGER"]: address,
+        service["environment"]["CONSILIUM_LEDGER"]: ledger_address,
     }
 
-    def local(text: str) -> str:
-        for theirs, ours in here.items():
-            text = text.replace(theirs, ours)
+    def localise(text: str) -> str:
+        for in_stack, on_this_machine in replacements.items():
+            text = text.replace(in_stack, on_this_machine)
         return text
 
-    command = [*map(local, service["command"]), f"--port={port}"]
-    assert command[0] == "consilium-server"
-    settings = {
-        key: local(value)
-        for key, value in service["environment"].items()
-        if key != "PGPASSFILE" and "$" not in value
-    }
-    processes.start(
-        "dashboard",
-        str(p.BIN / "python"),
-        "-c",
-        "from server.cli import main; main()",
-        *command[1:],
-        **settings,
-    )
-    p.wait_for(f"https://localhost:{port}/health", made, processes, "dashboard")
+    program, *arguments = [localise(word) for word in service["command"]]
+    assert program == "consilium-server"
+    settings = {}
+    for key, value in service["environment"].items():
+        if key != "PGPASSFILE" and "$" not in value:
+            settings[key] = localise(value)
+    code = "from server.cli import main; main()"
+    command = (str(BIN / "python"), "-c", code, *arguments, f"--port={port}")
+    processes.start("dashboard", *command, **settings)
+    wait_until_healthy(f"https://localhost:{port}/health", made, processes, "dashboard")
     return f"https://localhost:{port}"
 
 
-def followers(runs: Path) -> list[int]:
-    """The processes that the console has started for runs."""
-    found = []
-    for entry in Path("/proc").iterdir():
+def list_run_processes(runs: Path) -> list[int]:
+    """Return the processes that the console has started for runs."""
+    matches = []
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            said = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
-            if "run" in said and str(runs) in said:
-                found.append(int(entry.name))
-    return found
+            arguments = (entry / "cmdline").read_bytes().decode().split("\0")
+            if "run" in arguments and str(runs) in arguments:
+                matches.append(int(entry.name))
+    return matches
 
 
-def test_a_run_is_started_ordered_about_and_stopped(console: Console) -> None:
-    """Started by recipe and overrides, paused and taken up again at once, a centre excluded and readmitted, stopped. Ledger and trail say so."""
+def test_run_is_started_paused_resumed_and_stopped_and_a_centre_excluded(console: Console) -> None:
+    """The ledger and the audit trail record every command."""
     ledger, processes = console.ledger, console.processes
-    console.until("both hospitals are online", lambda: console.text("/").count('"state online"') == 2)
-    console.send("/start", recipe="multisource", overrides=OVERRIDES, why="a first look")
-    [begun] = [entry for entry in ledger.read_audit() if entry["action"] == "start"]
-    run = begun["run"]
-    assert f"{run}: started by anna" in console.text("/runs")
-    console.until("it begins, or says why not", lambda: "are coming up" not in console.text("/runs"))
-    assert f'href="/runs/{run}"' in console.text("/runs")
-    console.until("two rounds are over", lambda: len(ledger.read_rounds(run)) > 2)
-    settings = next(row["config"] for row in ledger.read_runs() if row["id"] == run)
-    assert (settings["stages"]["main"]["rounds"], settings["federation"]["centres"]) == (400, CENTRES)
-    shown = console.text(f"/runs/{run}")
-    assert "of 400" in shown
-    assert f"/runs/{run}/order/pause" in shown
-
-    console.send(f"/runs/{run}/order/pause", why="the network is mended")
-    console.until("it pauses", lambda: ledger.read_status(run) == "paused")
-    before = len(ledger.read_rounds(run))
-    console.send(f"/runs/{run}/order/resume", why="the network is back")
-    console.until("it goes on", lambda: len(ledger.read_rounds(run)) > before)
-
-    console.send(f"/runs/{run}/order/exclude?centre=south", why="its scanner is recalibrated")
-    console.until("a round closes without south", lambda: {"north"} in console.used(run).values())
-    assert "anna: its scanner is recalibrated" in console.text(f"/runs/{run}")
-    alone = max(number for number, used in console.used(run).items() if used == {"north"})
-    console.send(f"/runs/{run}/order/readmit?centre=south", why="it is done")
-    console.until(
-        "south counts again",
-        lambda: any("south" in used for number, used in console.used(run).items() if number > alone),
+    console.wait_until(
+        "both hospitals are online", lambda: console.read_page("/").count('"state online"') == 2
     )
+    console.submit_form("/start", recipe="multisource", overrides=OVERRIDES, why="a first look")
+    [start_entry] = [entry for entry in ledger.read_audit() if entry["action"] == "start"]
+    run_id = start_entry["run_id"]
+    assert f"{run_id}: started by anna" in console.read_page("/runs")
+    console.wait_until(
+        "the run starts, or the page says why not",
+        lambda: "it is starting" not in console.read_page("/runs"),
+    )
+    assert f'href="/runs/{run_id}"' in console.read_page("/runs")
+    console.wait_until("two rounds are closed", lambda: len(ledger.read_rounds(run_id)) > 2)
+    config = next(row["config"] for row in ledger.read_runs() if row["id"] == run_id)
+    assert config["stages"]["main"]["rounds"] == 400
+    assert config["federation"]["centres"] == CENTRES
+    page = console.read_page(f"/runs/{run_id}")
+    assert "of 400" in page
+    assert f"/runs/{run_id}/order/pause" in page
 
-    console.send(f"/runs/{run}/order/stop", why="seen enough")
-    console.until("it is stopped", lambda: ledger.read_status(run) == "stopped")
-    console.until("nothing of it goes on", lambda: not followers(processes.folder / "runs"), 60)
-    assert not p.children(processes.processes["superexec"].pid, "flwr-serverapp")
-    assert "by order of anna: seen enough" in console.text(f"/runs/{run}")
+    console.submit_form(f"/runs/{run_id}/order/pause", why="the network is being repaired")
+    console.wait_until("the run pauses", lambda: ledger.read_status(run_id) == "paused")
+    num_rounds = len(ledger.read_rounds(run_id))
+    console.submit_form(f"/runs/{run_id}/order/resume", why="the network is back")
+    console.wait_until("the run goes on", lambda: len(ledger.read_rounds(run_id)) > num_rounds)
 
-    kinds = [(e["kind"], e["centre"]) for e in ledger.read_events(run) if e["kind"] != "left_out"]
-    assert kinds == [
+    console.submit_form(f"/runs/{run_id}/order/exclude?centre=south", why="its scanner is recalibrated")
+    console.wait_until(
+        "a round closes without south", lambda: {"north"} in console.accepted_centres(run_id).values()
+    )
+    assert "anna: its scanner is recalibrated" in console.read_page(f"/runs/{run_id}")
+    rounds_alone = []
+    for number, centres in console.accepted_centres(run_id).items():
+        if centres == {"north"}:
+            rounds_alone.append(number)
+    console.submit_form(f"/runs/{run_id}/order/readmit?centre=south", why="it is done")
+
+    def has_south_again() -> bool:
+        later_rounds = console.accepted_centres(run_id).items()
+        return any("south" in centres for number, centres in later_rounds if number > max(rounds_alone))
+
+    console.wait_until("south counts again", has_south_again)
+
+    console.submit_form(f"/runs/{run_id}/order/stop", why="seen enough")
+    console.wait_until("the run is stopped", lambda: ledger.read_status(run_id) == "stopped")
+    runs = processes.folder / "runs"
+    console.wait_until("its processes have ended", lambda: not list_run_processes(runs), 60)
+    assert not list_processes(processes.pid("superexec"), "flwr-serverapp")
+    assert "by order of anna: seen enough" in console.read_page(f"/runs/{run_id}")
+
+    events = [(event["kind"], event["centre"]) for event in ledger.read_events(run_id)]
+    assert [event for event in events if event[0] != "left_out"] == [
         ("started", None),
         ("paused", None),
         ("resumed", None),
@@ -198,8 +224,14 @@ def test_a_run_is_started_ordered_about_and_stopped(console: Console) -> None:
         ("readmit", "south"),
         ("stopped", None),
     ]
-    trail = [(e["actor"], e["action"], e["centre"]) for e in ledger.read_audit(run)]
-    assert trail == [("anna", what, centre) for what, centre in [
-        ("start", ""), ("pause", ""), ("resume", ""), ("exclude", "south"), ("readmit", "south"), ("stop", "")]]  # fmt: skip
+    entries = ledger.read_audit(run_id)
+    assert [(entry["actor"], entry["action"], entry["centre"]) for entry in entries] == [
+        ("anna", "start", ""),
+        ("anna", "pause", ""),
+        ("anna", "resume", ""),
+        ("anna", "exclude", "south"),
+        ("anna", "readmit", "south"),
+        ("anna", "stop", ""),
+    ]
     assert first_broken_link(ledger.read_audit()) is None
-    assert f"a first look [multisource {OVERRIDES}]" == begun["reason"]
+    assert start_entry["reason"] == f"a first look [multisource {OVERRIDES}]"

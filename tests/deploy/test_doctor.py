@@ -1,4 +1,7 @@
-"""The hospital's doctor against a real TLS server with the coordinator's certificate: a healthy centre has no fault; what is broken is named."""
+"""The hospital's self-check, against a real TLS server with the coordinator's certificate.
+
+A healthy centre has no fault, and what is broken is named.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import http.server
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,24 +19,35 @@ import yaml
 
 from client.tools.doctor import run_checks
 from server.operations.provision import provision_federation
-from tests.deploy.processes import free_port, unpack
+from tests.deploy.processes import find_free_port, unpack_kit
 
-Healthy = tuple[Path, str, list[timedelta]]
+LEVELS = ["ok", "warning", "fault"]
+
+
+@dataclass
+class Coordinator:
+    """A server that answers health requests, and what `provision` wrote for it."""
+
+    folder: Path  # with `made`
+    address: str
+    clock_skew: timedelta = field(default_factory=timedelta)  # how far its clock is ahead
 
 
 @pytest.fixture(scope="module")
-def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healthy]:
-    """(folder with `made`, address, [how far its clock is off])."""
-    folder, port, off = tmp_path_factory.mktemp("coordinator"), free_port(), [timedelta()]
+def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
+    folder = tmp_path_factory.mktemp("coordinator")
+    port = find_free_port()
+    coordinator = Coordinator(folder, f"localhost:{port}")
     (folder / "federation.yaml").write_text(
-        f"address: localhost:{port}\ncentres: {{north: {{device: cpu}}}}\n"
+        f"address: {coordinator.address}\ncentres: {{north: {{device: cpu}}}}\n"
     )
     list(provision_federation(folder / "federation.yaml", folder / "made"))
 
-    class Health(http.server.BaseHTTPRequestHandler):
+    class HealthHandler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            date = datetime.now(UTC) + coordinator.clock_skew
             self.send_response_only(200)
-            self.send_header("Date", format_datetime(datetime.now(UTC) + off[0], usegmt=True))
+            self.send_header("Date", format_datetime(date, usegmt=True))
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -40,16 +55,16 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healthy]:
 
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(folder / "made/coordinator/server.crt", folder / "made/coordinator/server.key")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Health)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), HealthHandler)
     server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"localhost:{port}", off
+    yield coordinator
     server.shutdown()
 
 
 @pytest.fixture
-def hospital(coordinator: Healthy, tmp_path: Path) -> Path:
-    """The kit unpacked, with two scans."""
+def hospital(coordinator: Coordinator, tmp_path: Path) -> Path:
+    """The unpacked kit, with two scans."""
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.png").touch()
@@ -57,21 +72,21 @@ def hospital(coordinator: Healthy, tmp_path: Path) -> Path:
     (data / "cohort.csv").write_text(
         "scan,path,patient,source,split,covid\na,a.png,1,north,train,1\nb,b.png,2,north,val,0\n"
     )
-    return unpack(coordinator[0] / "made" / "kits" / "north.tar.gz", tmp_path, data)
+    return unpack_kit(coordinator.folder / "made" / "kits" / "north.tar.gz", tmp_path, data)
 
 
-def found(hospital: Path, address: str) -> dict[str, str]:
-    """{what the check is about: its worst level}."""
-    worst: dict[str, str] = {}
-    for finding in run_checks(hospital / "site.yaml", address, hospital / "ca.crt", hospital / "key"):
-        what, order = finding.message.partition(":")[0].partition(" ")[0], ["ok", "warning", "fault"]
-        worst[what] = max(worst.get(what, "ok"), finding.level, key=order.index)
-        assert finding.level != "fault" or finding.remedy or len(finding.message) > 40
-    return worst
+def worst_levels(hospital: Path, address: str) -> dict[str, str]:
+    """Return {subject of a check: its worst level}."""
+    levels: dict[str, str] = {}
+    for result in run_checks(hospital / "site.yaml", address, hospital / "ca.crt", hospital / "key"):
+        subject = result.message.partition(":")[0].partition(" ")[0]
+        levels[subject] = max(levels.get(subject, "ok"), result.level, key=LEVELS.index)
+        assert result.level != "fault" or result.remedy or len(result.message) > 40
+    return levels
 
 
-def test_a_healthy_centre(coordinator: Healthy, hospital: Path) -> None:
-    levels = found(hospital, coordinator[1])
+def test_healthy_centre_has_no_fault(coordinator: Coordinator, hospital: Path) -> None:
+    levels = worst_levels(hospital, coordinator.address)
     assert set(levels) == {
         "versions",
         "key",
@@ -84,12 +99,13 @@ def test_a_healthy_centre(coordinator: Healthy, hospital: Path) -> None:
         "state",
         "egress",
     }
-    assert {
-        what for what, level in levels.items() if level == "fault" and what != "state"
-    } == set()  # state: how full this machine's disk is
+    del levels["state"]  # depends on how full this machine's disk is
+    assert "fault" not in levels.values()
 
 
-def edited(name: str, **values: object) -> Callable[[Path], None]:
+def edit_yaml(name: str, **values: object) -> Callable[[Path], None]:
+    """Return a function that sets values in a YAML file of a hospital's folder."""
+
     def edit(hospital: Path) -> None:
         path = hospital / name
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
@@ -97,47 +113,52 @@ def edited(name: str, **values: object) -> Callable[[Path], None]:
     return edit
 
 
+def write_broken_egress_log(hospital: Path) -> None:
+    (hospital / "state").mkdir()
+    (hospital / "state" / "egress.jsonl").write_text('{"hash": "0"}\n')
+
+
 @pytest.mark.parametrize(
-    ("break_it", "what", "level"),
+    ("break_hospital", "subject", "level"),
     [
-        (lambda h: (h / "key").write_text("no key"), "key", "fault"),
-        (lambda h: (h / "key").chmod(0o644), "key", "warning"),
-        (edited("site.yaml", device="cuda:7"), "device", "fault"),
-        (edited("site.yaml", data="/nowhere"), "data", "fault"),
-        (edited("site.yaml", state="/proc/nowhere"), "state", "fault"),
-        (edited("site.yaml", divice="cpu"), "site", "fault"),
-        (edited("policy.yaml", fingerprints=["0000000000000000"]), "policy", "fault"),
-        (edited("policy.yaml", smallest_sell=5), "policy", "fault"),
-        (lambda h: (h.parent / "data" / "b.png").unlink(), "data", "warning"),
-        (
-            lambda h: (h / "state").mkdir() or (h / "state" / "egress.jsonl").write_text('{"hash": "0"}\n'),
-            "egress",
-            "fault",
-        ),
+        (lambda hospital: (hospital / "key").write_text("no key"), "key", "fault"),
+        (lambda hospital: (hospital / "key").chmod(0o644), "key", "warning"),
+        (edit_yaml("site.yaml", device="cuda:7"), "device", "fault"),
+        (edit_yaml("site.yaml", data="/nowhere"), "data", "fault"),
+        (edit_yaml("site.yaml", state="/proc/nowhere"), "state", "fault"),
+        (edit_yaml("site.yaml", divice="cpu"), "site", "fault"),
+        (edit_yaml("policy.yaml", fingerprints=["0000000000000000"]), "policy", "fault"),
+        (edit_yaml("policy.yaml", min_cell_cuont=5), "policy", "fault"),
+        (lambda hospital: (hospital.parent / "data" / "b.png").unlink(), "data", "warning"),
+        (write_broken_egress_log, "egress", "fault"),
     ],
     ids=["key", "key mode", "device", "data", "state", "site", "code", "policy", "a scan", "egress"],
 )
-def test_what_is_broken_is_named(
-    break_it: Callable[[Path], None], what: str, level: str, coordinator: Healthy, hospital: Path
+def test_broken_part_is_named(
+    break_hospital: Callable[[Path], None],
+    subject: str,
+    level: str,
+    coordinator: Coordinator,
+    hospital: Path,
 ) -> None:
-    break_it(hospital)
-    assert found(hospital, coordinator[1])[what] == level
+    break_hospital(hospital)
+    assert worst_levels(hospital, coordinator.address)[subject] == level
 
 
 @pytest.mark.parametrize(("seconds", "level"), [(0, "ok"), (60, "warning"), (400, "fault"), (-20, "fault")])
-def test_the_clock(seconds: int, level: str, coordinator: Healthy, hospital: Path) -> None:
-    """The coordinator's is `seconds` ahead of this machine's. Flower refuses what was signed in its future, or long ago."""
-    coordinator[2][0] = timedelta(seconds=seconds)
+def test_clock_skew_is_reported(seconds: int, level: str, coordinator: Coordinator, hospital: Path) -> None:
+    """The coordinator's clock is `seconds` ahead; Flower refuses what was signed in its future or past."""
+    coordinator.clock_skew = timedelta(seconds=seconds)
     try:
-        assert found(hospital, coordinator[1])["clock"] == level
+        assert worst_levels(hospital, coordinator.address)["clock"] == level
     finally:
-        coordinator[2][0] = timedelta()
+        coordinator.clock_skew = timedelta()
 
 
-def test_a_coordinator_that_is_not_there_or_not_ours(coordinator: Healthy, hospital: Path) -> None:
-    assert found(hospital, f"localhost:{free_port()}")["coordinator"] == "fault"
-    other = hospital.parent / "other"
-    (hospital.parent / "f.yaml").write_text("address: localhost:1\ncentres: {north: {}}\n")
-    list(provision_federation(hospital.parent / "f.yaml", other))
-    (hospital / "ca.crt").write_bytes((other / "ca.crt").read_bytes())
-    assert found(hospital, coordinator[1])["coordinator"] == "fault"
+def test_absent_or_foreign_coordinator_is_a_fault(coordinator: Coordinator, hospital: Path) -> None:
+    assert worst_levels(hospital, f"localhost:{find_free_port()}")["coordinator"] == "fault"
+    foreign = hospital.parent / "foreign"
+    (hospital.parent / "foreign.yaml").write_text("address: localhost:1\ncentres: {north: {}}\n")
+    list(provision_federation(hospital.parent / "foreign.yaml", foreign))
+    (hospital / "ca.crt").write_bytes((foreign / "ca.crt").read_bytes())
+    assert worst_levels(hospital, coordinator.address)["coordinator"] == "fault"

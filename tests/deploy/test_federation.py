@@ -1,17 +1,37 @@
-"""Two provisioned centres as processes: a run over TLS with node authentication, through the proxy; who has no business there is refused."""
+"""Two provisioned centres as processes, over TLS and with node authentication.
+
+A run through the proxy, and everybody who must be refused.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
-from tests.deploy import processes as p
+from tests.deploy.processes import (
+    ROOT,
+    ProcessGroup,
+    admit_centres,
+    as_settings,
+    assert_same_as_simulated,
+    find_free_port,
+    open_process_group,
+    run_centre_command,
+    run_command,
+    run_server_command,
+    start_centre,
+    start_coordinator,
+    start_superexec,
+    unpack_kit,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "south"]
@@ -22,220 +42,239 @@ PHANTOM = [
     "preprocess.image_size=32",
     f"federation.centres=[{','.join(CENTRES)}]",
 ]
+RUN = [
+    "federation=folder",
+    f"federation.centres=[{','.join(CENTRES)}]",
+    "stage.rounds=2",
+    "stage.local_epochs=1",
+    "stage.batch_size=4",
+    "preprocess.image_size=32",
+    "evaluation.checkpoint_selection=last",
+]
+CLOSED_PATHS = (
+    "/v1/control/list-runs",
+    "/v1/runtime/acquire-task",
+    "/openapi.json",
+    "/docs",
+    "/",
+    "/v1/fleet/../control/list-runs",
+)
+
+
+@dataclass
+class Federation:
+    """A running coordinator and two hospitals."""
+
+    processes: ProcessGroup
+    folder: Path
+    address: str  # for the hospitals
+    operator: str  # address for the operator
+
+    @property
+    def made(self) -> Path:
+        """The folder that `provision` wrote."""
+        return self.folder / "made"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.folder / "runs"
+
+    @property
+    def operator_options(self) -> tuple[str, ...]:
+        """The options by which a command of the operator reaches the SuperLink."""
+        return ("--superlink", self.operator, "--ca", str(self.made / "ca.crt"))
+
+    def hospital_folder(self, name: str) -> Path:
+        """Return a hospital's folder."""
+        return self.folder / "hospitals" / name
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both hospitals' phantom scans."""
     folder = tmp_path_factory.mktemp("data")
-    settings = [part for o in PHANTOM for part in ("-s", o)]
-    made = p.centre("phantom", str(folder), *settings, "--no-prepare")
-    assert made.returncode == 0, made.stderr
+    drawn = run_centre_command("phantom", str(folder), *as_settings(PHANTOM), "--no-prepare")
+    assert drawn.returncode == 0, drawn.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
-def federation(
-    tmp_path_factory: pytest.TempPathFactory, data: Path
-) -> Iterator[tuple[p.Started, Path, str, str, Path]]:
-    """A running coordinator and two hospitals: (processes, folder, address for hospitals, address for the operator, results)."""
+def federation(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Federation]:
+    """North uses the key of its kit; south has made its own."""
     folder = tmp_path_factory.mktemp("federation")
-    port = p.free_port()
-    assert p.centre("key", str(folder / "south.key")).returncode == 0  # this hospital makes its own
+    port = find_free_port()
+    assert run_centre_command("key", str(folder / "south.key")).returncode == 0
     centres = {"north": {"device": "cpu"}, "south": {"device": "cpu", "public_key": "south.key.pub"}}
-    (folder / "federation.yaml").write_text(
-        yaml.safe_dump({"address": f"localhost:{port}", "centres": centres})
-    )
-    made = p.server("provision", str(folder / "federation.yaml"), "--out", str(folder / "made"))
-    assert made.returncode == 0, made.stderr
-    with p.started(folder) as processes:
-        operator = p.start_coordinator(processes, folder / "made", folder / "runs", port)
-        admitted = p.server(
-            "admit",
-            str(folder / "made/coordinator/centres"),
-            "--superlink",
-            operator,
-            "--ca",
-            str(folder / "made/ca.crt"),
-        )
+    content = {"address": f"localhost:{port}", "centres": centres}
+    (folder / "federation.yaml").write_text(yaml.safe_dump(content))
+    made = folder / "made"
+    provisioned = run_server_command("provision", str(folder / "federation.yaml"), "--out", str(made))
+    assert provisioned.returncode == 0, provisioned.stderr
+    with open_process_group(folder) as processes:
+        operator = start_coordinator(processes, made, folder / "runs", port)
+        admitted = admit_centres(made, operator)
         assert admitted.returncode == 0, admitted.stderr
-        assert admitted.stdout.count("let in, as node") == 2
+        assert admitted.stdout.count("admitted, as node") == 2
         for name in CENTRES:
-            hospital = p.unpack(
-                folder / "made" / "kits" / f"{name}.tar.gz", folder / "hospitals", data / name
-            )
+            hospital = unpack_kit(made / "kits" / f"{name}.tar.gz", folder / "hospitals", data / name)
             if name == "south":
                 assert not (hospital / "key").exists()
                 shutil.copy(folder / "south.key", hospital / "key")
-            p.start_centre(processes, hospital, f"localhost:{port}")
-        yield processes, folder, f"localhost:{port}", operator, folder / "runs"
+            start_centre(processes, hospital, f"localhost:{port}")
+        yield Federation(processes, folder, f"localhost:{port}", operator)
 
 
-def test_a_run_through_the_proxy(
-    federation: tuple[p.Started, Path, str, str, Path], data: Path, tmp_path: Path
+def test_run_through_the_proxy_gives_the_simulations_weights(
+    federation: Federation, data: Path, tmp_path: Path
 ) -> None:
-    """Two rounds of the paper's recipe to the simulation's very weights; every centre's egress log is whole and knows the run; no key in any log
-    or in the ledger."""
-    processes, folder, address, operator, runs = federation
-    authority, centres = str(folder / "made/ca.crt"), folder / "made/coordinator/centres"
-    overrides = [
-        *("federation=folder", f"federation.centres=[{','.join(CENTRES)}]"),
-        *(
-            "stage.rounds=2",
-            "stage.local_epochs=1",
-            "stage.batch_size=4",
-            "preprocess.image_size=32",
-            "evaluation.checkpoint_selection=last",
-        ),
-    ]
-    ran = p.server(
-        *("run", "--superlink", operator, "--ca", authority, "--runs", str(runs), *overrides), timeout=1200
+    """Two rounds of the paper's recipe; the operator's self-check finds no fault.
+
+    Every centre's egress log is intact and names the run; no private key is in any log or in the ledger.
+    """
+    processes, folder, runs = federation.processes, federation.folder, federation.runs
+    result = run_server_command(
+        "run", *federation.operator_options, "--runs", str(runs), *RUN, timeout=1200
     )
-    logs = "\n".join(f"== {name}\n{processes.log(name)[-3000:]}" for name in processes.processes)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:] + logs
-    run = (runs / "latest").resolve()
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["status"] == "finished"
-    policies = [folder / "hospitals" / name / "policy.yaml" for name in CENTRES]
-    p.as_simulated(run / "model.safetensors", overrides, data, policies, tmp_path)
-    doctor = p.server(
+    logs = processes.read_log_ends(3000)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:] + logs
+    run_dir = (runs / "latest").resolve()
+    assert json.loads((run_dir / "metrics.json").read_text())["status"] == "finished"
+    policies = [federation.hospital_folder(name) / "policy.yaml" for name in CENTRES]
+    assert_same_as_simulated(run_dir / "model.safetensors", RUN, data, policies, tmp_path)
+
+    doctor = run_server_command(
         "doctor",
-        "--superlink",
-        operator,
-        "--ca",
-        authority,
+        *federation.operator_options,
         "--public",
-        address,
+        federation.address,
         "--centres",
-        str(centres),
+        str(federation.made / "coordinator/centres"),
         "--runs",
         str(runs),
     )
-    assert [
-        line for line in doctor.stdout.splitlines() if line.startswith("fault") and "GB free" not in line
-    ] == [], doctor.stdout
+    faults = [line for line in doctor.stdout.splitlines() if line.startswith("fault")]
+    assert [line for line in faults if "GB free" not in line] == [], doctor.stdout
     assert doctor.stdout.count(": online, key ") == 2
+
     for name in CENTRES:
-        state = folder / "hospitals" / name / "state"
-        verified = p.centre("egress", str(state), "--verify")
+        state = federation.hospital_folder(name) / "state"
+        verified = run_centre_command("egress", str(state), "--verify")
         assert verified.returncode == 0, verified.stderr
-        sent = [json.loads(line) for line in (state / "egress.jsonl").read_text().splitlines()]
-        assert {entry["run"] for entry in sent} == {run.name}
-        assert "TrainReply" in {entry["kind"] for entry in sent}
-    said = b"".join(path.read_bytes() for path in [*folder.glob("*.log"), *runs.rglob("*")] if path.is_file())
-    secrets = [
-        folder / "made/keys/north",
-        folder / "made/coordinator/superexec.secret",
-        folder / "made/coordinator/server.key",
-    ]
-    for secret in secrets:
-        assert secret.read_bytes().strip().splitlines()[-2 if secret.suffix != ".secret" else 0] not in said
+        entries = [json.loads(line) for line in (state / "egress.jsonl").read_text().splitlines()]
+        assert {entry["run"] for entry in entries} == {run_dir.name}
+        assert "TrainReply" in {entry["kind"] for entry in entries}
+
+    written_files = [path for path in [*folder.glob("*.log"), *runs.rglob("*")] if path.is_file()]
+    written = b"".join(path.read_bytes() for path in written_files)
+    coordinator = federation.made / "coordinator"
+    superexec_secret = (coordinator / "superexec.secret").read_bytes().strip().splitlines()[0]
+    assert superexec_secret not in written
+    for key in (federation.made / "keys/north", coordinator / "server.key"):
+        last_line_of_key = key.read_bytes().strip().splitlines()[-2]
+        assert last_line_of_key not in written
 
 
-def test_what_the_centre_runs_is_its_own_code(
-    federation: tuple[p.Started, Path, str, str, Path], tmp_path: Path
-) -> None:
-    """A coordinator that sends another client cannot have it run: the hospital's own answers, and says that the code differs."""
-    _, folder, _, operator, runs = federation
-    other = tmp_path / "app"
+def test_centre_runs_only_its_own_code(federation: Federation, tmp_path: Path) -> None:
+    """A hospital does not execute the client code that a coordinator sends.
+
+    Its own code replies, and the run ends because the two differ.
+    """
+    other_app = tmp_path / "app"
     for name in ("client", "common", "server", "configs"):
-        shutil.copytree(p.ROOT / name, other / name)
+        shutil.copytree(ROOT / name, other_app / name)
     for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(p.ROOT / name, other / name)
-    spoken = folder / "the-coordinators-code-ran-here"
-    with (other / "client" / "answer.py").open("a") as file:
-        file.write(f"\nopen({str(spoken)!r}, 'w').close()\n")
-    ran = p.command(
-        *(
-            "server.cli",
-            "run",
-            "--superlink",
-            operator,
-            "--ca",
-            str(folder / "made/ca.crt"),
-            "--runs",
-            str(runs),
-        ),
-        *(
-            "federation=folder",
-            "federation.centres=[north]",
-            "federation.join_timeout=20",
-            "stage.rounds=1",
-            "preprocess.image_size=32",
-        ),
-        root=other,
+        shutil.copy(ROOT / name, other_app / name)
+    evidence = federation.folder / "the-coordinators-code-ran-here"
+    with (other_app / "client" / "federation" / "handlers.py").open("a") as file:
+        file.write(f"\nopen({str(evidence)!r}, 'w').close()\n")
+    result = run_command(
+        "server.cli",
+        "run",
+        *federation.operator_options,
+        "--runs",
+        str(federation.runs),
+        "federation=folder",
+        "federation.centres=[north]",
+        "federation.join_timeout=20",
+        "stage.rounds=1",
+        "preprocess.image_size=32",
+        root=other_app,
         timeout=600,
     )
-    assert ran.returncode == 2
-    assert "code" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
-    assert not spoken.exists()
+    assert result.returncode == 2
+    assert "code" in result.stdout + result.stderr, result.stdout + result.stderr
+    assert not evidence.exists()
 
 
-def test_who_is_refused(federation: tuple[p.Started, Path, str, str, Path], tmp_path: Path) -> None:
-    """A stranger's key; a key that was revoked; a coordinator with another authority's certificate; and of the SuperLink all but the Fleet paths."""
-    processes, folder, address, operator, runs = federation
-    authority = str(folder / "made" / "ca.crt")
+def test_strangers_revoked_keys_and_closed_paths_are_refused(federation: Federation, tmp_path: Path) -> None:
+    """Also a coordinator with another authority's certificate, and a SuperExec that guesses the secret."""
+    processes = federation.processes
+    authority = str(federation.made / "ca.crt")
 
-    stranger = tmp_path / "stranger"
-    assert p.centre("key", str(stranger)).returncode == 0
-    node = p.start_centre(processes, folder / "hospitals" / "north", address, stranger, name="stranger")
+    stranger_key = tmp_path / "stranger"
+    assert run_centre_command("key", str(stranger_key)).returncode == 0
+    north = federation.hospital_folder("north")
+    node = start_centre(processes, north, federation.address, stranger_key, name="stranger")
     assert node.wait(180) != 0
-    assert "exit code" in processes.log("stranger").lower(), processes.log("stranger")[-1500:]
+    log = processes.read_log("stranger")
+    assert "exit code" in log.lower(), log[-1500:]
 
-    processes.stop("south")
-    revoked = p.server(
-        "provision", str(folder / "federation.yaml"), "--out", str(folder / "made"), "--revoke", "south"
-    )
-    assert revoked.returncode == 0, revoked.stderr
-    told = p.server(
-        "admit", str(folder / "made/coordinator/centres"), "--superlink", operator, "--ca", authority
-    )
-    assert "south: let in no more" in told.stdout, told.stdout + told.stderr
-    node = p.start_centre(processes, folder / "hospitals" / "south", address)
-    assert node.wait(180) != 0
-    seen = p.server(
-        "doctor",
-        "--superlink",
-        operator,
-        "--ca",
-        authority,
-        "--centres",
-        str(folder / "made/coordinator/centres"),
-        "--runs",
-        str(runs),
-    )
-    assert "node " not in seen.stdout, seen.stdout  # neither of the two is known to the SuperLink
-    assert "south" not in seen.stdout
+    _assert_revoked_centre_is_refused(federation)
 
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"address": address, "centres": {"north": {}}}))
-    assert (
-        p.server("provision", str(tmp_path / "other.yaml"), "--out", str(tmp_path / "other")).returncode == 0
-    )
+    foreign = tmp_path / "foreign"
+    content = {"address": federation.address, "centres": {"north": {}}}
+    (tmp_path / "foreign.yaml").write_text(yaml.safe_dump(content))
+    provisioned = run_server_command("provision", str(tmp_path / "foreign.yaml"), "--out", str(foreign))
+    assert provisioned.returncode == 0
     with pytest.raises(httpx.ConnectError, match="certificate"):
-        httpx.get(f"https://{address}/health", verify=str(tmp_path / "other" / "ca.crt"), trust_env=False)
+        httpx.get(
+            f"https://{federation.address}/health", verify=str(foreign / "ca.crt"), trust_env=False
+        )
 
     if "nginx" in processes.processes:
-        for path in (
-            "/v1/control/list-runs",
-            "/v1/runtime/acquire-task",
-            "/openapi.json",
-            "/docs",
-            "/",
-            "/v1/fleet/../control/list-runs",
-        ):
-            assert (
-                httpx.post(f"https://{address}{path}", verify=authority, trust_env=False).status_code == 404
-            ), path
-        assert (
-            httpx.post(
-                f"https://{operator}/v1/control/list-runs", verify=authority, trust_env=False
-            ).status_code
-            != 404
-        )
-        assert httpx.post(
-            f"https://{address}/v1/fleet/pull-messages", verify=authority, trust_env=False
-        ).status_code in (400, 401, 415)
+        proxy = f"https://{federation.address}"
+        for path in CLOSED_PATHS:
+            assert _post(proxy + path, authority) == 404, path
+        assert _post(f"https://{federation.operator}/v1/control/list-runs", authority) != 404
+        assert _post(f"{proxy}/v1/fleet/pull-messages", authority) in (400, 401, 415)
 
-    (tmp_path / "guess").write_text("guess")
-    p.start_superexec(processes, folder / "made", tmp_path / "guess", operator, tmp_path, name="thief")
-    refused = "SuperExec authentication failed"
-    p.wait_until("the stranger's SuperExec is refused", 120, lambda: refused in processes.log("superlink"))
+    guess = tmp_path / "guess"
+    guess.write_text("guess")
+    start_superexec(processes, federation.made, guess, federation.operator, tmp_path, name="intruder")
+    wait_until(
+        "the stranger's SuperExec is refused",
+        120,
+        lambda: "SuperExec authentication failed" in processes.read_log("superlink"),
+    )
+
+
+def _assert_revoked_centre_is_refused(federation: Federation) -> None:
+    federation.processes.stop("south")
+    revoked = run_server_command(
+        "provision",
+        str(federation.folder / "federation.yaml"),
+        "--out",
+        str(federation.made),
+        "--revoke",
+        "south",
+    )
+    assert revoked.returncode == 0, revoked.stderr
+    admitted = admit_centres(federation.made, federation.operator)
+    assert "south: access revoked" in admitted.stdout, admitted.stdout + admitted.stderr
+    node = start_centre(federation.processes, federation.hospital_folder("south"), federation.address)
+    assert node.wait(180) != 0
+    doctor = run_server_command(
+        "doctor",
+        *federation.operator_options,
+        "--centres",
+        str(federation.made / "coordinator/centres"),
+        "--runs",
+        str(federation.runs),
+    )
+    assert "node " not in doctor.stdout, doctor.stdout  # the SuperLink knows neither of the two
+    assert "south" not in doctor.stdout
+
+
+def _post(url: str, authority: str) -> int:
+    return httpx.post(url, verify=authority, trust_env=False).status_code

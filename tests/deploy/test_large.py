@@ -1,8 +1,9 @@
-"""A model of 256 MB (EfficientNet-B7's shapes) at four centres for three rounds: TLS, node authentication, the SuperLink's database on disk.
+"""A model of 256 MB at four centres for three rounds, over TLS and with the SuperLink's database on disk.
 
-Nothing may be lost to the database's lock, and the coordinator's process may hold less than three models beyond what it holds once everything is
-imported; five without a codec, when Flower alone holds a contribution that comes three times. What the wire costs is the same whatever was learnt:
-each centre trains one step on one small scan.
+The shapes are EfficientNet-B7's. Nothing may be lost to the database's lock. The coordinator's process may hold
+less than three models beyond what it holds after all imports; without compression less than five, because
+Flower alone holds a contribution three times. The traffic does not depend on what is learnt: each centre trains
+one step on one small scan.
 """
 
 from __future__ import annotations
@@ -13,127 +14,168 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 from safetensors.numpy import load_file
 
 from server.rounds.run_lifecycle import open_ledger
-from tests.deploy import processes as p
+from tests.deploy.processes import (
+    ProcessGroup,
+    list_processes,
+    open_process_group,
+    run_server_command,
+    start_centre,
+    start_federation,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "east", "south", "west"]
-SMALL = ["preprocess.image_size=32", "preprocess.num_slices=2"]
-DRAWN = [
-    *SMALL,
+PREPROCESS = ["preprocess.image_size=32", "preprocess.num_slices=2"]
+PHANTOM = [
+    *PREPROCESS,
     "federation.phantom.scale=0.01",
     "federation.phantom.num_slices=12",
     "federation.phantom.image_size=64",
 ]
-BACKBONE = [
+RUN = [
+    "federation=folder",
+    f"federation.centres=[{','.join(CENTRES)}]",
+    "federation.round_timeout=900",
+    "federation.join_timeout=300",
+    *PREPROCESS,
     "backbone.name=tf_efficientnet_b7",
-    "backbone.norm=group",
-]  # a deep network with untrained batch norms answers with infinities
+    "backbone.norm=group",  # a deep network with untrained batch norms gives infinities
+    "stage.rounds=3",
+    "stage.local_steps=1",
+    "stage.batch_size=1",
+    "stage.optimiser.name=sgd",
+    "stage.optimiser.lr=0.001",
+    "evaluation.checkpoint_selection=last",
+]
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[p.Started, str]]:
-    """A running coordinator with four hospitals behind nginx, where there is one: the processes and the operator's address."""
-    with p.started(tmp_path_factory.mktemp("large")) as processes:
-        operator, port = p.federation(processes, CENTRES, DRAWN)
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ProcessGroup, str]]:
+    """A running coordinator with four hospitals: the processes and the operator's address."""
+    with open_process_group(tmp_path_factory.mktemp("large")) as processes:
+        operator, port = start_federation(processes, CENTRES, PHANTOM)
         for name in CENTRES:
-            p.start_centre(
-                processes,
-                processes.folder / "hospitals" / name,
-                f"localhost:{port}",
-                restart=True,
-                WARM="yes",
-            )
+            hospital = processes.folder / "hospitals" / name
+            start_centre(processes, hospital, f"localhost:{port}", restarts=True, WARM="yes")
         yield processes, operator
 
 
-@pytest.mark.parametrize(("codec", "models"), [("int8", 3), ("fp32", 5)])
-def test_three_rounds(federation: tuple[p.Started, str], codec: str, models: int) -> None:
-    """Every centre's contribution counts in every round; no lock; the memory."""
+@pytest.mark.parametrize(("compression", "max_models"), [("int8", 3), ("fp32", 5)])
+def test_large_model_loses_no_contribution_and_fits_in_memory(
+    federation: tuple[ProcessGroup, str], compression: str, max_models: int
+) -> None:
+    """Every centre counts in every round, no database is locked, and the coordinator's memory is bounded."""
     processes, operator = federation
-    folder, runs = processes.folder, processes.folder / "runs"
-    memory = Memory(processes.processes["superexec"].pid, runs)
-    began = time.monotonic()
-    ran = p.server(
-        *("run", "--superlink", operator, "--ca", str(folder / "made/ca.crt"), "--runs", str(runs)),
-        *(
-            "federation=folder",
-            f"federation.centres=[{','.join(CENTRES)}]",
-            "federation.round_timeout=900",
-            "federation.join_timeout=300",
-            *SMALL,
-        ),
-        *(
-            *BACKBONE,
-            f"aggregation.compression={codec}",
-            "stage.rounds=3",
-            "stage.local_steps=1",
-            "stage.batch_size=1",
-        ),
-        *("stage.optimiser.name=sgd", "stage.optimiser.lr=0.001", "evaluation.checkpoint_selection=last"),
+    runs = processes.folder / "runs"
+    memory = MemoryWatch(processes.pid("superexec"), runs)
+    start = time.monotonic()
+    result = run_server_command(
+        "run",
+        f"--superlink={operator}",
+        f"--ca={processes.folder / 'made/ca.crt'}",
+        f"--runs={runs}",
+        *RUN,
+        f"aggregation.compression={compression}",
         timeout=3000,
     )
-    took = time.monotonic() - began
-    found = memory.end()
-    logs = "\n".join(f"== {name}\n{processes.log(name)[-2000:]}" for name in processes.processes)
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:] + logs
-    assert "locked" not in processes.log("superlink")
-    run = (runs / "latest").resolve()
+    seconds = time.monotonic() - start
+    growth = memory.stop()
+    logs = processes.read_log_ends(2000)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:] + logs
+    assert "locked" not in processes.read_log("superlink")
+
+    run_dir = (runs / "latest").resolve()
     ledger = open_ledger(runs)
-    assert [row["accepted"] for row in ledger.read_contributions(run.name) if row["round"] > 0] == [True] * 12
-    assert ledger.read_events(run.name)[-1]["kind"] == "finished"
-    model = sum(4 * math.prod(tensor.shape) for tensor in load_file(run / "model.safetensors").values())
-    rounds = json.loads((run / "metrics.json").read_text())["stages"][0]["rounds"][1:]
-    seconds = " ".join(f"{entry['seconds']:.0f}" for entry in rounds)
-    moved = " ".join(f"{entry['bytes_up'] / model:.2f}/{entry['bytes_down'] / model:.2f}" for entry in rounds)
-    held = ", ".join(f"{key} {value / model:.2f}" for key, value in found.items())
+    contributions = [row for row in ledger.read_contributions(run_dir.name) if row["round"] > 0]
+    assert [row["accepted"] for row in contributions] == [True] * 12
+    assert ledger.read_events(run_dir.name)[-1]["kind"] == "finished"
+
+    tensors = load_file(run_dir / "model.safetensors").values()
+    model_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors)
+    rounds = json.loads((run_dir / "metrics.json").read_text())["stages"][0]["rounds"][1:]
+    print_costs(compression, seconds, rounds, growth, model_bytes)
+    assert growth.anonymous < max_models * model_bytes
+
+
+class Memory(NamedTuple):
+    """Bytes that a process holds."""
+
+    anonymous: int  # cannot be page cache
+    resident: int  # at most so far, with the files that it has mapped
+
+
+def print_costs(
+    compression: str, seconds: float, rounds: list[dict[str, float]], growth: Memory, model_bytes: int
+) -> None:
+    """Print time, traffic and memory, the latter two in units of the model."""
+    round_seconds = " ".join(f"{entry['seconds']:.0f}" for entry in rounds)
+    traffic = []
+    for entry in rounds:
+        up, down = entry["bytes_up"] / model_bytes, entry["bytes_down"] / model_bytes
+        traffic.append(f"{up:.2f}/{down:.2f}")
     print(
-        f"\n{codec}: {took:.0f} s in all; rounds {seconds} s; up/down, models: {moved}; memory, models: {held}"
+        f"\n{compression}: {seconds:.0f} s in all; rounds {round_seconds} s; "
+        f"up/down, models: {' '.join(traffic)}; memory, models: "
+        f"anonymous {growth.anonymous / model_bytes:.2f}, resident {growth.resident / model_bytes:.2f}"
     )
-    assert found["own"] < models * model, held
 
 
-class Memory:
-    """What the coordinator's app holds, looked at 50 times a second: bytes beyond what it held when the run's folder appeared, which is after
-    all imports and before the model is made. `own`: anonymous memory, which no page cache can be; `resident`: with the files it has mapped."""
+class MemoryWatch:
+    """Watches the memory of the coordinator's app, 50 times a second.
+
+    The growth counts from when the run's folder appears, which is after all imports and before the model is
+    made.
+    """
 
     def __init__(self, superexec: int, runs: Path) -> None:
-        self.superexec, self.runs, self.before = superexec, runs, set(runs.glob("*/config.yaml"))
-        self.first: dict[str, int] = {}
-        self.most: dict[str, int] = {}
-        self.over = False
-        self.watch = threading.Thread(target=self.look)
-        self.watch.start()
+        self.superexec = superexec
+        self.runs = runs
+        self.earlier_runs = set(runs.glob("*/config.yaml"))
+        self.first: Memory | None = None
+        self.peak = Memory(0, 0)
+        self.is_stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
 
-    def look(self) -> None:
-        while not self.over:
-            if set(self.runs.glob("*/config.yaml")) - self.before:
-                for pid in p.children(self.superexec, "flwr-serverapp"):
-                    now = held(pid)
-                    self.first = self.first or now
-                    self.most = {key: max(value, self.most.get(key, 0)) for key, value in now.items()}
-            time.sleep(0.02)
+    def _watch(self) -> None:
+        while not self.is_stopped.wait(0.02):
+            if set(self.runs.glob("*/config.yaml")) - self.earlier_runs:
+                for pid in list_processes(self.superexec, "flwr-serverapp"):
+                    self._note(read_memory(pid))
 
-    def end(self) -> dict[str, int]:
-        self.over = True
-        self.watch.join()
-        return {key: value - self.first[key] for key, value in self.most.items()}
+    def _note(self, memory: Memory | None) -> None:
+        if memory is None:
+            return
+        if self.first is None:
+            self.first = memory
+        self.peak = Memory(*map(max, self.peak, memory))
+
+    def stop(self) -> Memory:
+        """Stop watching, and return by how much the memory grew at most."""
+        self.is_stopped.set()
+        self.thread.join()
+        assert self.first is not None, "the coordinator's app was never seen"
+        return Memory(
+            self.peak.anonymous - self.first.anonymous, self.peak.resident - self.first.resident
+        )
 
 
-def held(pid: int) -> dict[str, int]:
-    """Bytes of a process: `own` and `resident`; none of one that has gone."""
+def read_memory(pid: int) -> Memory | None:
+    """Return a process's memory; None once it has ended."""
+    kilobytes = {}
     try:
-        lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "VmHWM"):
+                kilobytes[name] = int(value.split()[0])
     except OSError:
-        return {}
-    said: dict[str, Any] = {
-        line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmHWM"))
-    }
-    return (
-        {"own": 1024 * int(said["RssAnon"]), "resident": 1024 * int(said["VmHWM"])} if len(said) == 2 else {}
-    )
+        return None
+    if len(kilobytes) < 2:  # a process that is ending
+        return None
+    return Memory(1024 * kilobytes["RssAnon"], 1024 * kilobytes["VmHWM"])

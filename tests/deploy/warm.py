@@ -1,7 +1,8 @@
-"""The image's `flwr-clientapp` for a machine with few cores: each message's process is forked from one that has PyTorch loaded already.
+"""The image's `flwr-clientapp` for a machine with few cores: fork each process from one with PyTorch loaded.
 
-What is forked runs the image's file as it stands, in a process of its own, which may be stopped and killed like any other; only the ten seconds of
-loading are saved, four times a message. Run by itself it is the loaded one that listens on a socket in its working directory.
+The fork executes the image's file unchanged, in a process of its own, which can be stopped and killed like
+any other. Only the ten seconds of loading are saved, four times a message. Run as a script, this is the
+process to fork from; it listens on a socket in its working directory.
 """
 
 from __future__ import annotations
@@ -11,51 +12,61 @@ import socket
 import sys
 import time
 
-HERE = "warm.sock"
+SOCKET_NAME = "warm.sock"
 
 
-def ask(arguments: list[str]) -> int:
-    """Have a process forked with these arguments and our output; returns its exit status. Nothing that takes time is imported for this."""
-    with socket.socket(socket.AF_UNIX) as near:
+def request_fork(arguments: list[str]) -> int:
+    """Have a process forked with these arguments and our output, and return its exit status.
+
+    Imports nothing that takes time.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
         while True:
             try:
-                near.connect(HERE)
+                connection.connect(SOCKET_NAME)
                 break
             except OSError:
                 time.sleep(0.2)
-        socket.send_fds(near, ["\0".join(arguments).encode()], [1, 2])
-        return int(near.recv(16) or b"1")
+        socket.send_fds(connection, ["\0".join(arguments).encode()], [1, 2])
+        return int(connection.recv(16) or b"1")
 
 
-def serve() -> None:
+def serve_forks() -> None:
+    """Load PyTorch, then fork a process for each request."""
     import flwr.supernode.cli  # noqa: F401
 
     import client.app  # noqa: F401
 
-    if os.path.exists(HERE):
-        os.unlink(HERE)
+    if os.path.exists(SOCKET_NAME):
+        os.unlink(SOCKET_NAME)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(HERE)
+        server.bind(SOCKET_NAME)
         server.listen(8)
         children: list[int] = []
         while True:
-            far, _ = server.accept()
-            if child := os.fork():
-                far.close()
-                children = [c for c in [*children, child] if os.waitpid(c, os.WNOHANG)[0] == 0]
-                continue
-            if os.fork() == 0:  # this one does the work, its parent tells how it ended
-                server.close()
-                sent, fds, _, _ = socket.recv_fds(far, 1 << 16, 2)
-                work(sent.decode().split("\0"), fds)
-            _, status = os.wait()
-            far.sendall(str(os.waitstatus_to_exitcode(status) & 255).encode())
-            os._exit(0)
+            connection, _ = server.accept()
+            child = os.fork()
+            if child == 0:
+                execute_and_report(server, connection)
+            connection.close()
+            children = [pid for pid in [*children, child] if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
-def work(arguments: list[str], output: list[int]) -> None:
-    for number, fd in enumerate(output, 1):
-        os.dup2(fd, number)
+def execute_and_report(server: socket.socket, connection: socket.socket) -> None:
+    """Fork a process that does the work, report its exit status, and end."""
+    if os.fork() == 0:
+        server.close()
+        message, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 2)
+        execute_file(message.decode().split("\0"), descriptors)
+    _, status = os.wait()
+    connection.sendall(str(os.waitstatus_to_exitcode(status) & 255).encode())
+    os._exit(0)
+
+
+def execute_file(arguments: list[str], output_descriptors: list[int]) -> None:
+    """Execute a Python file as `__main__` with the given arguments and output, and end the process."""
+    for number, descriptor in enumerate(output_descriptors, 1):
+        os.dup2(descriptor, number)
     sys.argv = arguments
     status = 1
     try:
@@ -63,8 +74,8 @@ def work(arguments: list[str], output: list[int]) -> None:
             code = compile(file.read(), arguments[0], "exec")
         exec(code, {"__name__": "__main__", "__file__": arguments[0]})
         status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,4 +83,4 @@ def work(arguments: list[str], output: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve_forks()

@@ -10,6 +10,7 @@ import yaml
 
 from client.site.config import RENAMED_SITE_KEYS, Site, parse_site
 from client.site.policy import RENAMED_POLICY_KEYS
+from tests.server.conftest import database, postgresql  # noqa: F401
 from tests.upgrade import tiny_backbone  # noqa: F401
 
 ARCHIVE = Path(__file__).parent / "state_0_1_0.tar.gz"

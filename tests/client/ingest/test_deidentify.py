@@ -1,4 +1,4 @@
-"""De-identification removes planted identifiers, keeps what reading needs, and gives a patient one pseudonym."""
+"""De-identification removes planted identifiers and keeps what reading needs; pseudonyms are stable."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from starlette.testclient import TestClient
 
-from common.config.compose import compose_config, config_to_dict
+from common.config.compose import compose_config
+from common.config.parse import config_to_dict
 from server.dashboard import accounts
 from server.dashboard.app import create_app
 from server.dashboard.auth import ProxyTrust

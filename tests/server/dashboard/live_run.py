@@ -1,8 +1,11 @@
-"""A run to look at while it goes on: the coordinator in this process, each centre a process of its own that can be killed.
+"""Execute a run that the console can watch.
 
-    python -m tests.server.dashboard.live_run PHANTOM RUNS RUN SECONDS [OVERRIDE ...]
+The coordinator is this process; each centre is a process of its own, which can be killed.
 
-The centres' process ids are written to RUNS/<centre>.pid; each reply to a training request takes SECONDS longer than it must.
+    python -m tests.server.dashboard.live_run PHANTOM RUNS RUN DELAY [OVERRIDE ...]
+
+The centres' process ids are written to RUNS/<centre>.pid. Each reply to a training request is delayed by
+DELAY seconds.
 """
 
 from __future__ import annotations
@@ -28,93 +31,102 @@ from server.rounds.run_lifecycle import open_ledger, start_run
 from server.run.transport import ReceivedReply
 from tests.in_process_federation import phantom_config
 
-LOST = "the centre's connection was lost"
+CONNECTION_LOST = "the centre's connection was lost"
 
 
-def centre(line: Connection, index: int, slower: float) -> None:
-    """A centre's process: one request after another."""
+def serve_centre(connection: Connection, index: int, delay: float) -> None:
+    """Handle one request after another, as a centre's process."""
     torch.set_num_threads(1)
     site = Site(index=index, threads=1, device="cpu")
     while True:
-        request = unpack_message(*line.recv())
+        request = unpack_message(*connection.recv())
         reply = handle_request(site, request)  # type: ignore[arg-type]
-        time.sleep(slower * isinstance(request, TrainRequest))
-        line.send(pack_message(reply))
+        if isinstance(request, TrainRequest):
+            time.sleep(delay)
+        connection.send(pack_message(reply))
 
 
-class Processes:
-    """server/run/transport.py over pipes."""
+class PipeTransport:
+    """The transport of server/run/transport.py over pipes to processes of this machine."""
 
-    def __init__(self, count: int, slower: float, runs: Path) -> None:
-        self.lines: dict[Any, Connection] = {}
+    def __init__(self, num_centres: int, delay: float, runs: Path) -> None:
+        self.connections: dict[str, Connection] = {}  # {centre: connection}, once it has joined
         self.runs = runs
+        self.processes = []
         context = multiprocessing.get_context("fork")
-        self.started = []
-        for k in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=centre, args=(theirs, k, slower), daemon=True)
+        for index in range(num_centres):
+            coordinator_end, centre_end = context.Pipe()
+            process = context.Process(target=serve_centre, args=(centre_end, index, delay), daemon=True)
             process.start()
-            theirs.close()
-            self.started.append((process, ours))
+            centre_end.close()
+            self.processes.append((process, coordinator_end))
 
     def discover(
         self, request: Request, expected: list[str], timeout: float
     ) -> Iterator[ReceivedReply | None]:
-        for process, line in self.started:
-            reply = self._heard(line, request)
+        """Ask every centre to join."""
+        for process, connection in self.processes:
+            reply = self._exchange(connection, request)
             if isinstance(reply, JoinReply):
-                self.lines[reply.centre] = line
+                self.connections[reply.centre] = connection
                 (self.runs / f"{reply.centre}.pid").write_text(str(process.pid))
                 yield ReceivedReply(reply.centre, reply)
 
-    def _heard(self, line: Connection, request: Request) -> Any:
+    def _exchange(self, connection: Connection, request: Request) -> Any:
         try:
-            line.send(pack_message(request))
-            return unpack_message(*line.recv())
+            connection.send(pack_message(request))
+            return unpack_message(*connection.recv())
         except (EOFError, OSError):
             return None
 
     def send_and_receive(
         self, requests: Mapping[str, Request], timeout: float
     ) -> Iterator[ReceivedReply | None]:
-        pending: dict[Connection, str] = {}
-        for name, request in requests.items():
+        """Send every request, and yield replies as they come; None while there is none."""
+        pending: dict[Any, str] = {}  # {connection: centre}
+        for centre, request in requests.items():
+            connection = self.connections[centre]
             try:
-                self.lines[name].send(pack_message(request))
-                pending[self.lines[name]] = name
+                connection.send(pack_message(request))
+                pending[connection] = centre
             except OSError:
-                yield ReceivedReply(name, Refusal(name, LOST, code=RefusalCode.OFFLINE))
+                yield _make_lost_reply(centre)
         while pending:
             ready = wait(list(pending), timeout=0.3)
-            for line in ready:
-                name = pending.pop(line)  # type: ignore[arg-type]
-                try:
-                    arrays, facts = line.recv()  # type: ignore[union-attr]
-                except (EOFError, OSError):
-                    yield ReceivedReply(name, Refusal(name, LOST, code=RefusalCode.OFFLINE))
-                    continue
-                down = sum(a.nbytes for a in pack_message(requests[name])[0].values())
-                yield ReceivedReply(
-                    name, unpack_message(arrays, facts), sum(a.nbytes for a in arrays.values()), down
-                )  # type: ignore[arg-type]
+            for connection in ready:
+                centre = pending.pop(connection)
+                yield _receive_reply(connection, centre, requests[centre])  # type: ignore[arg-type]
             if not ready:
                 yield None
 
 
-def main() -> None:
-    phantom, runs, run, slower, *overrides = sys.argv[1:]
-    os.makedirs(runs, exist_ok=True)
-    config = phantom_config(Path(phantom), *overrides)
-    assert config.federation.phantom is not None
-    write_federation(Path(phantom), config.federation.phantom, config.federation.centres)
+def _receive_reply(connection: Connection, centre: str, request: Request) -> ReceivedReply:
     try:
-        start_run(
-            config,
-            Processes(len(config.federation.centres), float(slower), Path(runs)),
-            Path(runs),
-            open_ledger(Path(runs)),
-            run,
-        )
+        arrays, metadata = connection.recv()
+    except (EOFError, OSError):
+        return _make_lost_reply(centre)
+    sent_arrays, _ = pack_message(request)
+    bytes_up = sum(array.nbytes for array in arrays.values())
+    bytes_down = sum(array.nbytes for array in sent_arrays.values())
+    reply = unpack_message(arrays, metadata)
+    return ReceivedReply(centre, reply, bytes_up, bytes_down)  # type: ignore[arg-type]
+
+
+def _make_lost_reply(centre: str) -> ReceivedReply:
+    return ReceivedReply(centre, Refusal(centre, CONNECTION_LOST, code=RefusalCode.OFFLINE))
+
+
+def main() -> None:
+    """Execute the run of the command line."""
+    phantom_folder, runs_folder, run_id, delay, *overrides = sys.argv[1:]
+    phantom, runs = Path(phantom_folder), Path(runs_folder)
+    os.makedirs(runs, exist_ok=True)
+    config = phantom_config(phantom, *overrides)
+    assert config.federation.phantom is not None
+    write_federation(phantom, config.federation.phantom, config.federation.centres)
+    transport = PipeTransport(len(config.federation.centres), float(delay), runs)
+    try:
+        start_run(config, transport, runs, open_ledger(runs), run_id)
     except ConsiliumError as error:
         sys.exit(str(error))
 
