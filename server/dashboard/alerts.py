@@ -31,6 +31,10 @@ class AlertLevel(StrEnum):
     WARNING = "warning"
 
 
+STATUS_LEVELS = {"failed": AlertLevel.FAULT}
+STATE_LEVELS = {CentreState.OFFLINE: AlertLevel.FAULT, CentreState.DEGRADED: AlertLevel.WARNING}
+
+
 class Alert(NamedTuple):
     """Something that needs the operator's attention."""
 
@@ -71,8 +75,10 @@ def check_run_status(ledger: Ledger, row: Row) -> list[Alert]:
     for event in load_last_events(ledger, row["id"], NUM_EVENTS_READ):
         if event["kind"] == status:
             reason = event["detail"]
-    level = AlertLevel.FAULT if status == "failed" else AlertLevel.WARNING
-    return [Alert(level, f"The run is {status}: {reason}" if reason else f"The run is {status}")]
+    text = f"The run is {status}"
+    if reason:
+        text += f": {reason}"
+    return [Alert(STATUS_LEVELS.get(status, AlertLevel.WARNING), text)]
 
 
 def check_centres_online(status: CurrentStatus, centres: Sequence[CentreHealth]) -> list[Alert]:
@@ -81,8 +87,8 @@ def check_centres_online(status: CurrentStatus, centres: Sequence[CentreHealth])
     for centre in centres:
         if centre.state is CentreState.ONLINE or centre.centre in status.excluded:
             continue
-        level = AlertLevel.FAULT if centre.state is CentreState.OFFLINE else AlertLevel.WARNING
-        alerts.append(Alert(level, f"{centre.centre} is {centre.state}: {centre.reason}"))
+        text = f"{centre.centre} is {centre.state}: {centre.reason}"
+        alerts.append(Alert(STATE_LEVELS[centre.state], text))
     return alerts
 
 
@@ -135,8 +141,10 @@ def check_epsilon_limits(ledger: Ledger, row: Row, centres: Sequence[CentreHealt
 def check_score_drop(status: CurrentStatus, history: ScoreHistory) -> list[Alert]:
     """Report that the worst centre has become markedly worse while the run is active."""
     trend = summarise_trend(history)
-    change = trend.changes[View.WORST] if trend else None
-    if not status.is_active or change is None or change >= -SCORE_DROP_THRESHOLD:
+    if trend is None or not status.is_active:
+        return []
+    change = trend.changes[View.WORST]
+    if change is None or change >= -SCORE_DROP_THRESHOLD:
         return []
     drop = format_number_or_dash(-change)
     metric = label_metric(history.metric)

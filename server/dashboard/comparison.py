@@ -90,5 +90,5 @@ def flatten_config(value: Any, prefix: str = "") -> dict[str, str]:
         return {prefix: str(value)}
     flat: dict[str, str] = {}
     for key, child in value.items():
-        flat |= flatten_config(child, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten_config(child, f"{prefix}.{key}".removeprefix("."))
     return flat

@@ -8,52 +8,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from common.utils.errors import ConsiliumError
-from server.dashboard import charts
+from server.dashboard.charts import build_comparison_figures, build_history_figures
 from server.dashboard.comparison import comparison_view
 from server.dashboard.console import ConsoleContext, get_console
+from server.dashboard.data import data_view
 from server.dashboard.events import ledger_version, stream_changes
+from server.dashboard.learning import learning_view
 from server.dashboard.overview import federation_view, no_run_view
 from server.dashboard.privacy import privacy_view
 from server.dashboard.render import render_page
+from server.dashboard.run_files import (
+    FILE_DESCRIPTIONS,
+    list_generated_files,
+    list_saved_files,
+    make_download,
+)
 from server.ledger import views
 from server.ledger.audit_trail import first_broken_link
 from server.ledger.ledger import Ledger
 from server.ledger.reader import Row
 from server.monitoring import run_history, run_info, run_status
 from server.monitoring.prometheus import render_metrics
-from server.reporting import export, model_card
 from server.reporting.labels import label_metric
 from server.reporting.ledger_records import index_rows
 from server.run.operator_commands import find_root_run_id
 
 router = APIRouter()
-MAX_ROUNDS_READ = 100  # rounds whose per-centre rows a page reads
+MAX_ROUNDS_READ = 60  # rounds whose per-centre rows a page reads
 MAX_EVENTS_SHOWN = 40
 MAX_PENDING_SHOWN = 5  # launched runs that are not in the ledger
 MAX_AUDIT_ENTRIES_SHOWN = 500
 MIN_COMPARED_RUNS = 2
 MAX_COMPARED_RUNS = 6
-RUN_FILES = {
-    "report.html": "the report: every table and figure in one file",
-    "metrics.json": "all metrics of all rounds and of the test",
-    "model.safetensors": "the model's weights, for consilium-centre predict",
-    "config.yaml": "the resolved configuration",
-}
-GENERATED_FILES = {  # made when they are downloaded
-    "model-card.html": "the model card: data, metrics by centre, intended use, limits, privacy, software",
-    "model-card.md": "the model card as Markdown",
-    "scores.csv": "every score, one value a line; an undefined one is empty and has a reason",
-    "model.onnx": "the model as ONNX, checked against PyTorch; the export takes a while",
-}
-MODEL_CARD_TYPES = {"model-card.html": "text/html", "model-card.md": "text/markdown"}
 
 
 class PendingRun(NamedTuple):
@@ -138,7 +130,7 @@ def show_federation(request: Request) -> Response:
     expiries = console.read_certificate_expiries()
     context = federation_view(ledger, row, history, console.list_nodes, expiries)
     context |= {"task": history.task, "metric": label_metric(history.metric)}
-    figures = charts.build_history_figures(history)
+    figures = build_history_figures(history)
     return render_page(request, "federation.html", shared_context | context, figures=figures)
 
 
@@ -179,7 +171,7 @@ def show_comparison(request: Request, run: Annotated[list[str] | None, Query()] 
         )
     histories = {row["id"]: cached_score_history(console, row) for row in rows}
     context = comparison_view(console.ledger, rows, histories) | {"rows": rows}
-    figures = charts.build_comparison_figures(histories)
+    figures = build_comparison_figures(histories)
     return render_page(request, "compare.html", context, figures=figures)
 
 
@@ -228,7 +220,7 @@ def show_learning(request: Request, run: str) -> Response:
 
     def compute_view() -> dict[str, Any]:
         rounds, step = run_history.load_rounds(page.ledger, page.run_id, MAX_ROUNDS_READ)
-        return {"step": step, **charts.learning_view(page.ledger, page.row, rounds)}
+        return {"step": step, **learning_view(page.ledger, page.row, rounds)}
 
     view = page.get_or_compute("learning", compute_view)
     return render_page(request, "learning.html", page.make_context(**view), figures=view["figures"])
@@ -246,7 +238,7 @@ def show_privacy(request: Request, run: str) -> Response:
 def show_data(request: Request, run: str) -> Response:
     """Show scans by class and source, and the statistics of the centres' images."""
     page = open_run_page(request, run)
-    view = charts.data_view(page.ledger, page.row)
+    view = data_view(page.ledger, page.row)
     return render_page(request, "data.html", page.make_context(**view), figures=view["figures"])
 
 
@@ -256,19 +248,12 @@ def show_evidence(request: Request, run: str) -> Response:
     page = open_run_page(request, run)
     folder = page.console.runs / run
     context = page.make_context(
-        files={name: (folder / name).stat().st_size for name in RUN_FILES if (folder / name).is_file()},
-        descriptions=RUN_FILES | GENERATED_FILES,
+        files=list_saved_files(folder),
+        descriptions=FILE_DESCRIPTIONS,
         generated_files=list_generated_files(folder),
         entries=page.ledger.read_audit(find_root_run_id(page.row))[::-1],
     )
     return render_page(request, "evidence.html", context)
-
-
-def list_generated_files(folder: Path) -> list[str]:
-    """Return the files that can be made for a run; before it has results, only its scores."""
-    if (folder / "metrics.json").is_file():
-        return list(GENERATED_FILES)
-    return ["scores.csv"]
 
 
 @router.get("/runs/{run}/files/{name}")
@@ -276,22 +261,7 @@ def download_file(request: Request, run: str, name: str) -> Response:
     """Send one of a run's files as a download. Raises ConsiliumError where the run does not have it."""
     console = get_console(request)
     find_run(console, run)
-    folder = console.runs / run
-    headers = {"Content-Disposition": f'attachment; filename="{quote(run)}-{name}"'}
-    if name == "scores.csv":
-        csv_text = export.format_scores_csv(console.ledger, run)
-        return Response(csv_text, media_type="text/csv", headers=headers)
-    if name in MODEL_CARD_TYPES:
-        card = export.make_model_card(folder, console.ledger)
-        if name == "model-card.html":
-            card = model_card.render_card_html(card)
-        return Response(card, media_type=MODEL_CARD_TYPES[name], headers=headers)
-    path = folder / name
-    if name == "model.onnx" and folder.is_dir() and not path.is_file():
-        export.export_onnx(folder, path)
-    if name not in (*RUN_FILES, "model.onnx") or not path.is_file():
-        raise ConsiliumError(f"run '{run}' has no {name} (yet)")
-    return FileResponse(path, headers=headers)
+    return make_download(console.ledger, run, console.runs / run, name)
 
 
 # --- for programs

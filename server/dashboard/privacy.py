@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from server.ledger import tables, views
 from server.ledger.ledger import Ledger
 from server.ledger.reader import Row
-from server.monitoring.centre_reports import load_centre_reports
+from server.monitoring.centre_reports import CentreReport, load_centre_reports
 from server.monitoring.run_info import list_expected_centres
 from server.reporting.ledger_records import index_rows
 
@@ -64,7 +64,7 @@ def privacy_view(ledger: Ledger, row: Row) -> dict[str, Any]:
     last_accepted = index_rows(views.last_accepted(ledger, row["id"]), "centre")
     budgets = []
     for centre in centres:
-        limit = reports[centre].epsilon_limit if centre in reports else None
+        limit = reports.get(centre, CentreReport()).epsilon_limit
         budgets.append(_make_budget(centre, limit, last_accepted.get(centre)))
     totals = _read_message_totals(ledger, row["id"])
     sent_kinds = {kind for _, kind in totals}

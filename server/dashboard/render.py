@@ -49,19 +49,22 @@ def render_page(
         figures: get an id; static/console.js draws each into the element of its id.
     """
     numbered = [dataclasses.replace(figure, id=f"figure{index}") for index, figure in enumerate(figures)]
-    figure_data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in numbered}
+    figure_json = ""
+    if numbered:
+        figure_json = _to_script_json(numbered)
     shared_context = {
         "person": getattr(request.state, "person", None),
         "path": request.url.path,
         "figures": numbered,
-        "figure_json": _to_script_json(figure_data) if figure_data else "",
+        "figure_json": figure_json,
     }
     text = _templates.get_template(template).render({**context, **shared_context})
     return HTMLResponse(text, status)
 
 
-def _to_script_json(data: Any) -> Markup:
+def _to_script_json(figures: Sequence[Figure]) -> Markup:
     """Return JSON for a script element, with "<" escaped, so that no name in it can end the element."""
+    data = {figure.id: {"data": figure.data, "layout": figure.layout} for figure in figures}
     return Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
@@ -81,7 +84,9 @@ def format_bytes(value: float | None) -> str:
 
 def format_duration_or_dash(value: float | None) -> str:
     """Write seconds as a duration, and a dash for None."""
-    return DASH if value is None else format_duration(float(value))
+    if value is None:
+        return DASH
+    return format_duration(float(value))
 
 
 def format_time(value: datetime | None, style: str = "") -> Markup:
@@ -91,7 +96,9 @@ def format_time(value: datetime | None, style: str = "") -> Markup:
     """
     if value is None:
         return Markup(DASH)
-    attribute = Markup(' data-show="{}"').format(style) if style else ""
+    attribute = Markup("")
+    if style:
+        attribute = Markup(' data-show="{}"').format(style)
     return Markup('<time datetime="{}"{}>{}</time>').format(
         value.isoformat(), attribute, f"{value:%Y-%m-%d %H:%M:%S}"
     )

@@ -28,7 +28,9 @@ def summarise_trend(history: ScoreHistory) -> Trend | None:
         return None
     now = points[-1]
     earlier = _find_earlier_point(points)
-    num_rounds = now.round - earlier.round if now.stage == earlier.stage else None
+    num_rounds = None
+    if now.stage == earlier.stage:
+        num_rounds = now.round - earlier.round
     return Trend(now, {view: _compute_change(earlier, now, view) for view in TREND_VIEWS}, num_rounds)
 
 

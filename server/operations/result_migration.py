@@ -5,7 +5,7 @@ What 0.1.0 did not record stays empty, such as the codes of refusals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.config.renamed_keys import upgrade_config
@@ -47,19 +47,17 @@ def migrate_result(values: Mapping[str, Any]) -> RunResult:
     migrated = _rename_fields(values, RUN_FIELDS)
     migrated["schema_version"] = SCHEMA_VERSION
     migrated["config"] = upgrade_config(values["config"])
-    migrated["centres"] = {
-        centre: _rename_fields(record, CENTRE_FIELDS) for centre, record in values["centres"].items()
-    }
-    migrated["stages"] = [_migrate_stage(stage) for stage in values["stages"]]
+    migrated["centres"] = _rename_in_each(values["centres"], CENTRE_FIELDS)
+    migrated["stages"] = list(map(_migrate_stage, values["stages"]))
     migrated["test"] = _migrate_scores(values["test"])
     migrated["left_out"] = [{**exclusion, "code": None} for exclusion in values["left_out"]]
     migrated["fitted_tasks"] = _migrate_fitted_tasks(values.get("filled", {}))
-    statistics = values.get("quality", {})
-    migrated["image_statistics"] = {
-        name: convert_image_statistic(statistic) for name, statistic in statistics.items()
-    }
+    migrated["image_statistics"] = _convert_each(values.get("quality", {}), convert_image_statistic)
     matrix = values.get("matrix")
-    migrated["cross_site"] = convert_cross_site(matrix) if matrix else None
+    if matrix:
+        migrated["cross_site"] = convert_cross_site(matrix)
+    else:
+        migrated.pop("cross_site", None)
     return parse_result(migrated)
 
 
@@ -73,14 +71,13 @@ def migrate_summary(values: Mapping[str, Any], folds: Mapping[str, RunResult]) -
     Raises:
         KeyError, pydantic.ValidationError: the values have another form.
     """
-    first = next(iter(folds.values()), None)
     config = upgrade_config(values["config"])
     total = {
         "run_id": values["run"],
         "recipe": values["recipe"],
         "mode": values["mode"],
         "seed": config["seed"],
-        "started": first.started if first else "",
+        "started": "",
         "config": config,
         "schema_version": SCHEMA_VERSION,
         "status": RunStatus.FINISHED,
@@ -88,28 +85,29 @@ def migrate_summary(values: Mapping[str, Any], folds: Mapping[str, RunResult]) -
         "test": _migrate_scores(values["test"]),
     }
     result = parse_result(total)
-    if first:
-        result.fitted_tasks = first.fitted_tasks
-    metrics_by_fold = {}
+    first_fold = next(iter(folds.values()), None)
+    if first_fold:
+        result.started = first_fold.started
+        result.fitted_tasks = first_fold.fitted_tasks
+    metrics_by_fold: dict[str, dict[str, Metrics]] = {}
     for fold, metrics_by_task in values["parts"].items():
-        metrics_by_fold[fold] = {task: _migrate_metrics(metrics) for task, metrics in metrics_by_task.items()}
+        metrics_by_fold[fold] = _convert_each(metrics_by_task, _migrate_metrics)
     return CrossValidationSummary(values["evaluation"], dict(values["untrained"]), metrics_by_fold, result)
 
 
 def _migrate_stage(values: Mapping[str, Any]) -> Values:
     migrated = _rename_fields(values, STAGE_FIELDS)
-    migrated["rounds"] = [_migrate_round(round_values) for round_values in values["rounds"]]
-    best = values["best"] or None
-    migrated["best"] = None if values["personal"] else best
-    migrated["best_by_centre"] = (best or {}) if values["personal"] else {}
+    migrated["rounds"] = list(map(_migrate_round, values["rounds"]))
+    if values["personal"]:
+        migrated["best_by_centre"] = migrated.pop("best")
+    elif not values["best"]:
+        migrated["best"] = None
     return migrated
 
 
 def _migrate_round(values: Mapping[str, Any]) -> Values:
     migrated = _rename_fields(values, ROUND_FIELDS)
-    migrated["centres"] = {
-        centre: _rename_fields(record, CENTRE_ROUND_FIELDS) for centre, record in values["centres"].items()
-    }
+    migrated["centres"] = _rename_in_each(values["centres"], CENTRE_ROUND_FIELDS)
     migrated["validation"] = _migrate_scores(values["val"])
     return migrated
 
@@ -119,10 +117,7 @@ def _migrate_scores(scores: Mapping[str, Mapping[str, Any]]) -> Values:
     migrated = {}
     for task, values in scores.items():
         task_scores = dict(values)
-        task_scores["centres"] = {
-            centre: convert_centre_scores(centre_values)
-            for centre, centre_values in values["centres"].items()
-        }
+        task_scores["centres"] = _convert_each(values["centres"], convert_centre_scores)
         for statistic in STATISTICS:
             if statistic in task_scores:
                 task_scores["sums"] = task_scores.pop(statistic)
@@ -148,3 +143,11 @@ def _migrate_fitted_tasks(filled: Mapping[str, Any]) -> Values:
 
 def _rename_fields(values: Mapping[str, Any], new_names: Mapping[str, str]) -> Values:
     return {new_names.get(name, name): value for name, value in values.items()}
+
+
+def _rename_in_each(records: Mapping[str, Values], new_names: Mapping[str, str]) -> Values:
+    return {key: _rename_fields(record, new_names) for key, record in records.items()}
+
+
+def _convert_each(values: Mapping[str, Any], convert: Callable[[Any], Any]) -> Values:
+    return {key: convert(value) for key, value in values.items()}

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -151,7 +152,7 @@ def _is_old_and_unfinished(folder: Path) -> bool:
 
 
 def _has_old_config(folder: Path) -> bool:
-    values = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    values: dict[str, Any] = yaml.safe_load((folder / CONFIG_FILE).read_text())
     return upgrade_config(values) != values
 
 
@@ -173,7 +174,7 @@ def _upgrade_results(folder: Path) -> bool:
     return changed
 
 
-def _migrate_values(folder: Path, values: dict[str, object]) -> RunResult | CrossValidationSummary:
+def _migrate_values(folder: Path, values: dict[str, Any]) -> RunResult | CrossValidationSummary:
     if "parts" in values:
         return migrate_summary(values, _load_folds(folder, values["parts"]))
     return migrate_result(values)
@@ -184,9 +185,13 @@ def _load_folds(folder: Path, fold_names: Iterable[str]) -> dict[str, RunResult]
     folds = {}
     for fold in fold_names:
         path = folder.with_name(f"{folder.name}-{fold}") / METRICS_FILE
-        if path.is_file():
-            values = json.loads(path.read_text())
-            folds[fold] = migrate_result(values) if is_old_form(values) else parse_result(values)
+        if not path.is_file():
+            continue
+        values = json.loads(path.read_text())
+        if is_old_form(values):
+            folds[fold] = migrate_result(values)
+        else:
+            folds[fold] = parse_result(values)
     return folds
 
 

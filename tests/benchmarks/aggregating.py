@@ -1,25 +1,21 @@
-"""The coordinator's weighted sum against Flower's own aggregation on EfficientNet-B7's shapes, interleaved.
-
-Seconds, ratio, memory.
+"""Compare the coordinator's weighted sum with Flower's own aggregation, for EfficientNet-B7's shapes.
 
     .venv/bin/python -m tests.benchmarks.aggregating [--centres 4,16] [--repeats 5] [--memory 4,16,64,256]
 
-Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours:
-server/aggregation/weighted_mean.py, `weighted_sum` of contributions spooled to disk as they came, and what it
-costs before that to receive one (`fault` and `spool`). "read" adds up every value of the same files and does
-nothing else: the floor. Memory is what the process holds of its own (RssAnon), the model itself not counted,
-in models of 256 MB.
+Both sides take turns. Flower: `aggregate_arrayrecords` of its strategies, contributions in memory. Ours:
+`weighted_sum` (server/aggregation/weighted_mean.py) of contributions that were spooled to disk as they
+arrived; "receiving one" is what it costs before that to validate and store one. "read" adds up every value of
+the same files and does nothing else: the floor. Memory is the process's anonymous memory (RssAnon) beyond the
+model itself, in models of 256 MB.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,134 +31,121 @@ from server.aggregation.screening import find_validation_error
 from server.aggregation.server_optimizer import server_step
 from server.aggregation.stored_updates import StoredUpdate, store_update
 from server.aggregation.weighted_mean import weighted_sum
+from tests.benchmarks.measuring import AnonymousMemoryPeak, format_header, format_row, time_call
 
 
-def contribution(layout: Layout, number: int) -> TrainReply:
-    """A made-up one."""
+def draw_reply(layout: Layout, number: int) -> TrainReply:
+    """A centre's reply with a random update."""
     delta = np.random.default_rng(number).standard_normal(layout.size, dtype=np.float32)
-    return TrainReply(f"centre{number:03d}", delta, np.zeros(layout.int_buffer_size, np.int64), 1, 1, {}, 0.0)
+    return make_reply(layout, number, delta)
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Wall time."""
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+def make_reply(layout: Layout, number: int, delta: np.ndarray) -> TrainReply:
+    int_buffers = np.zeros(layout.int_buffer_size, np.int64)
+    return TrainReply(f"centre{number:03d}", delta, int_buffers, 1, 1, {}, 0.0)
 
 
-def own_memory() -> int:
-    """Bytes of this process that are not a file's."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
-    )
-    return int(line.split()[1]) * 1024
+def receive(reply: TrainReply, layout: Layout, folder: Path, updates: list[StoredUpdate]) -> None:
+    """Validate and store a reply, as the coordinator does."""
+    find_validation_error(reply, layout, False)
+    updates.append(store_update(reply, layout, folder))
 
 
-class Peak:
-    """The most memory held while it is open, looked at every millisecond, beyond what was held before."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()  # records of the comparison before
-        self.before, self.most, self.over = own_memory(), 0, False
-        self.watch = threading.Thread(target=self.look)
-        self.watch.start()
-        return self
-
-    def look(self) -> None:
-        while not self.over:
-            self.most = max(self.most, own_memory() - self.before)
-            time.sleep(0.001)
-
-    def __exit__(self, *_: object) -> None:
-        self.over = True
-        self.watch.join()
+def make_flower_reply(reply: TrainReply, layout: Layout) -> RecordDict:
+    tensors = [reply.delta[slot.span].reshape(slot.shape) for slot in layout.floats]
+    metrics = MetricRecord({"n": 1.0})
+    return RecordDict({"arrays": ArrayRecord(numpy_ndarrays=tensors), "m": metrics})
 
 
-def compare(layout: Layout, centres: int, repeats: int, folder: Path) -> str:
-    """One row: Flower, ours and the floor."""
-    arrived: list[StoredUpdate] = []
-    receiving, records = [], []
-    for number in range(centres):
-        one = contribution(layout, number)
-        receiving.append(
-            seconds(
-                lambda one=one: (
-                    find_validation_error(one, layout, False),
-                    arrived.append(store_update(one, layout, folder)),
-                )
-            )
-        )  # type: ignore[misc]
-        arrays = {e.name: one.delta[e.span].reshape(e.shape) for e in layout.floats}
-        records.append(
-            RecordDict(
-                {"arrays": ArrayRecord(numpy_ndarrays=list(arrays.values())), "m": MetricRecord({"n": 1.0})}
-            )
-        )
-    weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.group_slices()}
-
-    def read() -> float:
-        return sum(float(torch.from_numpy(s.load_delta()).sum()) for s in arrived)
-
-    def flower() -> object:
-        return aggregate_arrayrecords(records, "n")
-
-    def ours() -> object:
-        return weighted_sum(arrived, weights, layout)
-
-    flower(), ours(), read()
-    times = [(seconds(flower), seconds(ours), seconds(read)) for _ in range(repeats)]
-    theirs, mine, floor = (statistics.median(t[k] for t in times) for k in range(3))
-    ratio = statistics.median(t[0] / t[1] for t in times)
-    share = statistics.median(t[2] / t[1] for t in times)
-    speed = f"{centres * layout.size * 4 / floor / 1e9:.0f} GB/s"
-    received = statistics.median(receiving)
-    return (
-        f"| {centres} | {theirs:.2f} s | {mine:.3f} s | {ratio:.1f} | {floor:.3f} s ({speed}) | {share:.0%} "
-        f"| {received:.2f} s |"
-    )
+def weigh_equally(updates: list[StoredUpdate], layout: Layout) -> dict[str, dict[str, float]]:
+    """{parameter group: {centre: the same weight}}."""
+    weight = 1 / len(updates)
+    return {group: {update.centre: weight for update in updates} for group in layout.group_slices()}
 
 
-def memory(layout: Layout, centres: int, folder: Path) -> str:
-    """One row: the most memory while contributions come one at a time and are then summed, in models."""
+def read_all(updates: list[StoredUpdate]) -> float:
+    return sum(float(torch.from_numpy(update.load_delta()).sum()) for update in updates)
+
+
+def compare_sums(layout: Layout, num_centres: int, repeats: int, folder: Path) -> str:
+    """A row of the table: Flower, ours and the floor."""
+    updates: list[StoredUpdate] = []
+    flower_replies = []
+    receiving_seconds = []
+    for number in range(num_centres):
+        reply = draw_reply(layout, number)
+        receiving_seconds.append(time_call(partial(receive, reply, layout, folder, updates)).wall)
+        flower_replies.append(make_flower_reply(reply, layout))
+    contenders: dict[str, Callable[[], object]] = {
+        "flower": partial(aggregate_arrayrecords, flower_replies, "n"),
+        "ours": partial(weighted_sum, updates, weigh_equally(updates, layout), layout),
+        "read": partial(read_all, updates),
+    }
+    for contender in contenders.values():
+        contender()  # the first time is not counted
+    seconds = {name: np.empty(repeats) for name in contenders}
+    for repeat in range(repeats):
+        for name, contender in contenders.items():
+            seconds[name][repeat] = time_call(contender).wall
+    floor = np.median(seconds["read"])
+    bandwidth = num_centres * layout.size * 4 / floor / 1e9
+    cells = [
+        num_centres,
+        f"{np.median(seconds['flower']):.2f} s",
+        f"{np.median(seconds['ours']):.3f} s",
+        f"{np.median(seconds['flower'] / seconds['ours']):.1f}",
+        f"{floor:.3f} s ({bandwidth:.0f} GB/s)",
+        f"{np.median(seconds['read'] / seconds['ours']):.0%}",
+        f"{statistics.median(receiving_seconds):.2f} s",
+    ]
+    return format_row(cells)
+
+
+def measure_memory(layout: Layout, num_centres: int, folder: Path) -> str:
+    """A row: the peak memory, in models, while contributions come one at a time and are then summed."""
     model = Weights(np.zeros(layout.size, np.float32), np.zeros(layout.int_buffer_size, np.int64))
-    same = contribution(layout, 0)
-    with Peak() as peak:
-        arrived = []
-        for number in range(centres):
-            came = TrainReply(f"centre{number:03d}", same.delta.copy(), same.int_buffers, 1, 1, {}, 0.0)
-            arrived.append(store_update(came, layout, folder))
-            if number:  # one file under many names: the disk need not hold them all
-                arrived[-1].path.unlink()
-                arrived[-1].path = arrived[0].path
-            del came
-        weights = {group: {s.centre: 1 / centres for s in arrived} for group in layout.group_slices()}
-        began = time.perf_counter()
-        server_step(model, weighted_sum(arrived, weights, layout), arrived, AggregationConfig(), layout, {})
-        spent = time.perf_counter() - began
-    return f"| {centres} | {peak.most / layout.size / 4:.2f} | {spent:.2f} s |"
+    delta = draw_reply(layout, 0).delta
+
+    def sum_and_step() -> None:
+        mean_delta = weighted_sum(updates, weigh_equally(updates, layout), layout)
+        server_step(model, mean_delta, updates, AggregationConfig(), layout, {})
+
+    with AnonymousMemoryPeak() as memory:
+        updates: list[StoredUpdate] = []
+        for number in range(num_centres):
+            reply = make_reply(layout, number, delta.copy())
+            updates.append(store_update(reply, layout, folder))
+            if number:  # one file under many names, so that the disk need not hold them all
+                updates[-1].path.unlink()
+                updates[-1].path = updates[0].path
+            del reply
+        timing = time_call(sum_and_step)
+    return format_row([num_centres, f"{memory.peak_bytes / layout.size / 4:.2f}", f"{timing.wall:.2f} s"])
+
+
+def parse_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
-    """The command; see the module docstring."""
-    parser = argparse.ArgumentParser(description="The weighted sum against Flower's.")
-    parser.add_argument("--centres", default="4,16")
+    """Run the command that the module's docstring describes."""
+    parser = argparse.ArgumentParser(description="The coordinator's weighted sum against Flower's.")
+    parser.add_argument("--centres", default="4,16", help="numbers of centres to time, separated by commas")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", default="4,16,64,256")
-    given = parser.parse_args()
+    parser.add_argument("--memory", default="4,16,64,256", help="numbers of centres for the memory table")
+    arguments = parser.parse_args()
     layout = build_layout(timm.create_model("tf_efficientnet_b7", num_classes=0))
-    print(
-        f"{layout.size / 1e6:.1f} M values, {len(layout.floats)} tensors, {torch.get_num_threads()} threads\n"
-    )
-    print(
-        f"| centres | Flower | ours | ratio | read | of the read bandwidth | receiving one |\n{'|---' * 7}|"
-    )
-    for centres in given.centres.split(","):
+    num_threads = torch.get_num_threads()
+    print(f"{layout.size / 1e6:.1f} M values, {len(layout.floats)} tensors, {num_threads} threads\n")
+    titles = ["centres", "Flower", "ours", "ratio", "read", "of the read bandwidth", "receiving one"]
+    print(format_header(titles))
+    for num_centres in parse_numbers(arguments.centres):
         with tempfile.TemporaryDirectory() as folder:
-            print(compare(layout, int(centres), given.repeats, Path(folder)), flush=True)
-    print(f"\n| centres | peak memory beyond the model, in models | sum and step |\n{'|---' * 3}|")
-    for centres in given.memory.split(","):
+            print(compare_sums(layout, num_centres, arguments.repeats, Path(folder)), flush=True)
+    print("\n" + format_header(["centres", "peak memory beyond the model, in models", "sum and step"]))
+    for num_centres in parse_numbers(arguments.memory):
         with tempfile.TemporaryDirectory() as folder:
-            print(memory(layout, int(centres), Path(folder)), flush=True)
+            print(measure_memory(layout, num_centres, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

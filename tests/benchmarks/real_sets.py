@@ -1,6 +1,6 @@
-"""Four recipes' real data sets as cohorts of centres.
+"""Arrange real data sets as cohorts of centres, for four recipes.
 
-Pictures stay where they are; those turned or linked lie in the benchmark's folder.
+Pictures stay where they are; rotated and linked ones are written to the benchmark's folder.
 """
 
 from __future__ import annotations
@@ -12,53 +12,24 @@ import numpy as np
 import pandas as pd
 
 from client.data.cohort import assign_split
-from tests.benchmarks.real_ct import WINDOWS
+from tests.benchmarks.real_ct_data import assign_splits, link_slice
+from tests.benchmarks.real_ct_settings import CENTRES, WINDOWS
 
-Rows = dict[str, pd.DataFrame]  # {centre: its cohort}, paths absolute
-
-
-def prognosis_data(data: Path, out: Path) -> Rows:
-    """Frontal radiographs of the Cohen collection.
-
-    Three centres know outcomes (went to intensive care) only, two know Brixia scores only.
-
-    Outcomes: the one real hospital, and publications by their publisher; a publisher's cases may all have
-    ended the same way. No film is at two centres: one with both labels (43) is where its source belongs.
-    """
-    films, table = _films(data)
-    zones = [f"brixia_{z}" for z in "abcdef"]
-    for zone in zones:
-        table[zone] = pd.to_numeric(films[f"brixia_S_{zone[-1].upper()}"])
-    table["outcome"] = films["went_icu"].map({"Y": 1.0, "N": 0.0})
-    scored = films["source"].isin(
-        [
-            "radiopaedia.org",
-            "sirm.org",
-            "pubs.rsna.org",
-            "rad2share.com",
-            "radiologyassistant.nl",
-            "ams.edu.sg",
-        ]
-    )
-    place = np.select(
-        [
-            films["source"] == "hannover",
-            films["source"] == "eurorad.org",
-            films["source"] == "radiopaedia.org",
-            scored,
-        ],
-        ["hannover", "eurorad", "radiopaedia", "sirm"],
-        "journals",
-    )
-    centres: Rows = {}
-    for centre in ("hannover", "eurorad", "journals", "radiopaedia", "sirm"):
-        scores = centre in ("radiopaedia", "sirm")
-        own = table[place == centre].drop(columns=["outcome"] if scores else zones)
-        own = own[own["brixia_a" if scores else "outcome"].notna()]
-        centres[centre] = own
-    return _split(_own_patients(centres))
+Cohorts = dict[str, pd.DataFrame]  # {centre: its cohort}, with absolute paths
 
 
+# --- films of the Cohen collection
+
+ZONES = [f"brixia_{zone}" for zone in "abcdef"]
+SCORED_CENTRES = ("radiopaedia", "sirm")
+SCORED_SOURCES = [
+    "radiopaedia.org",
+    "sirm.org",
+    "pubs.rsna.org",
+    "rad2share.com",
+    "radiologyassistant.nl",
+    "ams.edu.sg",
+]
 FINDINGS = {
     "covid": ["COVID-19", "COVID-19, ARDS"],
     "viral": ["SARS", "Varicella", "Influenza"],
@@ -72,145 +43,195 @@ FINDINGS = {
     ],
     "other": ["No Finding", "Pneumocystis", "Lipoid", "ARDS"],
 }
+FINEGRAINED_CENTRES = {
+    "radiopaedia.org": "radiopaedia",
+    "eurorad.org": "eurorad",
+    "hannover": "hannover",
+    "sirm.org": "hannover",
+}
 
 
-def finegrained_data(data: Path, out: Path) -> Rows:
+def make_prognosis_cohorts(data: Path, out: Path) -> Cohorts:
+    """Frontal radiographs: three centres know only outcomes (intensive care), two only Brixia scores.
+
+    Outcomes are those of the one real hospital, and of publications by their publisher; a publisher's cases
+    may all have ended alike. No film is at two centres: one with both labels (43) is where its source
+    belongs.
+    """
+    films, cohort = read_films(data)
+    for zone in ZONES:
+        cohort[zone] = pd.to_numeric(films[f"brixia_S_{zone[-1].upper()}"])
+    cohort["outcome"] = films["went_icu"].map({"Y": 1.0, "N": 0.0})
+    source = films["source"]
+    conditions = [
+        source == "hannover",
+        source == "eurorad.org",
+        source == "radiopaedia.org",
+        source.isin(SCORED_SOURCES),
+    ]
+    centre_of_film = np.select(conditions, ["hannover", "eurorad", "radiopaedia", "sirm"], "journals")
+    cohorts: Cohorts = {}
+    for centre in ("hannover", "eurorad", "journals", *SCORED_CENTRES):
+        films_here = cohort[centre_of_film == centre]
+        if centre in SCORED_CENTRES:
+            films_here = films_here.drop(columns=["outcome"])
+            cohorts[centre] = films_here[films_here["brixia_a"].notna()]
+        else:
+            films_here = films_here.drop(columns=ZONES)
+            cohorts[centre] = films_here[films_here["outcome"].notna()]
+    return split_by_patient(separate_patients(cohorts))
+
+
+def make_finegrained_cohorts(data: Path, out: Path) -> Cohorts:
     """The same films with their finding in four classes, and lung masks where there are any (166).
 
-    Centres by publisher.
+    Centres are publishers.
     """
-    films, table = _films(data)
-    of = {finding: name for name, findings in FINDINGS.items() for finding in findings}
-    table["finding"] = films["finding"].map(of).to_numpy()
-    table["lung_mask"] = [
-        str(data / "cxr_cohen" / m) if isinstance(m, str) else np.nan for m in films["mask"]
-    ]
-    known = {
-        "radiopaedia.org": "radiopaedia",
-        "eurorad.org": "eurorad",
-        "hannover": "hannover",
-        "sirm.org": "hannover",
-    }
-    place = films["source"].map(known).fillna("journals").to_numpy()
-    return _split(
-        _own_patients({c: table[place == c] for c in ("radiopaedia", "eurorad", "hannover", "journals")})
-    )
+    films, cohort = read_films(data)
+    class_of_finding = {}
+    for class_name, findings in FINDINGS.items():
+        class_of_finding.update(dict.fromkeys(findings, class_name))
+    cohort["finding"] = films["finding"].map(class_of_finding).to_numpy()
+    cohort["lung_mask"] = list_mask_paths(data / "cxr_cohen", films["mask"])
+    centre_of_film = films["source"].map(FINEGRAINED_CENTRES).fillna("journals").to_numpy()
+    cohorts = {}
+    for centre in ("radiopaedia", "eurorad", "hannover", "journals"):
+        cohorts[centre] = cohort[centre_of_film == centre]
+    return split_by_patient(separate_patients(cohorts))
 
 
-def triage_data(data: Path, out: Path) -> Rows:
-    """COVID-SemiSeg (98 slices, all infected, all with expert masks.
-
-    Its official test split; turned upright) and MosMed (924 studies' middle slices; infected or not, severity
-    CT-0 to 2, 50 with masks) as two centres by the hash of the study.
-    """
-    semi = data / "covid_semiseg"
-    upright = out / "upright"
-    rows = []
-    sets = {
-        "train": semi / "TrainingSet/LungInfection-Train/Doctor-label",
-        "test": semi / "TestingSet/LungInfection-Test",
-    }
-    for split, folder in sets.items():
-        for picture in sorted((folder / "Imgs").iterdir()):
-            mask = next((folder / "GT").glob(f"{picture.stem}.*"))
-            name = f"{split}-{picture.stem}"
-            turned = [
-                _turned(source, upright / kind / name)
-                for kind, source in (("image", picture), ("mask", mask))
-            ]
-            part = "val" if split == "train" and int(picture.stem) % 5 == 0 else split
-            rows.append(
-                {
-                    "scan": name,
-                    "path": turned[0],
-                    "patient": name,
-                    "split": part,
-                    "covid": 1.0,
-                    "lesion": turned[1],
-                }
-            )
-    centres = {"semiseg": pd.DataFrame(rows)}
-    manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv")
-    manifest = manifest[manifest["source"] == "mosmed"].reset_index(drop=True)
-    folder = data / "ct_multisource"
-    places = [_slice(folder / f, out / "slices" / Path(f).stem) for f in manifest["file"]]
-    masks = [str(folder / m) if isinstance(m, str) else np.nan for m in manifest["mask"]]
-    table = pd.DataFrame(
-        {
-            "scan": manifest["file"],
-            "path": places,
-            "patient": manifest["patient"].fillna(manifest["file"]),
-            "lesion": masks,
-        }
-    )
-    table["covid"], table["severity"] = (
-        manifest["label"].astype(float),
-        manifest["severity"].str[-1].astype(float),
-    )
-    table["window_low"], table["window_high"] = WINDOWS["mosmed"]
-    table["split"] = [assign_split(str(p)) for p in table["patient"]]
-    half = np.array(
-        [assign_split(str(p), seed=1, fractions=(0.5, 0.0, 0.5)) == "train" for p in table["patient"]]
-    )
-    return centres | {"mosmed_a": table[half], "mosmed_b": table[~half]}
-
-
-def _turned(source: Path, target: Path) -> str:
-    """COVID-SemiSeg's pictures lie on their side. A CT of one slice is a folder of one picture."""
-    image = cv2.imread(str(source), cv2.IMREAD_GRAYSCALE)
-    target.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(target / "slice.png"), cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE))
-    return str(target)
-
-
-def _slice(picture: Path, target: Path) -> str:
-    target.mkdir(parents=True, exist_ok=True)
-    link = target / f"slice{picture.suffix}"
-    if not link.is_symlink():
-        link.symlink_to(picture)
-    return str(target)
-
-
-def transfer_data(data: Path, out: Path) -> Rows:
-    """Soares and MosMed know the transition's label, UCSD (official split) the target's."""
-    manifest = pd.read_csv(data / "ct_multisource" / "manifest.csv", dtype={"label": float})
-    centres: Rows = {}
-    for centre, source in (("soares", "soares_saopaulo"), ("mosmed", "mosmed"), ("ucsd", "ucsd_covidct")):
-        rows = manifest[manifest["source"] == source].reset_index(drop=True)
-        places = [
-            _slice(data / "ct_multisource" / f, out / "slices" / f"{centre}-{k:04d}")
-            for k, f in enumerate(rows["file"])
-        ]
-        patients = rows["patient"].fillna(rows["file"])
-        splits = [
-            s if isinstance(s, str) else assign_split(str(p))
-            for p, s in zip(patients, rows["split"], strict=True)
-        ]
-        table = pd.DataFrame({"scan": rows["file"], "path": places, "patient": patients, "split": splits})
-        table["target" if centre == "ucsd" else "transition"] = rows["label"]
-        if centre in WINDOWS:
-            table["window_low"], table["window_high"] = WINDOWS[centre]
-        centres[centre] = table
-    return centres
-
-
-def _films(data: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_films(data: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The Cohen collection without lateral views: its manifest, and a cohort of it without labels."""
-    films = pd.read_csv(data / "cxr_cohen" / "manifest.csv", dtype={"patientid": str})
+    folder = data / "cxr_cohen"
+    films = pd.read_csv(folder / "manifest.csv", dtype={"patientid": str})
     films = films[films["view"] != "L"].reset_index(drop=True)
-    paths = [str(data / "cxr_cohen" / f) for f in films["file"]]
-    patients = films["patientid"].fillna(films["file"])
-    return films, pd.DataFrame(
-        {"path": paths, "scan": films["file"], "source": films["source"], "patient": patients}
-    )
-
-
-def _own_patients(centres: Rows) -> Rows:
-    """A publisher numbers its patients for itself."""
-    return {c: rows.assign(patient=[f"{c}-{p}" for p in rows["patient"]]) for c, rows in centres.items()}
-
-
-def _split(centres: Rows) -> Rows:
-    return {
-        c: rows.assign(split=[assign_split(str(p)) for p in rows["patient"]]) for c, rows in centres.items()
+    columns = {
+        "path": [str(folder / file) for file in films["file"]],
+        "scan": films["file"],
+        "source": films["source"],
+        "patient": films["patientid"].fillna(films["file"]),
     }
+    return films, pd.DataFrame(columns)
+
+
+def list_mask_paths(folder: Path, files: pd.Series[str]) -> list[str | float]:
+    """The path of each mask; NaN where there is none."""
+    return [str(folder / file) if isinstance(file, str) else np.nan for file in files]
+
+
+def separate_patients(cohorts: Cohorts) -> Cohorts:
+    """Put the centre before each patient's number, because every publisher has its own numbering."""
+    separated = {}
+    for centre, cohort in cohorts.items():
+        separated[centre] = cohort.assign(patient=[f"{centre}-{patient}" for patient in cohort["patient"]])
+    return separated
+
+
+def split_by_patient(cohorts: Cohorts) -> Cohorts:
+    split_cohorts = {}
+    for centre, cohort in cohorts.items():
+        split_cohorts[centre] = cohort.assign(split=hash_splits(cohort["patient"]))
+    return split_cohorts
+
+
+def hash_splits(patients: pd.Series[str]) -> list[str]:
+    return [assign_split(str(patient)) for patient in patients]
+
+
+# --- CT slices
+
+
+def make_triage_cohorts(data: Path, out: Path) -> Cohorts:
+    """COVID-SemiSeg (98 slices, all infected) and MosMed (924 studies' middle slices) as three centres.
+
+    COVID-SemiSeg has expert masks of all slices and its official test split. MosMed, divided in two by the
+    hash of the study, has whether a study is infected, its severity (CT-0 to CT-2), and 50 masks.
+    """
+    mosmed = make_mosmed_cohort(data, out)
+    is_first_half = []
+    for patient in mosmed["patient"]:
+        half = assign_split(str(patient), seed=1, fractions=(0.5, 0.0, 0.5))
+        is_first_half.append(half == "train")
+    in_first_half = np.array(is_first_half)
+    return {
+        "semiseg": make_semiseg_cohort(data, out),
+        "mosmed_a": mosmed[in_first_half],
+        "mosmed_b": mosmed[~in_first_half],
+    }
+
+
+def make_semiseg_cohort(data: Path, out: Path) -> pd.DataFrame:
+    folder = data / "covid_semiseg"
+    folders = {
+        "train": folder / "TrainingSet/LungInfection-Train/Doctor-label",
+        "test": folder / "TestingSet/LungInfection-Test",
+    }
+    rows = []
+    for split, split_folder in folders.items():
+        for picture in sorted((split_folder / "Imgs").iterdir()):
+            mask = next((split_folder / "GT").glob(f"{picture.stem}.*"))
+            name = f"{split}-{picture.stem}"
+            is_validation = split == "train" and int(picture.stem) % 5 == 0
+            row = {
+                "scan": name,
+                "path": rotate_upright(picture, out / "upright" / "image" / name),
+                "patient": name,
+                "split": "val" if is_validation else split,
+                "covid": 1.0,
+                "lesion": rotate_upright(mask, out / "upright" / "mask" / name),
+            }
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def make_mosmed_cohort(data: Path, out: Path) -> pd.DataFrame:
+    folder = data / "ct_multisource"
+    manifest = pd.read_csv(folder / "manifest.csv")
+    manifest = manifest[manifest["source"] == "mosmed"].reset_index(drop=True)
+    patients = manifest["patient"].fillna(manifest["file"])
+    window_low, window_high = WINDOWS["mosmed"]
+    columns = {
+        "scan": manifest["file"],
+        "path": [link_slice(folder / file, out / "slices" / Path(file).stem) for file in manifest["file"]],
+        "patient": patients,
+        "lesion": list_mask_paths(folder, manifest["mask"]),
+        "covid": manifest["label"].astype(float),
+        "severity": manifest["severity"].str[-1].astype(float),
+        "window_low": window_low,
+        "window_high": window_high,
+        "split": hash_splits(patients),
+    }
+    return pd.DataFrame(columns)
+
+
+def rotate_upright(picture: Path, folder: Path) -> str:
+    """Rotate a picture of COVID-SemiSeg, which lies on its side, into a folder of its own: a CT of one slice.
+
+    Returns the folder's path.
+    """
+    image = cv2.imread(str(picture), cv2.IMREAD_GRAYSCALE)
+    assert image is not None, picture
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / "slice.png"), cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE))
+    return str(folder)
+
+
+def make_transfer_cohorts(data: Path, out: Path) -> Cohorts:
+    """Soares and MosMed know the transition's label, UCSD (official split) the target's."""
+    folder = data / "ct_multisource"
+    manifest = pd.read_csv(folder / "manifest.csv", dtype={"label": float})
+    cohorts: Cohorts = {}
+    for centre in ("soares", "mosmed", "ucsd"):
+        rows = manifest[manifest["source"] == CENTRES[centre]].reset_index(drop=True)
+        paths = []
+        for number, file in enumerate(rows["file"]):
+            paths.append(link_slice(folder / file, out / "slices" / f"{centre}-{number:04d}"))
+        patients = rows["patient"].fillna(rows["file"])
+        splits = assign_splits(patients, rows["split"])
+        cohort = pd.DataFrame({"scan": rows["file"], "path": paths, "patient": patients, "split": splits})
+        label_column = "target" if centre == "ucsd" else "transition"
+        cohort[label_column] = rows["label"]
+        if centre in WINDOWS:
+            cohort["window_low"], cohort["window_high"] = WINDOWS[centre]
+        cohorts[centre] = cohort
+    return cohorts

@@ -1,29 +1,27 @@
-"""A training step of ours against the paper's own model class and loop, interleaved in one process.
-
-Images a CPU-second, and their ratio.
+"""Compare a training step with the multi-source paper's own model class and loop, in one process.
 
     git clone https://github.com/Purdue-M2/multisource-covid-ct PEER
     .venv/bin/python -m tests.benchmarks.training --peer PEER [--backbones resnet18:224,tf_efficientnet_b0:64]
     [--repeats 7] [--threads 1]
 
-Theirs: eight passes of the backbone, one a slice, in the data type and memory format of its code (on a CPU
-fp32), on slices ready in memory. Ours: client/training/trainer.py, its augmentation included, with what
-`stage.autotune=true` chooses. Weights are random: only time is looked at.
+Prints images a CPU-second of both, which take turns, and their ratio. Theirs: eight passes of the backbone,
+one a slice, in the data type and memory format of their code (on a CPU fp32), on slices ready in memory.
+Ours: client/training/trainer.py with its augmentation, in what `stage.autotune=auto` chooses. Weights are
+random, because only time is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import timm
@@ -37,111 +35,125 @@ from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
 from common.modeling.model import make_model
 from common.utils.errors import ConsiliumError
+from tests.benchmarks.measuring import format_header, format_row, time_call
 
-SCANS, SLICES = 4, 8
+SCANS = 4
+SLICES = 8
+COVID_LABELS = [0.0, 1.0] * (SCANS // 2)
+DEFAULT_BACKBONES = "test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64"
+Step = Callable[[], object]
 
 
-def peers(folder: Path, name: str) -> ModuleType:
-    """A module of the peer's package, on its own.
+def load_peer_module(folder: Path, name: str) -> Any:
+    """Load a module of the peer's package alone, because the package itself needs albumentations.
 
-    Its package wants albumentations. Raises ConsiliumError where it is not there.
+    Raises ConsiliumError if the folder is no clone of it.
     """
     path = folder / "source code" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConsiliumError(
-            f"{path} is not there; give --peer a clone of github.com/Purdue-M2/multisource-covid-ct"
+            f"{path} does not exist; give --peer a clone of github.com/Purdue-M2/multisource-covid-ct"
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def their_step(folder: Path, backbone: str, size: int) -> Callable[[], object]:
+def make_peer_step(folder: Path, backbone: str, size: int) -> Step:
     """One batch through the peer's `train_one_epoch`."""
-    model, engine, losses = (peers(folder, name) for name in ("model", "engine", "losses"))
-    model.timm = SimpleNamespace(
-        create_model=lambda _, pretrained, num_classes: timm.create_model(backbone, num_classes=num_classes)
-    )
-    network = model.MultiTaskEfficientNet(pretrained=False, num_sources=4)
-    covid, source = losses.build_criteria([0.25] * 4, "cpu")
-    slices = torch.rand(SCANS, SLICES, 1, size, size).expand(-1, -1, 3, -1, -1).contiguous()
-    loader = DataLoader(
-        TensorDataset(slices, torch.tensor([0.0, 1.0] * (SCANS // 2)), torch.arange(SCANS) % 4),
-        batch_size=SCANS,
-    )
+    model_module = load_peer_module(folder, "model")
+    engine = load_peer_module(folder, "engine")
+    losses = load_peer_module(folder, "losses")
+
+    def create_backbone(_: str, pretrained: bool, num_classes: int) -> torch.nn.Module:
+        return timm.create_model(backbone, num_classes=num_classes)
+
+    model_module.timm = SimpleNamespace(create_model=create_backbone)
     engine.tqdm = lambda batches, **_: batches
+    network = model_module.MultiTaskEfficientNet(pretrained=False, num_sources=4)
+    covid_loss, source_loss = losses.build_criteria([0.25] * 4, "cpu")
+    slices = torch.rand(SCANS, SLICES, 1, size, size).expand(-1, -1, 3, -1, -1).contiguous()
+    dataset = TensorDataset(slices, torch.tensor(COVID_LABELS), torch.arange(SCANS) % 4)
+    loader = DataLoader(dataset, batch_size=SCANS)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-4)
     scaler = torch.cuda.amp.GradScaler()
-    return lambda: engine.train_one_epoch(network, loader, optimiser, covid, source, scaler, "cpu", 0.5)
-
-
-def our_step(backbone: str, size: int, threads: int) -> tuple[Callable[[], object], str]:
-    """One batch through our `train`, and what was chosen for it."""
-    config = compose_config(
-        [
-            "federation=folder",
-            "federation.centres=[a,b,c,d]",
-            f"backbone.name={backbone}",
-            f"preprocess.image_size={size}",
-            f"stage.batch_size={SCANS}",
-            "stage.optimiser.name=adam",
-            "tasks.source.classes=[a,b,c,d]",
-            "tasks.source.head_update=local",
-        ]
+    return lambda: engine.train_one_epoch(
+        network, loader, optimiser, covid_loss, source_loss, scaler, "cpu", 0.5
     )
-    stage, tasks = config.stages["main"], config.tasks
-    pictures = [
-        np.random.default_rng(k).integers(0, 256, (SLICES, size, size), dtype=np.uint8) for k in range(SCANS)
+
+
+def draw_scans(size: int) -> ScanDataset:
+    slices = []
+    for seed in range(SCANS):
+        rng = np.random.default_rng(seed)
+        slices.append(rng.integers(0, 256, (SLICES, size, size), dtype=np.uint8))
+    targets = {"covid": np.array(COVID_LABELS), "source": np.arange(SCANS) % 4.0}
+    return ScanDataset(slices, targets, ["a"] * SCANS)
+
+
+def make_our_step(backbone: str, size: int, threads: int) -> tuple[Step, str]:
+    """One batch through our `train`, and the settings that were measured to be fastest for it."""
+    overrides = [
+        "federation=folder",
+        "federation.centres=[a,b,c,d]",
+        f"backbone.name={backbone}",
+        f"preprocess.image_size={size}",
+        f"stage.batch_size={SCANS}",
+        "stage.optimiser.name=adam",
+        "tasks.source.classes=[a,b,c,d]",
+        "tasks.source.head_update=local",
     ]
-    targets = {"covid": np.array([0.0, 1.0] * (SCANS // 2)), "source": np.arange(SCANS) % 4.0}
-    scans = ScanDataset(pictures, targets, ["a"] * SCANS)
+    config = compose_config(overrides)
+    tasks = config.tasks
+    scans = draw_scans(size)
+    site = Site(centre="a", device="cpu", threads=threads)
     with tempfile.TemporaryDirectory() as folder:
-        choice = autotune(
-            Site(centre="a", device="cpu", threads=threads), config, stage, tasks, scans, Path(folder)
-        )
-    stage = replace(stage, precision=choice.precision, channels_last=choice.channels_last)
+        settings = autotune(site, config, config.stages["main"], tasks, scans, Path(folder))
+    stage = replace(config.stages["main"], precision=settings.precision, channels_last=settings.channels_last)
     model = make_model(config.backbone, tasks, 1, stage.channels_last)
     (batch,) = iterate_batches(scans, tasks, stage, 1, 0)
-    return lambda: train(
-        model, [batch], TrainSpec(stage, tasks)
-    ), f"{choice.precision}{', channels-last' * choice.channels_last}"
+    description: str = settings.precision
+    if settings.channels_last:
+        description = f"{settings.precision}, channels-last"
+    return lambda: train(model, [batch], TrainSpec(stage, tasks)), description
 
 
-def cpu_seconds(step: Callable[[], object]) -> float:
-    """CPU-seconds of all threads."""
-    began = time.process_time()
-    step()
-    return time.process_time() - began
+def compare_steps(peer_step: Step, our_step: Step, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """The CPU-seconds [repeats] of each, in turns; a first step of each is not counted."""
+    peer_step()
+    our_step()
+    peer_seconds = np.empty(repeats)
+    our_seconds = np.empty(repeats)
+    for repeat in range(repeats):
+        peer_seconds[repeat] = time_call(peer_step).cpu
+        our_seconds[repeat] = time_call(our_step).cpu
+    return peer_seconds, our_seconds
 
 
 def main() -> None:
-    """The command; see the module docstring."""
+    """Run the command that the module's docstring describes."""
     parser = argparse.ArgumentParser(description="A training step against the multi-source paper's.")
-    parser.add_argument(
-        "--peer", type=Path, required=True, help="clone of github.com/Purdue-M2/multisource-covid-ct"
-    )
-    parser.add_argument(
-        "--backbones", default="test_resnet:96,resnet10t:64,resnet18:128,resnet18:224,tf_efficientnet_b0:64"
-    )
+    peer_help = "clone of github.com/Purdue-M2/multisource-covid-ct"
+    parser.add_argument("--peer", type=Path, required=True, help=peer_help)
+    parser.add_argument("--backbones", default=DEFAULT_BACKBONES, help="backbone:pixels, comma-separated")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # the peer's loop asks for CUDA's autocast
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(arguments.threads)
     images = SCANS * SLICES
-    print(f"| backbone:pixels | theirs, images a CPU-second | ours | ours in | ratio |\n{'|---' * 5}|")
-    for named in given.backbones.split(","):
-        backbone, size = named.split(":")
-        theirs, (ours, chosen) = (
-            their_step(given.peer, backbone, int(size)),
-            our_step(backbone, int(size), given.threads),
-        )
-        theirs(), ours()
-        pairs = [(cpu_seconds(theirs), cpu_seconds(ours)) for _ in range(given.repeats)]
-        a, b = (statistics.median(p[k] for p in pairs) for k in (0, 1))
-        ratio = statistics.median(p[0] / p[1] for p in pairs)
-        print(f"| {named} | {images / a:.0f} | {images / b:.0f} | {chosen} | {ratio:.1f} |", flush=True)
+    titles = ["backbone:pixels", "theirs, images a CPU-second", "ours", "ours in", "ratio"]
+    print(format_header(titles))
+    for backbone_and_size in arguments.backbones.split(","):
+        backbone, size = backbone_and_size.split(":")
+        peer_step = make_peer_step(arguments.peer, backbone, int(size))
+        our_step, settings = make_our_step(backbone, int(size), arguments.threads)
+        peer_seconds, our_seconds = compare_steps(peer_step, our_step, arguments.repeats)
+        peer_rate = f"{images / np.median(peer_seconds):.0f}"
+        our_rate = f"{images / np.median(our_seconds):.0f}"
+        ratio = f"{np.median(peer_seconds / our_seconds):.1f}"
+        print(format_row([backbone_and_size, peer_rate, our_rate, settings, ratio]), flush=True)
 
 
 if __name__ == "__main__":

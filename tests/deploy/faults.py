@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from server.ledger.ledger import Ledger
-from tests.deploy.processes import (
+from tests.deploy.postgresql_server import run_postgresql
+from tests.deploy.process_group import (
     ProcessGroup,
     find_free_port,
     list_processes,
     open_process_group,
-    postgresql,
-    start_centre,
-    start_federation,
-    start_superlink,
     wait_until,
 )
+from tests.deploy.processes import start_centre, start_federation, start_superlink
 
 CENTRES = ["north", "east", "south", "west"]
 PHANTOM = [
@@ -230,7 +228,7 @@ def deploy_federation(folder: Path) -> Iterator[Federation]:
 
     Prints the table of noted outcomes in the end.
     """
-    with postgresql() as (ledger_address, control_database), open_process_group(folder) as processes:
+    with run_postgresql() as (ledger_address, control_database), open_process_group(folder) as processes:
         operator, proxy_port = start_federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=ledger_address)
         federation = Federation(
             processes, folder, proxy_port, find_free_port(), operator, ledger_address, control_database

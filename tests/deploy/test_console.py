@@ -17,21 +17,20 @@ import yaml
 
 from server.ledger.audit_trail import first_broken_link
 from server.ledger.ledger import Ledger
+from tests.deploy.commands import run_server_command
 from tests.deploy.faults import BUSY, PHANTOM
-from tests.deploy.processes import (
+from tests.deploy.postgresql_server import run_postgresql
+from tests.deploy.process_group import (
     BIN,
     ROOT,
     ProcessGroup,
     find_free_port,
     list_processes,
     open_process_group,
-    postgresql,
-    run_server_command,
-    start_centre,
-    start_federation,
     wait_until,
     wait_until_healthy,
 )
+from tests.deploy.processes import start_centre, start_federation
 
 pytestmark = [
     pytest.mark.slow,
@@ -93,7 +92,7 @@ class Console(NamedTuple):
 def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
     """Two hospitals, a coordinator, and the operator anna logged in to its console."""
     folder = tmp_path_factory.mktemp("console")
-    with postgresql() as (address, _), open_process_group(folder) as processes:
+    with run_postgresql() as (address, _), open_process_group(folder) as processes:
         operator, port = start_federation(processes, CENTRES, PHANTOM, CONSILIUM_LEDGER=address)
         for name in CENTRES:
             hospital = folder / "hospitals" / name

@@ -19,7 +19,8 @@ import yaml
 
 from client.tools.doctor import run_checks
 from server.operations.provision import provision_federation
-from tests.deploy.processes import find_free_port, unpack_kit
+from tests.deploy.process_group import find_free_port
+from tests.deploy.processes import unpack_kit
 
 LEVELS = ["ok", "warning", "fault"]
 

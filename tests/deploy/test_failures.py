@@ -1,8 +1,9 @@
 """Failures of a deployed federation, done to real processes one after another.
 
 No failure loses the run, and the ledger says what happened. Four provisioned centres over TLS with node
-authentication: north, east and south reach the proxy directly, west through a relay that can be cut. The ledger
-is a PostgreSQL server, so one must be installed. The tests with `long_run` are rounds of one run, in this order.
+authentication: north, east and south reach the proxy directly, west through a relay that can be cut. The
+ledger is a PostgreSQL server, so one must be installed. The tests with `long_run` are rounds of one run, in
+this order.
 """
 
 from __future__ import annotations
@@ -21,16 +22,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
+from tests.deploy.commands import run_centre_command, run_server_command
 from tests.deploy.faults import BUSY, CENTRES, ROUND_TIMEOUT, Federation, deploy_federation
-from tests.deploy.processes import (
-    ROOT,
-    list_processes,
-    run_centre_command,
-    run_server_command,
-    start_centre,
-    start_nginx,
-    start_superexec,
-)
+from tests.deploy.process_group import ROOT, list_processes
+from tests.deploy.processes import start_centre, start_nginx, start_superexec
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 ROUNDS = 60  # of the long run, which goes on while a centre is away: a few seconds a round on a fast machine
@@ -63,7 +58,7 @@ def read_model(federation: Federation, run_id: str) -> bytes:
 def test_twice_resumed_run_has_the_undisturbed_runs_weights(
     federation: Federation, undisturbed_model: bytes
 ) -> None:
-    """Once the coordinator's app is killed, and once the SuperLink is away for so long that it gives it up."""
+    """Once the coordinator's app is killed; once the SuperLink is away until it has given up the run."""
     run_id = federation.start_run("stage.rounds=2")
     federation.wait_until_training(run_id, "south")  # the stage's start is round 0
     [app] = list_processes(federation.processes.pid("superexec"), "flwr-serverapp")
@@ -172,9 +167,7 @@ def test_run_survives_a_superlink_that_is_restarted_at_once(federation: Federati
     assert {"paused", "failed"}.isdisjoint(federation.read_event_kinds(long_run))
 
 
-def test_round_closes_without_a_centre_slower_than_the_timeout(
-    federation: Federation, long_run: str
-) -> None:
+def test_round_closes_without_a_centre_slower_than_the_timeout(federation: Federation, long_run: str) -> None:
     round_number = federation.wait_until_training(long_run, "east")
     warm_processes = list_processes(federation.processes.pid("east"), "warm.py")
     for process in [*federation.list_client_apps("east"), *warm_processes]:

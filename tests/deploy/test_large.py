@@ -1,9 +1,9 @@
 """A model of 256 MB at four centres for three rounds, over TLS and with the SuperLink's database on disk.
 
-The shapes are EfficientNet-B7's. Nothing may be lost to the database's lock. The coordinator's process may hold
-less than three models beyond what it holds after all imports; without compression less than five, because
-Flower alone holds a contribution three times. The traffic does not depend on what is learnt: each centre trains
-one step on one small scan.
+The shapes are EfficientNet-B7's. Nothing may be lost to the database's lock. The coordinator's process may
+hold less than three models beyond what it holds after all imports; without compression less than five,
+because Flower alone holds a contribution three times. The traffic does not depend on what is learnt: each
+centre trains one step on one small scan.
 """
 
 from __future__ import annotations
@@ -20,14 +20,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from server.rounds.run_lifecycle import open_ledger
-from tests.deploy.processes import (
-    ProcessGroup,
-    list_processes,
-    open_process_group,
-    run_server_command,
-    start_centre,
-    start_federation,
-)
+from tests.deploy.commands import run_server_command
+from tests.deploy.process_group import ProcessGroup, list_processes, open_process_group
+from tests.deploy.processes import start_centre, start_federation
 
 pytestmark = [pytest.mark.slow, pytest.mark.deploy]
 CENTRES = ["north", "east", "south", "west"]
@@ -100,7 +95,7 @@ def test_large_model_loses_no_contribution_and_fits_in_memory(
     model_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors)
     rounds = json.loads((run_dir / "metrics.json").read_text())["stages"][0]["rounds"][1:]
     print_costs(compression, seconds, rounds, growth, model_bytes)
-    assert growth.anonymous < max_models * model_bytes
+    assert growth.anonymous < max_models * model_bytes, growth
 
 
 class Memory(NamedTuple):
@@ -161,9 +156,7 @@ class MemoryWatch:
         self.is_stopped.set()
         self.thread.join()
         assert self.first is not None, "the coordinator's app was never seen"
-        return Memory(
-            self.peak.anonymous - self.first.anonymous, self.peak.resident - self.first.resident
-        )
+        return Memory(self.peak.anonymous - self.first.anonymous, self.peak.resident - self.first.resident)
 
 
 def read_memory(pid: int) -> Memory | None:

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from server.ledger.tables import schema
-from tests.deploy import processes
+from tests.deploy.postgresql_server import run_postgresql
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def database() -> Iterator[str]:
     """The address of a server that is started for the tests and ends with them."""
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.skip("no PostgreSQL server is installed")
-    with processes.postgresql() as (address, _):
+    with run_postgresql() as (address, _):
         yield address
 
 

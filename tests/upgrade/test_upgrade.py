@@ -24,7 +24,7 @@ from client.ingest.pseudonyms import load_site_key, make_patient_pseudonym, make
 from client.site.config import Site, parse_site
 from client.site.egress_log import read_entries, record_reply
 from client.site.policy import load_policy
-from client.site.privacy_budget import check_affordable, read_charges, record_charge
+from client.site.privacy_budget import cached_reply, check_affordable, read_charges, record_charge
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
 from common.config.schema import Config
@@ -152,6 +152,15 @@ def test_new_charge_is_made_on_top_of_what_was_spent(north: Site) -> None:
     assert after["charges"][:-1] == before["charges"]
     assert after["cohorts"] == before["cohorts"]
     assert len(charges) == len(after["charges"])
+
+
+def test_reply_of_an_interrupted_round_is_not_sent_again_without_a_charge(north: Site) -> None:
+    """0.1.0 kept its last reply for the very same request, which this version words differently."""
+    config = compose_config(PRIVATE_SETTINGS)
+    account = open_privacy_account(make_context(north, config))
+    request = TrainRequest("paused-patient", config_to_dict(config), "main", 1, weights=NO_WEIGHTS)
+    assert (STATE / "budget/last.safetensors").exists()
+    assert cached_reply(account, request) is None
 
 
 @pytest.mark.parametrize(("limit", "is_allowed"), [(200, True), (25, False)])

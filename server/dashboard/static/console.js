@@ -1,5 +1,6 @@
 "use strict";
-// Pages that change by themselves: when the ledger has grown, the page fetches itself and puts the parts marked data-swap, and the figures, in place.
+// Pages that update themselves: when the ledger has grown, the page fetches itself anew and replaces its
+// figures and the parts that are marked data-swap.
 const hidden = new Set();
 
 function figures() {
@@ -54,7 +55,7 @@ function follow() {
     busy = false;
   };
   source.onopen = () => { line.textContent = "" };
-  source.onerror = () => { line.textContent = "not connected: what is shown may be old" };
+  source.onerror = () => { line.textContent = "connection lost: this page may be out of date" };
 }
 
 document.querySelectorAll(".legend button").forEach(b => b.addEventListener("click", () => {

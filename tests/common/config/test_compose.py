@@ -7,14 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from common.config.compose import (
-    CONFIG_DIR,
-    compose_config,
-    config_to_dict,
-    parse_config,
-    stage_tasks,
-    prepare_config,
-)
+from common.config.compose import CONFIG_DIR, compose_config, prepare_config
+from common.config.normalise import stage_tasks
+from common.config.parse import config_to_dict, parse_config
 from common.config.schema import Config, EvaluationConfig, Stage, Task
 from common.utils.errors import ConsiliumError
 

@@ -83,7 +83,7 @@ def downgrade(values: dict[str, Any]) -> dict[str, Any]:
                 "."
             )[2]
             for old_text, new_text in RENAMED_VALUES.items():
-                old_key, _, old_value = old_text.partition("=")
+                _, _, old_value = old_text.partition("=")
                 new_key, _, new_value = new_text.partition("=")
                 if new_key == generic and value == old_values.get(new_value, new_value):
                     value = old_value

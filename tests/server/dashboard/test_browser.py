@@ -22,7 +22,7 @@ import pytest
 
 from server.dashboard import accounts
 from server.rounds.run_lifecycle import open_ledger
-from tests.deploy.processes import find_free_port, wait_until
+from tests.deploy.process_group import find_free_port, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'consilium[dev]'")
 axe = pytest.importorskip(

@@ -22,7 +22,7 @@ from server.dashboard.launcher import LaunchedProcess
 from server.ledger.audit_trail import first_broken_link
 from server.ledger.ledger import ArtifactKind, Ledger
 from server.run.outcome import Outcome, write_outcome
-from tests.deploy.processes import postgresql
+from tests.deploy.postgresql_server import run_postgresql
 from tests.server.dashboard.console_client import (
     CENTRES,
     PAGES,
@@ -269,7 +269,7 @@ def test_pending_run_is_shown_until_the_ledger_has_it(ledger: Ledger, tmp_path: 
     reason="no PostgreSQL here: apt install postgresql",
 )
 def test_pages_commands_and_audit_trail_work_on_postgresql(tmp_path: Path) -> None:
-    with postgresql() as (address, _):
+    with run_postgresql() as (address, _):
         ledger = Ledger(address)
         add_run(ledger, "r")
         add_rounds(ledger, "r", CENTRES, 5)

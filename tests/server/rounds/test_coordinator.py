@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_finished_run_leaves_results_and_ledger_rows(phantom: Path, tmp_path: Pa
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert metrics["test"]["covid"]["centres"].keys() == {"north", "east", "south", "west"}
     assert result_to_dict(parse_result(metrics)) == metrics
+    jsonschema.validate(metrics, json.loads((ROOT / "docs" / "metrics.schema.json").read_text()))
     rounds = result.stages[0].rounds
     assert [record.round for record in rounds] == [0, 1, 2]
     assert sum(rounds[1].weights["backbone"].values()) == pytest.approx(1)

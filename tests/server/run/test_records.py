@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -73,6 +74,12 @@ def test_schema_describes_the_metrics_file() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(to_json_values(make_result()), schema)
     assert schema["$id"] == f"consilium/metrics.json/{SCHEMA_VERSION}"
+
+
+def test_published_schema_is_the_generated_one() -> None:
+    """Write it again with `python -m server.run.records > docs/metrics.schema.json`."""
+    published = Path(__file__).parents[3] / "docs" / "metrics.schema.json"
+    assert json.loads(published.read_text()) == metrics_schema()
 
 
 @pytest.mark.parametrize(("key", "value"), [("status", "half done"), ("stages", [{}]), ("seed", None)])
