@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.ingest.cli import ingest
+from client.tools import commands
 from common.utils.cli_main import print_plain, run_app
 from common.utils.errors import ConsiliumError
 from common.utils.hash_chain import GENESIS_HASH
@@ -37,8 +38,6 @@ Overrides = Annotated[
     typer.Option("--set", "-s", help="e.g. -s preprocess.selection=zquantile -s backbone=small"),
 ]
 Workers = Annotated[int, typer.Option(help="processes that read scans")]
-SiteFile = Annotated[Path, typer.Option(help="site.yaml")]
-AuthorityFile = Annotated[Path, typer.Option(help="ca.crt of the kit")]
 
 
 @app.command()
@@ -212,66 +211,9 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
     print_plain(console, f"code installed here: {fingerprint_code()}")
 
 
-@app.command()
-def key(
-    path: Annotated[
-        Path, typer.Argument(help="file for the private key; its public part gets the same name with .pub")
-    ],
-) -> None:
-    """Make this centre's own key. The private part stays here; send the public part to the coordinator."""
-    from common.utils.node_keys import extract_public_key, generate_key, key_fingerprint
-
-    generate_key(path)
-    public_key = extract_public_key(path)
-    public_path = path.with_name(f"{path.name}.pub")
-    public_path.write_text(f"{public_key}\n")
-    typer.echo(public_key)
-    typer.echo(
-        f"send {public_path} to the coordinator, and read {key_fingerprint(public_key)} to them by "
-        "telephone; "
-        f"{path} stays here",
-        err=True,
-    )
-
-
-@app.command()
-def doctor(
-    site: SiteFile = Path("/etc/consilium/site.yaml"),
-    coordinator: Annotated[
-        str, typer.Option(envvar="CONSILIUM_COORDINATOR", help="its address, host:port")
-    ] = "",
-    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
-    key: Annotated[Path, typer.Option(help="this centre's private key")] = Path("/run/secrets/key"),
-) -> None:
-    """Check everything that a run needs here, and name the remedies.
-
-    The exit status is 1 if there is a fault.
-    """
-    from client.tools.doctor import run_checks
-    from common.utils.checks import print_results
-
-    print_results(run_checks(site, coordinator, ca, key))
-
-
-@app.command()
-def metrics(
-    site: SiteFile = Path("/etc/consilium/site.yaml"),
-    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
-    out: Annotated[
-        Path | None,
-        typer.Option(help="a file for node_exporter's textfile collector, *.prom; default: print them"),
-    ] = None,
-) -> None:
-    """Print this centre's own metrics for its Prometheus: what left, privacy spent, disk, certificate."""
-    from client.site.config import parse_site
-    from client.tools.prometheus import render_metrics
-    from common.utils.atomic_files import atomic_write
-
-    text = render_metrics(parse_site({"site": str(site)}), ca)
-    if out:
-        atomic_write(out, text)
-    else:
-        typer.echo(text.decode(), nl=False)
+app.command()(commands.key)
+app.command()(commands.doctor)
+app.command()(commands.metrics)
 
 
 def main() -> None:

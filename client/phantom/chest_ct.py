@@ -18,6 +18,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from client.phantom.scanner import Scanner, image_by_scanner
+
 Rng = np.random.Generator
 AIR_HU = -1000
 FAT_HU = -95
@@ -40,22 +42,6 @@ class GroundTruth:
     # [Z, N, N] uint8: 0 none, 1 the patient's right lung, 2 the left one. Lesions belong to their lung.
     lungs: np.ndarray
     lesion: np.ndarray  # [Z, N, N] bool
-
-
-@dataclass(frozen=True)
-class Scanner:
-    """How one centre's scanner images a chest."""
-
-    manufacturer: str
-    field_of_view: float  # mm
-    slice_spacing: float  # mm between slices
-    noise_sd: float  # HU, standard deviation before the kernel
-    kernel_strength: float  # below 0: pixels of Gaussian blur; above 0: strength of sharpening
-    hu_offset: float  # HU
-    patient_shift: tuple[float, float]  # mm (y, x) of the patient off the centre
-    rotation: float  # degrees
-    feet_first: bool = False  # mirrored rows, slice order against z
-    rle_compressed: bool = False
 
 
 class Grid(NamedTuple):
@@ -112,7 +98,7 @@ def draw_chest(
     trachea_slices = (body.lung_height > 0.55) & (body.lung_height < 1.0)
     trachea = x**2 + (y - 0.1 * body.half_depth) ** 2 < 8**2
     hu[trachea_slices] = np.where(trachea, TRACHEA_HU, hu[trachea_slices])
-    voxels = _image_by_scanner(visit_rng, hu, scanner)
+    voxels = image_by_scanner(visit_rng, hu, scanner)
     return voxels, GroundTruth(lungs.sides * lungs.mask, (lesion > 0.1) & lungs.mask)
 
 
@@ -291,17 +277,3 @@ def _place_spot(
     centre = (grid.x[rows[k], columns[k]], grid.y[rows[k], columns[k]], grid.t[z[k]])
     radii = rng.uniform(*radius_range, 2)
     return np.array([[*centre, *radii, rng.uniform(0.06, 0.15), strength]])
-
-
-def _image_by_scanner(rng: Rng, hu: np.ndarray, scanner: Scanner) -> np.ndarray:
-    """Add the scanner's noise, then its kernel, so that the noise has the kernel's grain.
-
-    Returns int16 HU.
-    """
-    noise_sd = scanner.noise_sd * rng.uniform(0.8, 1.25)
-    hu += noise_sd * rng.standard_normal(hu.shape, dtype=np.float32)
-    strength = scanner.kernel_strength
-    for z in range(len(hu)):
-        soft = cv2.GaussianBlur(hu[z], (0, 0), max(0.5, -strength))
-        hu[z] = soft if strength < 0 else hu[z] + strength * (hu[z] - soft)
-    return np.clip(np.rint(hu + scanner.hu_offset), -1024, 3071).astype(np.int16)

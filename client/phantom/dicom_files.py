@@ -17,7 +17,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from client.phantom.chest_ct import Scanner
+from client.phantom.scanner import Scanner
 
 LOWEST_SLICE_Z = -150.0  # mm, of a CT's lowest slice
 UidParts = tuple[object, ...]  # what the identifiers are made from

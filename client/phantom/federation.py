@@ -42,6 +42,7 @@ DRAWING_MODULES = (
     "federation.py",
     "labels.py",
     "profiles.py",
+    "scanner.py",
 )
 CHEST_HEIGHT = 300.0  # mm of a chest on its radiograph; a CT of few slices would make a flat one
 REPEAT_RATE = 1 / 15  # of scans that are a patient's second

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from client.phantom.chest_ct import Scanner
+from client.phantom.scanner import Scanner
 from common.config.schema import PhantomConfig
 
 MIN_SCANS = {"train": 4, "val": 3, "test": 3}  # of each class

@@ -41,7 +41,6 @@ METRIC_COLUMNS = {
     "brier": MetricColumn("Brier score"),
     "loss": MetricColumn("loss"),
 }
-METRIC_NAMES = {metric: column.name for metric, column in METRIC_COLUMNS.items()}
 
 
 class View(StrEnum):

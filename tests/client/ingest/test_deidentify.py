@@ -25,9 +25,9 @@ from client.ingest.deidentify import (
 )
 from client.ingest.pseudonyms import load_site_key, make_patient_pseudonym, make_pseudonym, make_uid
 from client.ingest.selection import StudyFilter
-from client.phantom.chest_ct import Scanner
 from client.phantom.dicom_files import write_ct_series, write_radiograph
 from client.phantom.profiles import CENTRE_PROFILES
+from client.phantom.scanner import Scanner
 from common.utils.errors import ConsiliumError
 from tests.client.planted import find_signs, plant, read_uids
 

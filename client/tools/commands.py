@@ -1,0 +1,70 @@
+"""Commands of `consilium-centre` for the hospital's IT department: its key, a self-check, its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SiteFile = Annotated[Path, typer.Option(help="site.yaml")]
+AuthorityFile = Annotated[Path, typer.Option(help="ca.crt of the kit")]
+
+
+def key(
+    path: Annotated[
+        Path, typer.Argument(help="file for the private key; its public part gets the same name with .pub")
+    ],
+) -> None:
+    """Make this centre's own key. The private part stays here; send the public part to the coordinator."""
+    from common.utils.node_keys import extract_public_key, generate_key, key_fingerprint
+
+    generate_key(path)
+    public_key = extract_public_key(path)
+    public_path = path.with_name(f"{path.name}.pub")
+    public_path.write_text(f"{public_key}\n")
+    typer.echo(public_key)
+    typer.echo(
+        f"send {public_path} to the coordinator, and read {key_fingerprint(public_key)} to them by "
+        "telephone; "
+        f"{path} stays here",
+        err=True,
+    )
+
+
+def doctor(
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
+    coordinator: Annotated[
+        str, typer.Option(envvar="CONSILIUM_COORDINATOR", help="its address, host:port")
+    ] = "",
+    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
+    key: Annotated[Path, typer.Option(help="this centre's private key")] = Path("/run/secrets/key"),
+) -> None:
+    """Check everything that a run needs here, and name the remedies.
+
+    The exit status is 1 if there is a fault.
+    """
+    from client.tools.doctor import run_checks
+    from common.utils.checks import print_results
+
+    print_results(run_checks(site, coordinator, ca, key))
+
+
+def metrics(
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
+    ca: AuthorityFile = Path("/etc/consilium/ca.crt"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="a file for node_exporter's textfile collector, *.prom; default: print them"),
+    ] = None,
+) -> None:
+    """Print this centre's own metrics for its Prometheus: what left, privacy spent, disk, certificate."""
+    from client.site.config import parse_site
+    from client.tools.prometheus import render_metrics
+    from common.utils.atomic_files import atomic_write
+
+    text = render_metrics(parse_site({"site": str(site)}), ca)
+    if out:
+        atomic_write(out, text)
+    else:
+        typer.echo(text.decode(), nl=False)
