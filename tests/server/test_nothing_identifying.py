@@ -69,9 +69,12 @@ def test_no_identifier_reaches_the_coordinator_or_a_log(
 
     scores_handler = query_handlers.QUERY_HANDLERS["scores"]
 
+    # Not a literal where it is raised: a traceback shows the source line.
+    planted_text = f"{SECRETS[0]} in {homes}/south/MRN0815"
+
     def fail_at_south(context: QueryContext) -> Sums:
         if "south" in context.datasets["val"].centres:
-            raise RuntimeError(f"DOE^JANE in {homes}/south/MRN0815")
+            raise RuntimeError(planted_text)
         return scores_handler(context)
 
     monkeypatch.setitem(query_handlers.QUERY_HANDLERS, "scores", fail_at_south)

@@ -1,4 +1,4 @@
-"""Nothing of a hospital's is lost by upgrading from 0.1.0: what that version wrote is used as it is."""
+"""A hospital's policy, privacy budget and egress log of 0.1.0 keep their force after the upgrade."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
-from client.cli import app
-from client.data.cluster_label_store import load_cluster_labels
-from client.data.cohort import load_cohort
 from client.federation.privacy_plan import open_privacy_account
 from client.federation.run_context import RunContext
-from client.federation.secure_sum_store import SumId, load_state, record_opening
-from client.imaging.slice_metadata import SliceMetadata
-from client.imaging.slice_store import SliceStore
-from client.ingest.pseudonyms import load_site_key, make_patient_pseudonym, make_pseudonym
 from client.site.config import Site, parse_site
 from client.site.egress_log import read_entries, record_reply
 from client.site.policy import load_policy
@@ -28,7 +19,6 @@ from client.site.privacy_budget import cached_reply, check_affordable, read_char
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
 from common.config.schema import Config
-from common.modeling.model_file import load_model_file
 from common.modeling.parameters import Weights
 from common.privacy.accountant import Charge, compute_epsilon
 from common.protocol.messages import JoinRequest, Refusal, TrainRequest
@@ -36,52 +26,14 @@ from common.utils.errors import ConsiliumError, PermanentlyRefused
 from server.ledger.ledger import Ledger
 from server.rounds.run_lifecycle import start_run
 from tests.in_process_federation import InProcess
+from tests.upgrade.recorded_hospital import RECORDED_SETTINGS, STATE, call_centre_command
 
-STATE = Path("hospital_north/state")
-RUNS = Path("coordinator/runs")
-# The settings of the recorded runs, under their present keys.
-PREPROCESSING = [
-    "preprocess.image_size=16",
-    "preprocess.num_slices=2",
-    "preprocess.selection=even",
-    "preprocess.crop=none",
-]
-RECORDED_SETTINGS = [
-    "recipe=multisource",
-    "federation=folder",
-    "federation.centres=[north,east]",
-    "federation.join_timeout=1",
-    "federation.round_retries=0",
-    "federation.quorum=0.3",
-    "backbone.name=tiny_net",
-    *PREPROCESSING,
-    "stage.rounds=1",
-    "stage.local_epochs=1",
-    "stage.batch_size=4",
-    "stage.precision=fp32",
-    "stage.tasks=[covid]",
-    "evaluation.histogram_bins=8",
-    "evaluation.image_statistics=false",
-]
 NO_WEIGHTS = Weights(np.empty(0, np.float32), np.empty(0, np.int64))
 PRIVATE_SETTINGS = [*RECORDED_SETTINGS, "privacy=patient", "privacy.epsilon=8"]
 
 
-def call_centre_command(*arguments: str) -> str:
-    """Run `consilium-centre` and return what it prints, as one line."""
-    outcome = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert outcome.exit_code == 0, outcome.output
-    return " ".join(outcome.output.split())
-
-
 def make_context(site: Site, config: Config) -> RunContext:
     return RunContext(site, config, load_policy(site.policy), "new")
-
-
-def snapshot(folder: Path, pattern: str) -> dict[str, tuple[int, bytes]]:
-    """{file: when it was written, its content}."""
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 # --- site.yaml and policy.yaml
@@ -211,104 +163,3 @@ def test_metrics_of_the_centre_count_messages_of_both_versions(north: Site) -> N
     assert "consilium_centre_egress_chain_whole 1.0" in printed
     (epsilon,) = re.findall(r"consilium_centre_privacy_epsilon ([0-9.]+)", printed)
     assert float(epsilon) > 20
-
-
-# --- ingest
-
-
-def test_ingest_finds_its_studies_present_under_the_same_pseudonyms(north: Site) -> None:
-    key = (STATE / "ingest/key").read_bytes()
-    journal = (STATE / "ingest/journal.jsonl").read_bytes()
-    images = snapshot(Path("hospital_north/data/dicom"), "*.dcm")
-    table = load_cohort(Path("hospital_north/data"), "north")
-    command = ["--site", "hospital_north/site.yaml", "--labels", "hospital_north/labels.csv", "--quiet", "0"]
-    printed = call_centre_command("ingest", *command)
-    assert "0 studies added, 2 already present" in printed
-    assert (STATE / "ingest/key").read_bytes() == key
-    assert (STATE / "ingest/journal.jsonl").read_bytes() == journal
-    assert snapshot(Path("hospital_north/data/dicom"), "*.dcm") == images
-    pd.testing.assert_frame_equal(load_cohort(Path("hospital_north/data"), "north"), table)
-
-
-def test_pseudonyms_are_those_of_the_recorded_mapping(north: Site) -> None:
-    key = load_site_key(STATE / "ingest")
-    mapping = pd.read_csv(STATE / "ingest/mapping.csv", dtype=str)
-    assert len(mapping) == 12
-    for row in mapping.to_dict("records"):
-        study = row["StudyInstanceUID"]
-        assert make_pseudonym(key, "study", study) == row["scan"]
-        assert make_patient_pseudonym(key, row["PatientID"], study) == row["patient"]
-
-
-# --- slices
-
-
-def test_no_slice_is_computed_anew(north: Site) -> None:
-    before = snapshot(STATE / "slices", "*.npy") | snapshot(STATE / "slices", "*.json")
-    assert len(before) == 24
-    settings = [part for override in PREPROCESSING for part in ("-s", override)]
-    printed = call_centre_command(
-        "preprocess", "hospital_north/data", "--state", str(STATE), *settings, "-s", "preprocess.modality=CT"
-    )
-    assert "12 of 12 scans are ready" in printed
-    assert snapshot(STATE / "slices", "*.npy") | snapshot(STATE / "slices", "*.json") == before
-
-
-def test_metadata_beside_the_slices_is_read(north: Site) -> None:
-    store = SliceStore(STATE / "slices")
-    for path in sorted((STATE / "slices").glob("*/*.json")):
-        metadata = SliceMetadata.from_json(store.read_metadata(path.stem))
-        assert len(metadata.indices) == len(metadata.areas) == 2
-        assert metadata.geometry is not None
-        assert metadata.geometry.modality == "CT"
-        assert store.get(path.stem) is not None
-
-
-# --- what runs left at the hospital
-
-
-def test_cluster_labels_are_found_by_slice_key(north: Site) -> None:
-    keys = [path.stem for path in sorted((STATE / "slices").glob("*/*.npy"))]
-    labels = load_cluster_labels(STATE, "paused-transfer-soft", keys)
-    recorded_labels = json.loads((STATE / "labels/paused-transfer-soft.json").read_text())
-    assert len(recorded_labels) == np.isfinite(labels).sum() == 12
-    assert dict(zip(keys, labels, strict=True)) == recorded_labels
-
-
-def test_opened_secure_sum_is_not_opened_again_among_others(north: Site) -> None:
-    work_dir = STATE / "secagg/paused-secagg/train"
-    survivors = record_opening(work_dir, SumId.parse("train/main/1/0123"), ["east", "north"])
-    assert survivors == ["east", "north", "south"]
-
-
-def test_interrupted_secure_sum_is_recognised(north: Site) -> None:
-    state = load_state(STATE / "secagg/paused-secagg/train")
-    assert state is not None
-    assert state.sum_id.startswith("train/main/2/")
-
-
-@pytest.mark.parametrize("run_id", ["finished", "finished-personal"])
-def test_saved_model_predicts_as_it_did(north: Site, run_id: str) -> None:
-    """With `--personal` by the hospital's own layers, which exist nowhere else."""
-    personal = STATE / "personal" / run_id
-    options = ["--personal", str(personal)] if personal.exists() else []
-    model = RUNS / run_id / "model.safetensors"
-    call_centre_command(
-        *["predict", str(model), "hospital_north/data/dicom", "--out", "new.csv", "--device", "cpu"],
-        *["--state", str(STATE), *options],
-    )
-    expected = pd.read_csv(f"predictions/{run_id}.csv", dtype=str).set_index("scan").sort_index()
-    predicted = pd.read_csv("new.csv", dtype=str).set_index("scan").sort_index()
-    pd.testing.assert_frame_equal(
-        predicted[expected.columns].drop(columns="covid"), expected.drop(columns="covid")
-    )
-    np.testing.assert_allclose(predicted["covid"].astype(float), expected["covid"].astype(float), atol=2e-6)
-    slice_keys = sorted(path.stem for path in (STATE / "slices").rglob("*.npy"))
-    assert slice_keys == Path("predictions/slice_keys.txt").read_text().split()  # that 0.1.0 would find
-
-
-def test_configuration_inside_a_saved_model_is_read_under_the_present_keys(recorded: Path) -> None:
-    _, config = load_model_file(RUNS / "finished/model.safetensors")
-    assert config.tasks["covid"].type == "binary"
-    assert config.preprocess.num_slices == 2
-    assert config.stages["main"].batch_size == 4

@@ -1,4 +1,4 @@
-"""Masks: reading, cropping to the kept slices, storing beside them, and writing over the scan."""
+"""Masks: reading, telling the lungs' sides apart, cropping to the kept slices, and writing over the scan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import cv2
 import nibabel
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,39 +17,14 @@ from client.imaging.lung_segmentation import label_sides
 from client.imaging.mask_files import write_nifti_mask
 from client.imaging.masks import (
     crop_to_slices,
-    find_lung_mask,
     read_lung_mask,
     read_mask,
     resize_to_scan,
 )
-from client.imaging.preprocess import load_masks, preprocess_cohort
 from client.imaging.readers import Volume, read_scan
-from client.imaging.slice_pipeline import letterbox, select_and_crop
-from client.imaging.slice_store import SliceStore
-from client.phantom.chest_ct import Scanner
-from client.phantom.dicom_files import write_ct_series
-from common.config.schema import PreprocessConfig
+from client.imaging.slice_pipeline import letterbox
 from common.utils.errors import ConsiliumError
-
-
-def write_series(folder: Path, Z: int = 14, N: int = 96, flipped: bool = False) -> Path:
-    """Write a DICOM series: a box-shaped body, two lungs (the right one larger), a dense spot in the left."""
-    voxels = np.full((Z, N, N), -1000, np.int16)
-    voxels[:, 20:76, 8:88] = 40
-    voxels[2:-2, 30:68, 14:46] = -850  # at the image's left: the right lung
-    voxels[2:-2, 34:64, 54:78] = -850
-    voxels[5:8, 40:48, 60:70] = -100
-    folder.mkdir(parents=True)
-    scanner = Scanner("Test", 360.0, 5.0, 0, 0, 0, (0, 0), 0, feet_first=flipped)
-    write_ct_series(folder, voxels, scanner, ("test", folder.name), "P", np.random.default_rng(0))
-    return folder
-
-
-def write_full_mask(mask: np.ndarray, like: Volume, path: Path) -> Path:
-    write_nifti_mask(
-        path, mask.astype(np.float32), np.arange(len(mask)), (0, mask.shape[1], 0, mask.shape[2]), like, 0.5
-    )
-    return path
+from tests.client.imaging.masked_series import write_full_mask, write_series
 
 
 def test_masks_are_binarised_by_file_type(tmp_path: Path) -> None:
@@ -188,127 +162,6 @@ def test_written_mask_lies_over_dicom_scan_in_millimetres(tmp_path: Path, flippe
     # LPS by hand: column 64.5 of 96 lies (64.5 - 47.5) * 3.75 mm to the left, row 43.5 15 mm to the front.
     # RAS turns both signs.
     np.testing.assert_allclose(centre[:3], [-17 * 3.75, 4 * 3.75, -150 + 6 * 5], atol=1e-3)
-
-
-def test_preprocessing_stores_masks_and_leaves_slices_unchanged(tmp_path: Path) -> None:
-    volume = read_scan(write_series(tmp_path / "a"))
-    spot = ((volume.voxels > -200) & (volume.voxels < 0)).astype(np.uint8)
-    for name in "bcd":
-        write_series(tmp_path / name)
-    write_full_mask(spot, volume, tmp_path / "a.nii.gz")
-    write_full_mask(
-        spot[:-1],
-        Volume(volume.voxels[:-1], volume.spacing, volume.positions[:-1], "CT"),
-        tmp_path / "short.nii.gz",
-    )
-    cohort = pd.DataFrame({"path": list("abcd"), "lesion": ["a.nii.gz", None, "short.nii.gz", "gone.png"]})
-    preprocess, store = (
-        PreprocessConfig(image_size=64, num_slices=6, selection="even"),
-        SliceStore(tmp_path / "store"),
-    )
-    keys_without_masks, _ = preprocess_cohort(cohort, tmp_path, preprocess, store, show_progress=False)
-    stored = {f: f.stat().st_mtime_ns for f in store.folder.glob("*/*.npy")}
-    keys, skipped = preprocess_cohort(
-        cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lesion", "lungs"]
-    )
-    assert keys == keys_without_masks
-    assert all(f.stat().st_mtime_ns == t for f, t in stored.items())
-    assert [(Path(s.path).name, s.reason.split(": ")[0]) for s in skipped] == [
-        ("short.nii.gz", "the mask in column 'lesion'"),
-        ("gone.png", "the mask in column 'lesion'"),
-    ]
-    assert "it has 13 slices of 96 x 96 pixels, its scan 14" in skipped[0].reason
-    assert "it is not there" in skipped[1].reason
-
-    lesion, *others = load_masks(store, cohort, tmp_path, keys, "lesion", preprocess)
-    assert others == [None, None, None]
-    result = select_and_crop(volume, preprocess)
-    assert lesion is not None
-    assert lesion.any()
-    assert np.array_equal(lesion, crop_to_slices(spot, result.indices, result.crop_box, 64))
-    lungs = load_masks(store, cohort, tmp_path, keys, "lungs", preprocess)
-    assert all(m is not None and np.array_equal(np.unique(m), [0, 1, 2]) for m in lungs)
-    assert np.count_nonzero(lungs[0] == 1) > 1.3 * np.count_nonzero(
-        lungs[0] == 2
-    )  # the right one is the larger
-
-    before = len(list(store.folder.glob("*/*.npy")))
-    write_full_mask(
-        np.roll(spot, 2, axis=1), volume, tmp_path / "a.nii.gz"
-    )  # another mask: only it is made anew
-    assert (
-        preprocess_cohort(
-            cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lesion", "lungs"]
-        )[0]
-        == keys_without_masks
-    )
-    assert len(list(store.folder.glob("*/*.npy"))) == before + 1
-    reread = load_masks(store, cohort, tmp_path, keys, "lesion", preprocess)[0]
-    assert reread is not None
-    assert not np.array_equal(reread, lesion)
-    assert load_masks(store, cohort, tmp_path, [""] * 4, "lungs", preprocess) == [None] * 4
-
-    several = SliceStore(tmp_path / "several")
-    assert (
-        preprocess_cohort(
-            cohort,
-            tmp_path,
-            preprocess,
-            several,
-            num_workers=2,
-            show_progress=False,
-            mask_columns=["lesion", "lungs"],
-        )[0]
-        == keys
-    )
-    for one, other in zip(
-        lungs, load_masks(several, cohort, tmp_path, keys, "lungs", preprocess), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_lung_crop_uses_cohort_mask_resized_to_scan(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    cv2.imwrite(str(tmp_path / "x.png"), rng.integers(90, 200, (200, 300)).astype(np.uint8))
-    lungs = np.zeros((400, 600), np.uint8)  # of the picture before it was made smaller
-    lungs[120:300, 100:240], lungs[120:300, 320:500] = 255, 255
-    cv2.imwrite(str(tmp_path / "lungs.png"), lungs)
-    cv2.imwrite(str(tmp_path / "odd.png"), lungs[:, :500])
-    cohort = pd.DataFrame({"path": ["x.png"] * 3, "lungs": ["lungs.png", "odd.png", None]})
-    store, crop = SliceStore(tmp_path / "store"), PreprocessConfig(image_size=64, crop="lungs")
-    keys, skipped = preprocess_cohort(
-        cohort, tmp_path, crop, store, show_progress=False, mask_columns=["lungs"]
-    )
-    assert len(set(keys)) == 3
-    assert store.read_metadata(keys[0])["box"] == [50, 160, 40, 260]  # the mask's and 10 pixels
-    assert any("cannot be used" in note for note in store.read_metadata(keys[1])["notes"])
-    assert [Path(s.path).name for s in skipped] == ["odd.png"]
-    masks = load_masks(store, cohort, tmp_path, keys, "lungs", crop)
-    assert masks[1] is None
-    assert masks[2] is None  # noise has no lungs
-    assert masks[0] is not None
-    assert np.array_equal(np.unique(masks[0]), [0, 1])  # of a radiograph the sides are not told apart
-    assert np.count_nonzero(masks[0]) == pytest.approx(90 * 160 * (64 / 220) ** 2, rel=0.05)
-    body = PreprocessConfig(image_size=64)
-    assert (
-        len(set(preprocess_cohort(cohort, tmp_path, body, store, show_progress=False)[0])) == 1
-    )  # another crop does not look at them
-
-
-def test_single_ct_slice_is_not_segmented_as_radiograph(tmp_path: Path) -> None:
-    volume = read_scan(write_series(tmp_path / "a"))
-    cv2.imwrite(
-        str(tmp_path / "s.png"), np.clip((volume.voxels[4].astype(int) + 1000) / 5, 0, 255).astype(np.uint8)
-    )
-    cohort = pd.DataFrame({"path": ["s.png"], "modality": ["CT"]})
-    preprocess, store = PreprocessConfig(image_size=96, crop="none"), SliceStore(tmp_path / "store")
-    keys, _ = preprocess_cohort(
-        cohort, tmp_path, preprocess, store, show_progress=False, mask_columns=["lungs"]
-    )
-    mask_read = load_masks(store, cohort, tmp_path, keys, "lungs", preprocess)[0]
-    truth = find_lung_mask(volume, True)[4]
-    assert mask_read is not None
-    assert np.mean(mask_read[0] == truth) > 0.98
 
 
 def test_mask_of_other_shape_is_refused() -> None:
