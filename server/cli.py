@@ -129,10 +129,10 @@ def show_run(
     """Show a run's status now: stage, round, every centre with its state and numbers, the last events."""
     from server.monitoring import terminal
 
-    book = open_ledger(resolve_runs_dir(runs), ledger)
+    run_ledger = open_ledger(resolve_runs_dir(runs), ledger)
     list_nodes = _make_node_lister(superlink, ca)
     nodes = list_nodes() if list_nodes else None
-    rich_console.print(terminal.render_status(book, terminal.resolve_run(book, run_id), nodes))
+    rich_console.print(terminal.render_status(run_ledger, terminal.resolve_run(run_ledger, run_id), nodes))
 
 
 @app.command("watch")
@@ -146,10 +146,10 @@ def watch_run(
     """Show a run's status, live, until it ends or waits for a person. Ctrl-C does not stop the run."""
     from server.monitoring import terminal
 
-    book = open_ledger(resolve_runs_dir(runs), ledger)
-    run_id = terminal.resolve_run(book, run_id)["id"]
+    run_ledger = open_ledger(resolve_runs_dir(runs), ledger)
+    run_id = terminal.resolve_run(run_ledger, run_id)["id"]
     with contextlib.suppress(KeyboardInterrupt):
-        terminal.watch_status(book, run_id, _make_node_lister(superlink, ca), rich_console)
+        terminal.watch_status(run_ledger, run_id, _make_node_lister(superlink, ca), rich_console)
 
 
 @app.command()
@@ -164,8 +164,8 @@ def metrics(
     from server.operations.superlink import read_certificate_expiries
 
     expiries = read_certificate_expiries(superlink, ca) if superlink else {}
-    book = open_ledger(resolve_runs_dir(runs), ledger)
-    typer.echo(render_metrics(book, _make_node_lister(superlink, ca), expiries).decode(), nl=False)
+    run_ledger = open_ledger(resolve_runs_dir(runs), ledger)
+    typer.echo(render_metrics(run_ledger, _make_node_lister(superlink, ca), expiries).decode(), nl=False)
 
 
 @app.command("export")
@@ -189,10 +189,10 @@ def export_run(
     from server.reporting.export import EXPORTERS
 
     run_dir = find_run_dir(resolve_runs_dir(runs), run_id)
-    book = open_ledger(resolve_runs_dir(runs), ledger)
+    run_ledger = open_ledger(resolve_runs_dir(runs), ledger)
     if to not in EXPORTERS:
         raise ConsiliumError(f"--to {to} is not a format{suggest(to, EXPORTERS)}")
-    typer.echo(EXPORTERS[to](run_dir, book, out))
+    typer.echo(EXPORTERS[to](run_dir, run_ledger, out))
 
 
 app.command()(operator_commands.backup)

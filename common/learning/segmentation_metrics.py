@@ -58,18 +58,18 @@ def compute_overlap_sums(predicted: NDArray[Any], mask: NDArray[np.uint8], thres
     Raises:
         ConsiliumError: The prediction for a scan with a mask is NaN.
     """
-    known = flatten_rows(mask != UNKNOWN_PIXEL)
-    has_mask = known.any(1)
-    known = known[has_mask]
+    has_label = flatten_rows(mask != UNKNOWN_PIXEL)
+    has_mask = has_label.any(1)
+    has_label = has_label[has_mask]
     true = flatten_rows(mask == 1)[has_mask]
     called = flatten_rows(np.asarray(predicted))[has_mask]
     if called.dtype != bool:
         check_not_nan(called)
         called = called >= threshold
 
-    tp = _count_pixels(called & true & known)
-    fp = _count_pixels(called & ~true & known)
-    fn = _count_pixels(~called & true & known)
+    tp = _count_pixels(called & true & has_label)
+    fp = _count_pixels(called & ~true & has_label)
+    fn = _count_pixels(~called & true & has_label)
     size = 2 * tp + fp + fn
     dice = np.where(size > 0, 2 * tp / np.maximum(size, 1), 1.0)
     affected = tp + fn > 0
@@ -133,9 +133,9 @@ def compute_joint_histogram(a: NDArray[Any], b: NDArray[Any], edges_a: Array, ed
     """
     a = np.asarray(a, np.float64).ravel()
     b = np.asarray(b, np.float64).ravel()
-    known = ~(np.isnan(a) | np.isnan(b))
-    bins_a = np.searchsorted(edges_a[1:-1], a[known], side="right")
-    bins_b = np.searchsorted(edges_b[1:-1], b[known], side="right")
+    has_both = ~(np.isnan(a) | np.isnan(b))
+    bins_a = np.searchsorted(edges_a[1:-1], a[has_both], side="right")
+    bins_b = np.searchsorted(edges_b[1:-1], b[has_both], side="right")
     joint = np.zeros((len(edges_a) - 1, len(edges_b) - 1))
     np.add.at(joint, (bins_a, bins_b), 1)
     return joint

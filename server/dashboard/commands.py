@@ -69,15 +69,15 @@ def account(
     """Manage who may use the console. A new account's password is random and printed once."""
     from server.dashboard import accounts
 
-    book = open_ledger(resolve_runs_dir(runs), ledger)
+    run_ledger = open_ledger(resolve_runs_dir(runs), ledger)
     actor = f"{getpass.getuser()} at the coordinator"
     if action == "add":
-        password = accounts.create_account(book, name, role, actor, by_proxy)
+        password = accounts.create_account(run_ledger, name, role, actor, by_proxy)
         typer.echo(f"{name}, {role}: password {password}" if password else f"{name}, {role}, by the proxy")
     elif action == "close":
-        accounts.disable_account(book, name, actor)
+        accounts.disable_account(run_ledger, name, actor)
     elif action == "list":
-        for row in book.read_accounts():
+        for row in run_ledger.read_accounts():
             typer.echo(f"{row['name']}  {row['role']}")
     else:
         raise ConsiliumError(f"account {action}: use add, close or list")

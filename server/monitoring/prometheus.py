@@ -128,7 +128,7 @@ def collect_centre_metrics(ledger: Ledger, run_id: str, list_nodes: NodeLister |
 def _state_metrics(centres: list[CentreHealth]) -> list[Metric]:
     up = make_gauge("centre_up", "1: connected (deployed), or replied when last asked (simulation)", "centre")
     state = make_gauge("centre_state", "1 for the state that the centre is in", "centre", "state")
-    seen = make_gauge(
+    last_seen = make_gauge(
         "centre_last_seen_timestamp_seconds", "when the centre last gave a sign of life", "centre"
     )
     for centre in centres:
@@ -136,8 +136,8 @@ def _state_metrics(centres: list[CentreHealth]) -> list[Metric]:
         for name in CentreState:
             state.add_metric([centre.centre, name], centre.state is name)
         if centre.last_seen:
-            seen.add_metric([centre.centre], centre.last_seen.timestamp())
-    return [up, state, seen]
+            last_seen.add_metric([centre.centre], centre.last_seen.timestamp())
+    return [up, state, last_seen]
 
 
 def _report_metrics(centres: list[CentreHealth]) -> list[Metric]:

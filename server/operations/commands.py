@@ -11,7 +11,7 @@ from common.utils.checks import print_results
 from server.command_options import AuthorityOption, LedgerOption, RunsOption, SuperLinkOption
 from server.rounds.run_lifecycle import open_ledger, resolve_ledger_address, resolve_runs_dir
 
-CentresFolder = Path("/etc/centres")
+CENTRES_FOLDER = Path("/etc/centres")
 
 
 def backup(
@@ -97,7 +97,7 @@ def provision(
 
 
 def admit(
-    centres: Annotated[Path, typer.Argument(help="folder of the centres' public keys")] = CentresFolder,
+    centres: Annotated[Path, typer.Argument(help="folder of the centres' public keys")] = CENTRES_FOLDER,
     superlink: SuperLinkOption = "localhost:8000",
     ca: AuthorityOption = Path("ca.crt"),
 ) -> None:
@@ -112,7 +112,7 @@ def doctor(
     public: Annotated[
         str, typer.Option(help="the address that hospitals reach, host:port; checks what can be seen there")
     ] = "",
-    centres: Annotated[Path, typer.Option(help="folder of the centres' public keys")] = CentresFolder,
+    centres: Annotated[Path, typer.Option(help="folder of the centres' public keys")] = CENTRES_FOLDER,
     runs: RunsOption = "",
     superlink: SuperLinkOption = "localhost:8000",
     ca: AuthorityOption = Path("ca.crt"),

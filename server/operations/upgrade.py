@@ -98,9 +98,9 @@ def _upgrade_ledger(old_address: str, new_address: str) -> Iterator[str]:
 
 def _replace_sqlite_ledger(path: Path) -> Iterator[str]:
     """Put the migrated ledger in the place of the old file, which gets the suffix `.0.1.0`."""
-    kept = path.with_name(path.name + KEPT_SUFFIX)
-    if kept.exists() and not kept.samefile(path):  # the same: an interrupted upgrade kept it
-        raise ConsiliumError(f"{kept} exists already; move it away and repeat the upgrade")
+    old_copy = path.with_name(path.name + KEPT_SUFFIX)
+    if old_copy.exists() and not old_copy.samefile(path):  # the same: an interrupted upgrade kept it
+        raise ConsiliumError(f"{old_copy} exists already; move it away and repeat the upgrade")
     part = path.with_name(f".{path.name}.upgrade")
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(_remove_sqlite_file, part)
@@ -118,7 +118,7 @@ def _replace_sqlite_ledger(path: Path) -> Iterator[str]:
             os.replace(part, path)
         except OSError as error:
             raise ConsiliumError(f"the ledger {path} cannot be replaced: {error.strerror}") from error
-    yield f"{num_rows} rows of the ledger migrated; the old ledger is {kept}"
+    yield f"{num_rows} rows of the ledger migrated; the old ledger is {old_copy}"
     yield audit_sentence
 
 
@@ -203,6 +203,6 @@ def _replace_file(path: Path, text: str) -> None:
 
 def _keep_old_file(path: Path) -> None:
     """Give a file of 0.1.0 a second name, under which it stays when the first one is replaced."""
-    kept = path.with_name(path.name + KEPT_SUFFIX)
-    if not kept.exists():  # else an interrupted upgrade kept it
-        os.link(path, kept)
+    old_copy = path.with_name(path.name + KEPT_SUFFIX)
+    if not old_copy.exists():  # else an interrupted upgrade kept it
+        os.link(path, old_copy)

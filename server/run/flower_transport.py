@@ -117,9 +117,9 @@ class FlowerTransport:
             time.sleep(DISCOVERY_INTERVAL)
 
     def _ask_new_nodes(self, request: Request, pending: dict[str, int]) -> None:
-        asked = {*self.directory.node_ids.values(), *pending.values(), *self.directory.ineligible}
+        known_node_ids = {*self.directory.node_ids.values(), *pending.values(), *self.directory.ineligible}
         for node in self._online_nodes():
-            if node not in asked:
+            if node not in known_node_ids:
                 pending[self._push_message(request, node, JOIN_MESSAGE_TTL)] = node
 
     def _receive_joins(self, pending: dict[str, int]) -> Iterator[ReceivedReply]:
