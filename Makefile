@@ -13,7 +13,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 # What the phantom needs of the overrides: where it is, how large, and how its scans are preprocessed.
 PREPARE = -s 'recipe=$(RECIPE)' $(foreach o,$(filter federation.phantom% federation.data_root% preprocess% backbone%,$(OVERRIDES)),-s '$(o)')
 
-.PHONY: simulate compare test deploy-test lint resume clean
+.PHONY: simulate compare test deploy-test mutants lint resume clean
 
 simulate: .venv/ready  ## four made-up hospitals, one model, by `flwr run`
 	@case " $(OVERRIDES)" in *" federation="*) ;; *) $(PY)/consilium-centre phantom $(PREPARE) ;; esac
@@ -31,6 +31,9 @@ test: .venv/ready lint  ## lint, types, walls, tests
 
 deploy-test: .venv/ready  ## end-to-end deployment tests, as processes and as containers
 	$(PY)/pytest -m deploy -p no:xdist -rs tests/deploy
+
+mutants: .venv/ready  ## break the code on purpose, and see that the tests notice
+	$(PY)/python -m tests.tools.mutants
 
 lint: .venv/ready
 	$(PY)/ruff format --check .
