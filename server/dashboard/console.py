@@ -14,6 +14,7 @@ from server.dashboard.events import VersionedCache
 from server.dashboard.launcher import Launcher
 from server.ledger.ledger import Ledger
 from server.monitoring.health import SuperLinkNode
+from server.monitoring.run_history import RoundCache
 
 NodeLister = Callable[[], list[SuperLinkNode]]
 ExpiryReader = Callable[[], dict[str, datetime]]  # {certificate: when it expires}
@@ -37,6 +38,7 @@ class ConsoleContext:
     launcher: Launcher
     deployment: Deployment = field(default_factory=Deployment)
     page_cache: VersionedCache = field(default_factory=VersionedCache)
+    round_cache: RoundCache = field(default_factory=RoundCache)
 
     @property
     def list_nodes(self) -> NodeLister | None:

@@ -219,7 +219,8 @@ def show_learning(request: Request, run: str) -> Response:
     page = open_run_page(request, run)
 
     def compute_view() -> dict[str, Any]:
-        rounds, step = run_history.load_rounds(page.ledger, page.run_id, MAX_ROUNDS_READ)
+        cache = page.console.round_cache
+        rounds, step = run_history.load_rounds(page.ledger, page.run_id, MAX_ROUNDS_READ, cache)
         return {"step": step, **learning_view(page.ledger, page.row, rounds)}
 
     view = page.get_or_compute("learning", compute_view)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
@@ -19,6 +20,7 @@ from server.reporting.scores import choose_task_metric, view_value
 from server.run.records import RoundRecord, TaskScores, parse_task_scores
 
 RoundKey = tuple[str, int]  # stage, round
+AttemptKey = tuple[str, int, int]  # stage, round, attempt
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,57 @@ def _make_point(key: RoundKey, scores: TaskScores, metric: str) -> ScorePoint:
     )
 
 
-def load_rounds(ledger: Ledger, run_id: str, max_rounds: int) -> tuple[list[NumberedRound], int]:
+class RoundCache:
+    """Keeps the rounds that were read last of a few runs: a closed round's rows never change."""
+
+    def __init__(self, max_runs: int = 4) -> None:
+        self.max_runs = max_runs
+        self._attempts: dict[str, Mapping[AttemptKey, RoundRecord]] = {}  # {run id: ...}
+        self._lock = threading.Lock()
+
+    def get(self, run_id: str) -> Mapping[AttemptKey, RoundRecord]:
+        """Return what is kept of a run."""
+        with self._lock:
+            return self._attempts.get(run_id, {})
+
+    def put(self, run_id: str, records: Mapping[AttemptKey, RoundRecord]) -> None:
+        """Keep these rounds of a run, and of the other runs only those that were put last."""
+        with self._lock:
+            self._attempts.pop(run_id, None)
+            self._attempts[run_id] = records
+            while len(self._attempts) > self.max_runs:
+                del self._attempts[next(iter(self._attempts))]
+
+
+def load_rounds(
+    ledger: Ledger, run_id: str, max_rounds: int, cache: RoundCache
+) -> tuple[list[NumberedRound], int]:
     """Read about `max_rounds` of a run's rounds: every `step`th, and the first and the last of each stage.
 
+    Only rounds that the cache lacks are read from the tables of one row a centre.
+
     Returns:
-        The rounds, numbered over all rounds of the run, and the step.
+        The rounds, numbered over all rounds of the run, and the step. Their records are shared: not to be
+        changed.
     """
     rows = ledger.read_rounds(run_id)
     step = max(1, math.ceil(len(rows) / max_rounds))
-    reader = _RoundReader(ledger, run_id, reads_all=step == 1)
+    cached = cache.get(run_id)
+    reader = _RoundReader(ledger, run_id)
+    records: dict[AttemptKey, RoundRecord] = {}
+    rounds = []
     for index in select_indices([row["stage"] for row in rows], step):
-        reader.add_round(index + 1, rows[index])
-    reader.read_contributions()
-    reader.read_weights()
-    reader.read_scores()
-    return reader.rounds, step
+        row = rows[index]
+        key = (row["stage"], row["round"], row["attempt"])
+        records[key] = cached[key] if key in cached else reader.add_round(row)
+        rounds.append(NumberedRound(index + 1, row["stage"], row["round"], records[key]))
+    reader.reads_all = len(reader.records) == len(rows)
+    if reader.records:
+        reader.read_contributions()
+        reader.read_weights()
+        reader.read_scores()
+    cache.put(run_id, records)
+    return rounds, step
 
 
 @dataclass
@@ -92,17 +130,16 @@ class _RoundReader:
 
     ledger: Ledger
     run_id: str
-    reads_all: bool  # the rounds are all that the run has
-    rounds: list[NumberedRound] = field(default_factory=list)
+    reads_all: bool = False  # the rounds are all that the run has
     records: dict[RoundKey, RoundRecord] = field(default_factory=dict)  # of the rounds
     attempts: dict[RoundKey, int] = field(default_factory=dict)  # the last of each round
 
-    def add_round(self, number: int, row: Row) -> None:
-        """Add a round to read; its row is from the table `rounds`."""
+    def add_round(self, row: Row) -> RoundRecord:
+        """Add a round to read; its row is from the table `rounds`. Returns its record, still to be filled."""
         key = (row["stage"], row["round"])
         self.records[key] = RoundRecord(row["round"], row["seconds"])
         self.attempts[key] = row["attempt"]
-        self.rounds.append(NumberedRound(number, row["stage"], row["round"], self.records[key]))
+        return self.records[key]
 
     def read_contributions(self) -> None:
         """Read what the centres contributed to each round."""
