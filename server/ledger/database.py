@@ -18,6 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, Operationa
 
 from common.utils.errors import ConsiliumError
 from server.ledger import tables
+from server.ledger.append_only import protect_tables
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +76,14 @@ class Database:
                     f"the ledger {self.address} has schema version {version}, and this program needs version "
                     f"{tables.SCHEMA_VERSION}; use the version of consilium that wrote it"
                 )
+            created = protect_tables(connection)
+            if created:
+                log.warning(
+                    "the ledger %s lacked triggers that refuse changes, and has them again: %s; an earlier "
+                    "version made fewer, otherwise somebody removed them",
+                    self.address,
+                    ", ".join(created),
+                )
         elif tables.runs.name in table_names:
             raise ConsiliumError(
                 f"the ledger {self.address} was written by version 0.1.0; migrate it with "
@@ -84,6 +93,7 @@ class Database:
             tables.schema.create_all(connection)
             row = {"time": datetime.now(UTC), "version": tables.SCHEMA_VERSION}
             connection.execute(tables.schema_version.insert(), row)
+            protect_tables(connection)
 
     def close(self) -> None:
         """Close all connections: a SQLite ledger is a single file afterwards."""

@@ -1,7 +1,7 @@
 """The ledger's tables: facts about runs, and what people did and may do. Rows are added and never changed.
 
-`id` counts in the order of writing. Triggers in the database itself refuse UPDATE and DELETE, so that no
-program, ours or another, edits history unseen.
+`id` counts in the order of writing. Triggers in the database itself refuse every change of a row
+(server/ledger/append_only.py), so that no program, ours or another, edits history unseen.
 """
 
 from __future__ import annotations
@@ -184,36 +184,3 @@ artifacts = _define_run_table(
     sa.Column("kind", sa.String, nullable=False),  # server.ledger.ledger.ArtifactKind
     sa.Column("content", _JSON_TYPE, nullable=False),
 )
-
-APPEND_ONLY_ERROR = "the ledger is append-only"
-_POSTGRESQL_FUNCTION = f"""
-CREATE OR REPLACE FUNCTION consilium_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN RAISE EXCEPTION '{APPEND_ONLY_ERROR}'; END $$
-"""
-_POSTGRESQL_TRIGGER = """
-CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
-FOR EACH STATEMENT EXECUTE FUNCTION consilium_refuse()
-"""
-_SQLITE_TRIGGER = f"""
-CREATE TRIGGER {{table}}_no_{{statement}} BEFORE {{statement}} ON {{table}}
-BEGIN SELECT RAISE(ABORT, '{APPEND_ONLY_ERROR}'); END
-"""
-
-
-def _execute_on(table: sa.Table, event: str, dialect: str, statement: str) -> None:
-    ddl = sa.DDL(statement).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
-    sa.event.listen(table, event, ddl)
-
-
-def _add_triggers() -> None:
-    for table in schema.tables.values():
-        # Every table has the statement, which replaces the function, so that none depends on the order of
-        # creation.
-        _execute_on(table, "before_create", "postgresql", _POSTGRESQL_FUNCTION)
-        _execute_on(table, "after_create", "postgresql", _POSTGRESQL_TRIGGER.format(table=table.name))
-        for statement in ("UPDATE", "DELETE"):
-            trigger = _SQLITE_TRIGGER.format(table=table.name, statement=statement)
-            _execute_on(table, "after_create", "sqlite", trigger)
-
-
-_add_triggers()

@@ -23,7 +23,7 @@ def open_engine(address: str) -> sa.Engine:
     return sa.create_engine(address.replace("postgresql:", "postgresql+psycopg:"))
 
 
-def test_the_database_itself_refuses_changes(address: str) -> None:
+def fill_every_table(address: str) -> Ledger:
     ledger = start_run(address)
     ledger.add_centre("r1", "north", {})
     ledger.add_artifact("r1", ArtifactKind.IMAGE_STATISTICS, {"area": {}})
@@ -31,17 +31,108 @@ def test_the_database_itself_refuses_changes(address: str) -> None:
     ledger.log_audit("ada", "start", "a trial", "r1")
     ledger.add_account("ada", "operator", None)
     close_round(ledger, 1)
+    return ledger
+
+
+def read_all_tables(engine: sa.Engine) -> dict[str, list[tuple[object, ...]]]:
+    with engine.connect() as connection:
+        return {
+            table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(table.c.id))]
+            for table in schema.tables.values()
+        }
+
+
+def require_refusal(engine: sa.Engine, statements: list[str]) -> None:
+    """Each statement must be refused, and no table may differ afterwards."""
+    before = read_all_tables(engine)
+    for statement in statements:
+        with pytest.raises(sa.exc.SQLAlchemyError, match="append-only"), engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+    assert read_all_tables(engine) == before
+
+
+def test_the_database_itself_refuses_changes(address: str) -> None:
+    ledger = fill_every_table(address)
     engine = open_engine(address)
     for table in schema.tables.values():
-        statements = [f"UPDATE {table.name} SET id = id", f"DELETE FROM {table.name}"]
+        columns = ", ".join(f'"{column.name}"' for column in table.columns)
+        copy = f"INTO {table.name} ({columns}) SELECT {columns} FROM {table.name} WHERE TRUE"
+        statements = [
+            f"UPDATE {table.name} SET id = id",
+            f"DELETE FROM {table.name}",
+            f"INSERT {copy} ON CONFLICT (id) DO UPDATE SET id = excluded.id",
+        ]
         if engine.name == "postgresql":
             statements.append(f"TRUNCATE {table.name} CASCADE")
-        for statement in statements:
-            with pytest.raises(sa.exc.SQLAlchemyError, match="append-only"), engine.begin() as connection:
-                connection.execute(sa.text(statement))
+        else:
+            statements += [
+                f"UPDATE OR REPLACE {table.name} SET id = id",
+                f"REPLACE {copy}",
+                *(f"INSERT OR {policy} {copy}" for policy in ("REPLACE", "IGNORE", "FAIL", "ROLLBACK")),
+            ]
+        require_refusal(engine, statements)
     engine.dispose()
     assert ledger.read_status("r1") == "started"
     assert len(ledger.read_rounds("r1")) == 1
+
+
+def test_sqlite_refuses_to_replace_a_row_by_another_key(tmp_path: Path) -> None:
+    """Beside its id a row has other unique keys, and a hidden number where its id is a text."""
+    address = f"sqlite:///{tmp_path}/ledger.db"
+    fill_every_table(address).close()
+    engine = open_engine(address)
+    rounds = "INSERT OR REPLACE INTO rounds (run_id, stage, round, attempt, started, seconds, close_reason)"
+    runs = "INSERT OR REPLACE INTO runs (rowid, id, created, recipe, mode, config, code_fingerprint)"
+    hashes = "previous_hash, entry_hash"
+    audit = f"INSERT OR REPLACE INTO audit (time, actor, action, run_id, centre, reason, {hashes})"
+    require_refusal(
+        engine,
+        [
+            f"{rounds} SELECT run_id, stage, round, attempt, started, 0, 'never' FROM rounds",
+            f"{runs} SELECT rowid, 'other', created, recipe, mode, config, code_fingerprint FROM runs",
+            f"{audit} SELECT time, 'eve', action, run_id, centre, reason, {hashes} FROM audit",
+        ],
+    )
+    engine.dispose()
+
+
+def test_sqlite_refuses_a_row_in_the_past(tmp_path: Path) -> None:
+    """A gap is not filled, and the number that stands for "not set" before an insertion is not used up."""
+    address = f"sqlite:///{tmp_path}/ledger.db"
+    ledger = start_run(address)
+    engine = open_engine(address)
+    insert = "INSERT INTO events (id, run_id, time, kind, detail) VALUES ({}, 'r1', '2026-01-01', 'note', '')"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(insert.format(100))
+    account = "INSERT INTO accounts (id, time, name, role) VALUES (-1, '2026-01-01', 'eve', 'viewer')"
+    require_refusal(engine, [*(insert.format(number) for number in (50, 0, -1)), account])
+    engine.dispose()
+    ledger.log_event("r1", "finished")
+    assert ledger.read_status("r1") == "finished"
+
+
+def test_an_older_ledger_gets_the_triggers_that_it_lacks(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite's of an earlier 0.2.0 did not refuse INSERT OR REPLACE; dropped ones come back too."""
+    fill_every_table(address).close()
+    engine = open_engine(address)
+    with engine.begin() as connection:
+        if engine.name == "postgresql":
+            connection.exec_driver_sql("DROP TRIGGER accounts_append_only ON accounts")
+        else:
+            connection.exec_driver_sql("DROP TRIGGER accounts_no_REPLACE")
+            connection.exec_driver_sql("DROP TRIGGER accounts_no_DELETE")
+    Ledger(address).close()
+    statements = ["DELETE FROM accounts"]
+    if engine.name == "sqlite":
+        statements.append("INSERT OR REPLACE INTO accounts SELECT * FROM accounts")
+    require_refusal(engine, statements)
+    engine.dispose()
+    assert "lacked triggers that refuse changes" in caplog.text
+    caplog.clear()
+    Ledger(address).close()
+    assert caplog.text == ""
 
 
 def test_a_transaction_is_repeated_when_its_connection_breaks(postgresql: str) -> None:
