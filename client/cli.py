@@ -180,15 +180,21 @@ def phantom(
 def show_egress(
     state: Annotated[Path, typer.Argument(help="the centre's state folder")] = Path(".consilium"),
     verify: Annotated[bool, typer.Option(help="only check the chain and print its last hash")] = False,
+    anchor: Annotated[
+        Path | None, typer.Option(help="the anchor file outside the state folder, .consilium-anchor-*.json")
+    ] = None,
 ) -> None:
     """List what left this hospital, and check that no line was changed or removed."""
-    from client.site.egress_log import read_entries
+    from client.site.egress_anchor import RECORD_KINDS
+    from client.site.egress_log import read_lines
 
     table = Table("time", "run", "stage", "round", "what", "bytes", "digest")
-    num_entries = 0
+    num_lines = 0
+    num_messages = 0
     last_hash = GENESIS_HASH
-    for entry in read_entries(state):
-        num_entries += 1
+    for entry in read_lines(state, anchor):
+        num_lines += 1
+        num_messages += entry.kind not in RECORD_KINDS
         last_hash = entry.hash
         message = f"{entry.kind} {entry.query}".strip()
         round_number = str(entry.round or "")
@@ -197,7 +203,8 @@ def show_egress(
         )
     if not verify:
         console.print(table)
-    print_plain(console, f"{num_entries} messages left; the chain is intact and ends with {last_hash}")
+    summary = f"the chain is intact, has {num_lines} lines and ends with {last_hash}"
+    print_plain(console, f"{num_messages} messages left; {summary}")
 
 
 @app.command("policy")
@@ -214,6 +221,7 @@ def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> No
 app.command()(commands.key)
 app.command()(commands.doctor)
 app.command()(commands.metrics)
+app.command("accept-loss")(commands.accept_loss)
 
 
 def main() -> None:

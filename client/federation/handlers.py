@@ -24,7 +24,7 @@ from client.federation.local_round import train_local_round
 from client.federation.run_context import RunContext, parse_run_config
 from client.federation.statistics import handle_query
 from client.site import egress_log
-from client.site.config import Site, cohort_state_dir, local_cohorts, reply_name, state_dir
+from client.site.config import Site, cohort_state_dir, local_cohorts, outer_anchor, reply_name, state_dir
 from client.site.policy import authorise, filter_reply, load_policy
 from common.config.schema import Config
 from common.privacy.secure_aggregation import uses_secagg
@@ -67,7 +67,7 @@ def handle_request(site: Site, request: Request) -> Reply:
         try:
             _record(site, request, reply)
         except Refused as error:
-            return Refusal(reply.centre, str(error), code=error.code)
+            return Refusal(reply.centre, str(error), isinstance(error, PermanentlyRefused), error.code)
         return reply
 
 
@@ -151,7 +151,8 @@ def _record(site: Site, request: Request, reply: Reply) -> None:
     """Write the reply into the egress log. A node that takes no part in the run has no log."""
     folder = _find_log_dir(site, request)
     if folder is not None:
-        egress_log.record_reply(folder, request, reply)
+        anchor = outer_anchor(site, Path(site.data)) if site.data else None
+        egress_log.record_reply(folder, request, reply, anchor)
 
 
 def _find_log_dir(site: Site, request: Request) -> Path | None:

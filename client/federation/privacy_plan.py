@@ -36,7 +36,9 @@ def open_privacy_account(context: RunContext) -> PrivacyAccount:
         patient_ids += [str(patient) for patient in table["patient"]]
     policy = context.policy
     folder = context.state_dir / "budget"
-    return PrivacyAccount(folder, hash_patients(patient_ids), policy.epsilon, policy.delta)
+    return PrivacyAccount(
+        folder, hash_patients(patient_ids), policy.epsilon, policy.delta, context.outer_anchor
+    )
 
 
 def plan_privacy(config: Config, dataset: ScanDataset, request: TrainRequest, model: Model) -> PrivacyPlan:

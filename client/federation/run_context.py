@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.site.config import Site, reply_name, state_dir
+from client.site.config import Site, local_cohorts, outer_anchor, reply_name, state_dir
 from client.site.policy import Policy
 from common.config.parse import parse_config
 from common.config.schema import Config, Stage
@@ -40,6 +40,12 @@ class RunContext:
     def state_dir(self) -> Path:
         """Return the centre's state folder."""
         return state_dir(self.site, self.config)
+
+    @property
+    def outer_anchor(self) -> Path | None:
+        """Return the file outside the state folder that remembers the end of the egress log, if any."""
+        first_cohort = next(iter(local_cohorts(self.site, self.config).values()))
+        return outer_anchor(self.site, first_cohort)
 
     @property
     def local_layers_dir(self) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import torch
 from pydantic import ConfigDict
@@ -39,6 +40,7 @@ class Site:
     centre: str = ""
     data: str = ""  # a folder with cohort.csv, or a cohort table
     state: str = ""  # the folder for slices, budget and local weights; empty: `.consilium` beside the data
+    anchor: str = ""  # a folder outside `state` that remembers the egress log's end; empty: beside the data
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     num_workers: int = 1  # processes that read scans
     threads: int = 0  # of PyTorch; 0: PyTorch's own choice
@@ -149,6 +151,22 @@ def cohort_state_dir(site: Site, data: Path) -> Path:
         return Path(site.state)
     folder = data if data.is_dir() else data.parent
     return folder / ".consilium"
+
+
+def outer_anchor(site: Site, data: Path) -> Path | None:
+    """Return the file outside the state folder that remembers the end of the egress log.
+
+    It is in the folder `anchor` of site.yaml, or else beside the data. None where that folder cannot be
+    written or is part of the state folder, and in simulation.
+    """
+    if not site.centre:
+        return None
+    filename = f".consilium-anchor-{quote(site.centre, safe='')}.json"
+    if site.anchor:
+        return Path(site.anchor) / filename
+    folder = data if data.is_dir() else data.parent
+    is_in_state = folder.resolve().is_relative_to(cohort_state_dir(site, data).resolve())
+    return None if is_in_state or not os.access(folder, os.W_OK) else folder / filename
 
 
 def state_dir(site: Site, config: Config) -> Path:

@@ -2,68 +2,45 @@
 
 `egress.jsonl` in the state folder holds of each message its time, run, stage, round, kind, the names, types
 and shapes of its arrays, its bytes and a digest of its content: no content and no identifier. Each line holds
-the hash of the one before, so a changed or missing line is found; keep the last hash elsewhere to find lines
-cut off at the end as well.
+the hash of the one before, so a changed or missing line is found. Lines cut off at the end are found by the
+anchors (client/site/egress_anchor.py), of which the outer one lies outside the state folder.
+
+Lines of a kind in `RECORD_KINDS` are no messages: they vouch for other files of the state folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from client.site.egress_anchor import LOG_FILENAME, RECORD_KINDS, read_anchors
+from client.site.egress_chain import (
+    REMEDY,
+    EgressEntry,
+    append_line,
+    open_log,
+    without_hashes,
+)
 from common.protocol.message_packing import metadata_to_json, pack_message
 from common.protocol.messages import Reply, Request
-from common.utils.errors import ConsiliumError, RefusalCode, Refused
-from common.utils.hash_chain import GENESIS_HASH, append_hash, verify_link
-
-LOG_FILENAME = "egress.jsonl"
-TAIL_BYTES = 4096  # read from the log's end to find its last line; more where the line is longer
+from common.utils.errors import ConsiliumError
+from common.utils.hash_chain import GENESIS_HASH, verify_link
 
 
-@dataclass(frozen=True)
-class EgressEntry:
-    """A line of the log. Its field names are the keys in the file."""
-
-    time: str  # ISO 8601, UTC
-    run: str
-    stage: str
-    round: int | None
-    kind: str  # class of the reply
-    query: str  # name of the query, or id of the secure sum
-    fields: Mapping[str, Any]  # {array: its type and shape}, and under `facts` the names of all other fields
-    bytes: int
-    digest: str  # SHA-256 of the message
-    previous: str = ""  # hash of the line before
-    hash: str = ""
-
-
-def record_reply(folder: Path, request: Request, reply: Reply) -> None:
+def record_reply(folder: Path, request: Request, reply: Reply, outer_anchor: Path | None = None) -> None:
     """Write the line of a reply before it leaves.
 
-    Raises Refused when it cannot be written: then the reply stays.
+    Raises Refused when it cannot be written, or when lines are missing: then the reply stays.
     """
-    entry = _describe_reply(request, reply)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG_FILENAME).open("a+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            line = append_hash(entry, _read_last_hash(log))
-            log.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-            log.flush()
-            os.fsync(log.fileno())
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"the centre's egress log cannot be written ({type(error).__name__})"
-        raise Refused(f"{reason}, and nothing leaves unrecorded", RefusalCode.ERROR) from error
+    values = _describe_reply(request, reply)
+    with open_log(folder, outer_anchor) as log:
+        append_line(log, values)
 
 
 def _describe_reply(request: Request, reply: Reply) -> dict[str, Any]:
@@ -84,9 +61,7 @@ def _describe_reply(request: Request, reply: Reply) -> dict[str, Any]:
         bytes=array_bytes + len(metadata_to_json(metadata)),
         digest=hash_message(reply),
     )
-    values = dataclasses.asdict(entry)
-    del values["previous"], values["hash"]  # `append_hash` sets them
-    return values
+    return without_hashes(entry)
 
 
 def hash_message(message: Request | Reply) -> str:
@@ -98,33 +73,22 @@ def hash_message(message: Request | Reply) -> str:
     return digest.hexdigest()
 
 
-def _read_last_hash(log: BinaryIO) -> str:
-    """Return the hash of the log's last line, or the start of the chain for an empty log.
+def read_entries(folder: Path, outer_anchor: Path | None = None) -> Iterator[EgressEntry]:
+    """Iterate over the messages in the log, as `read_lines`."""
+    for entry in read_lines(folder, outer_anchor):
+        if entry.kind not in RECORD_KINDS:
+            yield entry
 
-    A last line without an end was cut short by a full disk or a power failure. It is removed: its message
-    never left.
+
+def read_lines(folder: Path, outer_anchor: Path | None = None) -> Iterator[EgressEntry]:
+    """Iterate over all lines of the log, and check the chain and that it reaches as far as the anchors.
+
+    Raises ConsiliumError naming the first broken line, or how many lines are missing at the end.
     """
-    end = log.seek(0, os.SEEK_END)
-    size = TAIL_BYTES
-    while end:
-        log.seek(max(0, end - size))
-        tail = log.read()
-        complete = tail[: tail.rfind(b"\n") + 1]
-        lines = complete.splitlines()
-        if len(lines) > 1 or size >= end:
-            if len(complete) < len(tail):
-                log.truncate(end - len(tail) + len(complete))
-            return str(json.loads(lines[-1])["hash"]) if lines else GENESIS_HASH
-        size *= 4
-    return GENESIS_HASH
-
-
-def read_entries(folder: Path) -> Iterator[EgressEntry]:
-    """Iterate over the log and check its chain. Raises ConsiliumError naming the first broken line."""
     path = folder / LOG_FILENAME
-    if not path.is_file():
-        raise ConsiliumError(f"{path} does not exist: nothing has left from here, or the log was removed")
+    check_log_exists(folder, outer_anchor)
     previous = GENESIS_HASH
+    hashes = [GENESIS_HASH]
     with path.open("rb") as log:
         for number, line in enumerate(log, 1):
             try:
@@ -136,4 +100,24 @@ def read_entries(folder: Path) -> Iterator[EgressEntry]:
             if not is_intact:
                 raise ConsiliumError(f"{path}: line {number} was changed, or lines before it were removed")
             previous = entry.hash
+            hashes.append(previous)
             yield entry
+    for anchor in read_anchors(folder, outer_anchor):
+        num_missing = anchor.lines + 1 - len(hashes)
+        if num_missing > 0:
+            raise ConsiliumError(
+                f"{path} was cut: {num_missing} of {anchor.lines} lines are missing at its end"
+            )
+        if hashes[anchor.lines] != anchor.last_hash:
+            raise ConsiliumError(f"{path}: line {anchor.lines} is not the one that was written")
+
+
+def check_log_exists(folder: Path, outer_anchor: Path | None) -> None:
+    """Raise ConsiliumError for a log that does not exist."""
+    path = folder / LOG_FILENAME
+    if path.is_file():
+        return
+    num_lines = max((anchor.lines for anchor in read_anchors(folder, outer_anchor)), default=0)
+    if num_lines:
+        raise ConsiliumError(f"{path} does not exist although {num_lines} lines were written; {REMEDY}")
+    raise ConsiliumError(f"{path} does not exist: nothing has left from here, or the log was removed")

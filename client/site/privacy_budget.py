@@ -3,7 +3,8 @@
 `budget/spent.json` in the state folder holds a line for every charge (noise multiplier, sampling rate and
 steps, which is what Opacus's accountants count by) and the patients of each cohort that was charged. A cohort
 is charged for every round that any of its patients took part in, so that adding or leaving out a scan does
-not open a new budget.
+not open a new budget. The egress log vouches for the file (client/site/anchored_files.py): one that is
+missing, rolled back or edited is refused.
 
 A round is charged before its reply leaves, and again when it is trained again. Only the last reply
 (`last.safetensors`) may be sent again without a charge.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +26,7 @@ from pydantic import ConfigDict, TypeAdapter
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from client.site.anchored_files import AnchoredFile, lock_folder, read_anchored_file, write_anchored_file
 from client.site.egress_log import hash_message
 from common.privacy.accountant import Charge, compute_epsilon
 from common.protocol.message_packing import metadata_to_json, pack_message, unpack_message
@@ -45,6 +46,7 @@ class PrivacyAccount:
     patient_hashes: frozenset[str]  # as by `hash_patients`
     max_epsilon: float = 0.0  # 0: no limit
     delta: float = 1e-5  # at which the limit holds
+    outer_anchor: Path | None = None  # as by `client.site.config.outer_anchor`
 
     @property
     def cohort_id(self) -> str:
@@ -96,7 +98,7 @@ def hash_patients(patient_ids: Iterable[str]) -> frozenset[str]:
 
 def read_charges(account: PrivacyAccount) -> tuple[Charge, ...]:
     """Return what was charged to any patient of the cohort."""
-    return _read_budget(account.folder).select_charges(account.patient_hashes)
+    return _read_budget(account).select_charges(account.patient_hashes)
 
 
 def check_affordable(account: PrivacyAccount, new_charge: Charge) -> None:
@@ -112,7 +114,7 @@ def record_charge(
     Raises PermanentlyRefused when it exceeds the hospital's limit, Refused when it cannot be written.
     """
     with _exclusive_lock(account.folder):
-        budget = _read_budget(account.folder)
+        budget = _read_budget(account)
         earlier_charges = budget.select_charges(account.patient_hashes)
         _check_limit(account, earlier_charges, new_charge)  # another run may have spent since the first check
         charge = SpentCharge(
@@ -128,7 +130,7 @@ def record_charge(
         budget.cohorts[account.cohort_id] = sorted(account.patient_hashes)
         budget.charges.append(charge)
         text = json.dumps(dataclasses.asdict(budget), indent=1)
-        _write_file(account.folder / BUDGET_FILENAME, text.encode())
+        _write_budget(account, text.encode(), len(budget.charges))
     return (*earlier_charges, new_charge)
 
 
@@ -167,12 +169,16 @@ def _check_limit(account: PrivacyAccount, charges: Sequence[Charge], new_charge:
     )
 
 
-def _read_budget(folder: Path) -> SpentBudget:
-    """Return the budget; an empty one when nothing was charged yet. Raises Refused for an unreadable file."""
+def _read_budget(account: PrivacyAccount) -> SpentBudget:
+    """Return the budget; an empty one when nothing was charged yet.
+
+    Raises Refused for an unreadable file, and for one that is missing, edited or older than the last written.
+    """
     try:
-        return _BUDGET_ADAPTER.validate_json((folder / BUDGET_FILENAME).read_bytes())
-    except FileNotFoundError:
-        return SpentBudget(cohorts={}, charges=[])
+        data = read_anchored_file(_budget_file(account))
+        if data is None:
+            return SpentBudget(cohorts={}, charges=[])
+        return _BUDGET_ADAPTER.validate_json(data)
     except (OSError, ValueError) as error:
         raise Refused(
             f"the centre's privacy budget cannot be read ({type(error).__name__}), so nothing may be spent; "
@@ -181,16 +187,27 @@ def _read_budget(folder: Path) -> SpentBudget:
         ) from error
 
 
-@contextlib.contextmanager
-def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """Keep every other process of this machine from changing the budget."""
+def _write_budget(account: PrivacyAccount, data: bytes, num_charges: int) -> None:
+    """Write the budget so that its loss will be noticed. Raises Refused."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        write_anchored_file(_budget_file(account), data, num_charges)
     except OSError as error:
         raise _not_writable(error) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _budget_file(account: PrivacyAccount) -> AnchoredFile:
+    name = f"{account.folder.name}/{BUDGET_FILENAME}"
+    return AnchoredFile(account.folder.parent, name, "privacy budget", account.outer_anchor)
+
+
+@contextlib.contextmanager
+def _exclusive_lock(folder: Path) -> Iterator[None]:
+    """Keep every other process of this machine from changing the budget. Raises Refused."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(folder))
+        except OSError as error:
+            raise _not_writable(error) from error
         yield
 
 

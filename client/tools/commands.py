@@ -50,6 +50,40 @@ def doctor(
     print_results(run_checks(site, coordinator, ca, key))
 
 
+def accept_loss(
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
+    state: Annotated[
+        Path | None, typer.Option(help="the state folder of a simulated centre, which has no site.yaml")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Accept that lines of the egress log, or the privacy budget, are lost, so that messages may leave again.
+
+    Restoring a backup is better: a lost budget forgets what was spent before. The egress log records the
+    acceptance.
+    """
+    from client.site.anchored_files import accept_loss, list_losses
+    from client.site.config import cohort_state_dir, outer_anchor, parse_site
+
+    anchor = None
+    folder = state
+    if folder is None:
+        settings = parse_site({"site": str(site)})
+        data = Path(settings.data)
+        folder = cohort_state_dir(settings, data)
+        anchor = outer_anchor(settings, data)
+    losses = list_losses(folder, anchor)
+    for loss in losses:
+        typer.echo(f"lost: {loss}")
+    if not losses:
+        typer.echo("nothing is lost; nothing was changed")
+        return
+    if not yes:
+        typer.confirm("accept the loss? What was spent of the patients' privacy may be forgotten", abort=True)
+    accept_loss(folder, anchor)
+    typer.echo("accepted, and recorded in the egress log")
+
+
 def metrics(
     site: SiteFile = Path("/etc/consilium/site.yaml"),
     ca: AuthorityFile = Path("/etc/consilium/ca.crt"),

@@ -19,11 +19,14 @@ import torch
 
 from client.data.cohort import load_cohort
 from client.site import egress_log
-from client.site.config import Site, cohort_state_dir, parse_site
+from client.site.anchored_files import list_losses
+from client.site.config import Site, cohort_state_dir, outer_anchor, parse_site
+from client.site.egress_anchor import has_records
 from client.site.policy import describe_policy, load_policy
 from common.protocol.code_fingerprint import fingerprint_code
 from common.utils.checks import CheckLevel, CheckResult
 from common.utils.errors import ConsiliumError
+from common.utils.hash_chain import GENESIS_HASH
 from common.utils.node_keys import extract_public_key, key_fingerprint
 from common.utils.tls_checks import check_clock_skew, check_expiry, https_client, read_certificate_expiry
 
@@ -172,7 +175,7 @@ def _check_state(site: Site) -> Iterator[CheckResult]:
         yield CheckResult("fault", f"state: {folder} cannot be written ({error.strerror})", remedy)
         return
     yield _check_free_space(folder)
-    yield _check_egress_log(folder)
+    yield _check_egress_log(folder, outer_anchor(site, Path(site.data)))
 
 
 def _check_free_space(folder: Path) -> CheckResult:
@@ -184,13 +187,25 @@ def _check_free_space(folder: Path) -> CheckResult:
     return CheckResult(level, message, "make room: a full disk ends this centre's part in a run")
 
 
-def _check_egress_log(folder: Path) -> CheckResult:
-    if not (folder / egress_log.LOG_FILENAME).exists():
+def _check_egress_log(folder: Path, anchor: Path | None) -> CheckResult:
+    if not has_records(folder, anchor):
         return CheckResult(
             "ok", "egress log: none yet; if a message ever left this centre, the log was removed"
         )
+    remedy = "compare it with a backup, or accept the loss with `consilium-centre accept-loss`"
+    num_lines = 0
+    last_hash = GENESIS_HASH
     try:
-        num_messages = sum(1 for _ in egress_log.read_entries(folder))
+        for entry in egress_log.read_lines(folder, anchor):
+            num_lines += 1
+            last_hash = entry.hash
+        losses = list_losses(folder, anchor)
     except ConsiliumError as error:
-        return CheckResult("fault", f"egress log: {error}", "compare it with a backup")
-    return CheckResult("ok", f"egress log: {num_messages} messages, the chain is intact")
+        return CheckResult("fault", f"egress log: {error}", remedy)
+    if losses:
+        return CheckResult("fault", f"egress log: {'; '.join(losses)}", remedy)
+    message = f"egress log: {num_lines} lines, the chain is intact and ends with {last_hash}"
+    if anchor is None:
+        remedy = "set `anchor` in site.yaml to a folder on another disk than the state folder"
+        return CheckResult("warning", f"{message}; nothing outside the state folder remembers it", remedy)
+    return CheckResult("ok", message)

@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 
 from client.data.cohort import load_cohort
 from client.site import egress_log
-from client.site.config import Site, cohort_state_dir
+from client.site.config import Site, cohort_state_dir, outer_anchor
+from client.site.egress_anchor import has_records
 from client.site.policy import load_policy
 from client.site.privacy_budget import PrivacyAccount, hash_patients, read_charges
 from common.privacy.accountant import compute_epsilon
@@ -39,7 +40,7 @@ class CentreCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         yield from _collect_site(self.site)
-        yield from _collect_egress(cohort_state_dir(self.site, Path(self.site.data)))
+        yield from _collect_egress(self.site)
         yield from _collect_certificate(self.ca_file)
 
 
@@ -66,7 +67,9 @@ def _collect_site(site: Site) -> Iterator[Metric]:
     for split, count in cohort["split"].value_counts().items():
         scans.add_metric([str(split)], count)
     yield scans
-    account = PrivacyAccount(folder / "budget", hash_patients(map(str, cohort["patient"])))
+    anchor = outer_anchor(site, Path(site.data))
+    patients = hash_patients(map(str, cohort["patient"]))
+    account = PrivacyAccount(folder / "budget", patients, outer_anchor=anchor)
     yield _make_value_gauge(
         "privacy_epsilon",
         "what the patients lost in all runs, at the policy's delta",
@@ -79,21 +82,22 @@ def _collect_site(site: Site) -> Iterator[Metric]:
         yield _make_value_gauge("state_free_bytes", "room on the disk of the state folder", free_bytes)
 
 
-def _collect_egress(folder: Path) -> Iterator[Metric]:
+def _collect_egress(site: Site) -> Iterator[Metric]:
     """Yield what left, by the egress log, and whether the log's chain is intact."""
+    folder = cohort_state_dir(site, Path(site.data))
+    anchor = outer_anchor(site, Path(site.data))
     message_counts: Counter[str] = Counter()
     byte_counts: Counter[str] = Counter()
     last_time = ""
     is_intact = True
     try:
-        for entry in egress_log.read_entries(folder):
+        for entry in egress_log.read_entries(folder, anchor):
             kind = f"{entry.kind} {entry.query}".strip()
             message_counts[kind] += 1
             byte_counts[kind] += entry.bytes
             last_time = entry.time
     except ConsiliumError:
-        has_log = (folder / egress_log.LOG_FILENAME).exists()
-        is_intact = not has_log  # before the first message there is none
+        is_intact = not has_records(folder, anchor)  # before the first message there is no log
     yield _make_counter("egress_messages", "messages that left, by kind", message_counts)
     yield _make_counter("egress_bytes", "bytes that left, by kind", byte_counts)
     yield _make_value_gauge(

@@ -51,6 +51,10 @@ def make_config(*overrides: str) -> Config:
 
 
 def make_site(data: Path, **settings: object) -> Site:
+    if (
+        "state" in settings
+    ):  # the anchor beside the shared data would remember the state folder of another test
+        settings.setdefault("anchor", settings["state"])
     return Site(centre="north", data=str(data), device="cpu", threads=1, **settings)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ import pytest
 from client.federation.privacy_plan import open_privacy_account
 from client.federation.run_context import RunContext
 from client.site.config import Site, parse_site
-from client.site.egress_log import read_entries, record_reply
+from client.site.egress_log import read_entries, read_lines, record_reply
 from client.site.policy import load_policy
 from client.site.privacy_budget import cached_reply, check_affordable, read_charges, record_charge
 from common.config.compose import compose_config
@@ -152,7 +152,9 @@ def test_egress_log_verifies_and_grows(north: Site) -> None:
     assert log.read_bytes().startswith(before)
     grown = list(read_entries(STATE))
     assert len(grown) == 139
-    assert grown[-1].previous == entries[-1].hash
+    _, adopted_budget, adopted_log, new = list(read_lines(STATE))[-4:]
+    assert (adopted_budget.kind, adopted_budget.previous) == ("file found", entries[-1].hash)
+    assert (adopted_log.kind, new.previous) == ("anchored", adopted_log.hash)
     printed = call_centre_command("egress", str(STATE), "--verify")
     assert "139 messages left; the chain is intact" in printed
 

@@ -54,7 +54,8 @@ def test_log_of_the_previous_version_is_read_and_continued(tmp_path: Path) -> No
     record(tmp_path, 1.0)
     old, new = egress_log.read_entries(tmp_path)
     assert (old.run, old.round, old.kind) == ("old", 3, "Contribution")
-    assert new.previous == old.hash
+    assert next(egress_log.read_lines(tmp_path)).hash == old.hash
+    assert new.previous != old.hash  # between them a line says that the log has anchors from there on
     keys = json.loads((tmp_path / egress_log.LOG_FILENAME).read_text().splitlines()[1]).keys()
     assert keys == old_entry.keys() | {"previous", "hash"}
 
