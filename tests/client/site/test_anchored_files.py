@@ -228,7 +228,7 @@ def charge_and_die(account: PrivacyAccount, num_writes: int) -> int:
         fsync(descriptor)
         count_write()
 
-    os.fsync = count_fsync
+    os.fsync = count_fsync  # type: ignore[assignment]
     try:
         record_charge(account, CHARGE, REQUEST)
         record_message(account)
