@@ -32,6 +32,7 @@ from common.config.schema import Config, Stage, Task
 from common.learning.class_imbalance import compute_logit_adjustment
 from common.learning.losses import class_names
 from common.learning.seeds import derive_seed
+from common.modeling.local_layers import LocalValues, find_local_values
 from common.modeling.model import Model
 from common.modeling.parameters import EMPTY_PARAMS, Layout, Weights, build_layout, get_model_weights
 from common.privacy.accountant import Charge, compute_epsilon
@@ -82,13 +83,18 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
         result = train(plan.model, plan.batches, plan.spec)
     layout = build_layout(plan.model)
     trained = get_model_weights(plan.model, layout)
+    # Before layers of earlier rounds are replaced or deleted: those may be in what was trained.
+    kept_values = personal_parameters.find_kept_values(
+        context.local_layers_dir, request.run_id, request.personal_rounds, plan.stage, layout
+    )
     if plan.stage.local_layers:
         _keep_local_layers(context, request, plan.stage, layout, trained)
-    update = _encode_delta(context, request, plan.stage, layout, trained)
+    leaving = _replace_kept_values(trained, request.weights, kept_values)
+    update = _encode_delta(context, request, plan.stage, layout, leaving)
     reply = TrainReply(
         centre=context.centre,
         delta=update.delta,
-        int_buffers=trained.int_buffers,
+        int_buffers=leaving.int_buffers,
         scans=_count_scans(plan.spec, result),
         steps=result.steps,
         losses={task: list(loss) for task, loss in result.losses.items()},
@@ -196,22 +202,36 @@ def _keep_local_layers(
 ) -> None:
     """Store the layers that stay at the centre, and delete those of rounds that are not needed any more."""
     folder = context.local_layers_dir
-    mask = personal_parameters.personal_mask(layout, stage.local_layers)
-    personal_parameters.save_parameters(folder, request.run_id, request.stage, request.round, trained, mask)
+    local_values = find_local_values(layout, stage.local_layers)
+    personal_parameters.save_parameters(
+        folder, request.run_id, request.stage, request.round, trained, local_values
+    )
     rounds_to_keep = [*request.rounds_to_keep, request.round]
     personal_parameters.prune_parameters(folder, request.run_id, stage, request.stage, rounds_to_keep)
 
 
+def _replace_kept_values(trained: Weights, received: Weights, kept_values: LocalValues) -> Weights:
+    """Return the trained weights with the received values in place of those that stay at the centre.
+
+    Their change is then exactly zero in everything that is computed from it: norm, codes, error feedback,
+    numbers of a secure sum.
+    """
+    return Weights(
+        np.where(kept_values.floats, received.floats, trained.floats),
+        np.where(kept_values.int_buffers, received.int_buffers, trained.int_buffers),
+    )
+
+
 def _encode_delta(
-    context: RunContext, request: TrainRequest, stage: Stage, layout: Layout, trained: Weights
+    context: RunContext, request: TrainRequest, stage: Stage, layout: Layout, leaving: Weights
 ) -> EncodedDelta:
-    """Return the change of the weights in the run's codec.
+    """Return the change of the weights in the run's codec; `leaving` holds no value that stays here.
 
     A secure sum has its own grid and takes it as it is.
     """
     if "all" in stage.local_layers:
         return EncodedDelta(EMPTY_PARAMS, {})
-    delta = trained.floats - request.weights.floats
+    delta = leaving.floats - request.weights.floats
     codec = select_codec(context.config)
     if not len(delta) or codec == "fp32" or uses_secagg(context.config, request):
         return EncodedDelta(delta, {})

@@ -13,15 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from client.site.config import safe_filename
-from common.config.schema import LocalLayerGroup, Stage
-from common.modeling.parameters import Layout, TensorSlot, Weights
+from common.config.schema import Stage
+from common.modeling.local_layers import LocalValues, find_local_values
+from common.modeling.parameters import Layout, Weights
 from common.utils.atomic_files import atomic_path, atomic_write
-from common.utils.errors import ConsiliumError
+from common.utils.errors import ConsiliumError, Refused
 
 TEST_STATE_FILENAME = "used.json"  # beside the stages' folders: the layers with which the run was tested here
+
+# Keys of a file: masks of the model's values, packed in bits.
+FLOATS_MASK = "where"
+INTEGERS_MASK = "integers_where"
 
 PersonalRounds = list[tuple[str, int]]  # (stage, round) of layers to overlay, in this order
 
@@ -38,36 +44,17 @@ class RecordedTestState:
 _TEST_STATE_ADAPTER = TypeAdapter(RecordedTestState)
 
 
-def personal_mask(layout: Layout, local_layers: list[LocalLayerGroup]) -> NDArray[np.bool_]:
-    """Return [P]: True where a float weight stays at the centre.
-
-    For batch norms this is FedBN (Li et al., "FedBN", ICLR 2021).
-    """
-    mask = np.zeros(layout.size, dtype=bool)
-    for slot in layout.floats:
-        mask[slot.span] = _is_local(slot, local_layers)
-    return mask
-
-
-def _is_local(slot: TensorSlot, local_layers: list[LocalLayerGroup]) -> bool:
-    if "all" in local_layers:
-        return True
-    if slot.is_batch_norm and "batch_norm" in local_layers:
-        return True
-    is_head = slot.group not in ("backbone", "decoder")
-    return is_head and "heads" in local_layers
-
-
 def save_parameters(
-    folder: Path, run_id: str, stage: str, round_number: int, weights: Weights, mask: NDArray[np.bool_]
+    folder: Path, run_id: str, stage: str, round_number: int, weights: Weights, local_values: LocalValues
 ) -> None:
-    """Store the layers of a round that the mask selects; the file is complete or does not exist."""
+    """Store the local values of a round; the file is complete or does not exist."""
     path = _stage_dir(folder, run_id, stage) / f"{round_number:05d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {
-        "where": np.packbits(mask),
-        "floats": weights.floats[mask],
-        "integers": weights.int_buffers,
+        FLOATS_MASK: np.packbits(local_values.floats),
+        "floats": weights.floats[local_values.floats],
+        INTEGERS_MASK: np.packbits(local_values.int_buffers),
+        "integers": weights.int_buffers[local_values.int_buffers],
     }
     with atomic_path(path) as part:
         save_file(arrays, part)
@@ -81,15 +68,53 @@ def overlay_parameters(
     For each (stage, round) these are the newest ones stored up to that round.
     """
     merged = weights.copy()
+    for path in _find_layers(folder, run_id, personal_rounds):
+        layers = load_file(path)
+        merged.floats[_unpack_mask(layers[FLOATS_MASK], merged.floats.size)] = layers["floats"]
+        integers = np.ones(merged.int_buffers.size, bool)  # version 0.1.0 stored all of them
+        if INTEGERS_MASK in layers:
+            integers = _unpack_mask(layers[INTEGERS_MASK], merged.int_buffers.size)
+        merged.int_buffers[integers] = layers["integers"]
+    return merged
+
+
+def find_kept_values(
+    folder: Path, run_id: str, personal_rounds: PersonalRounds, stage: Stage, layout: Layout
+) -> LocalValues:
+    """Return the values that must not leave a round: those local to the stage, and those laid over.
+
+    What is laid over stays here even if this message's stage calls it shared. Raises Refused when the layers
+    are those of another model.
+    """
+    kept = find_local_values(layout, stage.local_layers)
+    for path in _find_layers(folder, run_id, personal_rounds):
+        kept = kept.union(_read_stored_masks(path, layout))
+    return kept
+
+
+def _find_layers(folder: Path, run_id: str, personal_rounds: PersonalRounds) -> list[Path]:
+    """Return the file for each (stage, round): the newest one stored up to that round, if there is one."""
+    paths = []
     for stage, last_round in personal_rounds:
         stored = sorted(_stage_dir(folder, run_id, stage).glob("*.safetensors"))
         usable = [path for path in stored if int(path.stem) <= last_round]
-        if usable:
-            layers = load_file(usable[-1])
-            mask = np.unpackbits(layers["where"], count=merged.floats.size).astype(bool)
-            merged.floats[mask] = layers["floats"]
-            merged.int_buffers[:] = layers["integers"]
-    return merged
+        paths += usable[-1:]
+    return paths
+
+
+def _read_stored_masks(path: Path, layout: Layout) -> LocalValues:
+    with safe_open(path, framework="np") as file:
+        floats = _unpack_mask(file.get_tensor(FLOATS_MASK), layout.size)
+        integers = np.ones(layout.int_buffer_size, bool)
+        if INTEGERS_MASK in file.keys():  # noqa: SIM118 (the file is no mapping)
+            integers = _unpack_mask(file.get_tensor(INTEGERS_MASK), layout.int_buffer_size)
+    return LocalValues(floats, integers)
+
+
+def _unpack_mask(packed: NDArray[np.uint8], size: int) -> NDArray[np.bool_]:
+    if len(packed) != -(-size // 8):
+        raise Refused("the layers that this centre keeps belong to another model than the request's")
+    return np.unpackbits(packed, count=size).astype(bool)
 
 
 def prune_parameters(

@@ -15,6 +15,7 @@ def validate_config(config: Config) -> None:
     """Raise ConsiliumError, one sentence, for a normalised configuration that contradicts itself."""
     _check_tasks(config)
     _check_stages(config)
+    _check_local_layers(config)
     _check_robust_rule(config)
     _raise_first("privacy=central", _find_central_dp_conflicts(config))
     if config.privacy.dp_level == "patient":
@@ -78,6 +79,30 @@ def _check_stages(config: Config) -> None:
                 f"stages.{name}.local_layers=[all] exchanges nothing, but the server updates the head of "
                 f"task '{server_heads[0]}'; set its head_update: local"
             )
+
+
+def _check_local_layers(config: Config) -> None:
+    """Require that what stays at the centres in one stage stays there in all later ones."""
+    federation = config.federation
+    kept: set[str] = set()
+    first_stage = ""
+    for name, stage in config.stages.items():
+        missing = sorted(kept - set(stage.local_layers))
+        if missing and "all" not in stage.local_layers:
+            raise ConsiliumError(
+                f"stages.{name}.local_layers lacks '{missing[0]}', which stage '{first_stage}' keeps at the "
+                f"centres; add it to stages.{name}.local_layers"
+            )
+        if stage.local_layers and not kept:
+            first_stage = name
+        kept |= set(stage.local_layers)
+    tests_others = federation.evaluation == "loco" or bool(federation.held_out_centres)
+    if kept and tests_others and federation.mode == "federated":
+        raise ConsiliumError(
+            f"stages.{first_stage}.local_layers keeps layers at the centres that train, and "
+            "federation.evaluation=loco tests a centre that does not train and so has none of its own; "
+            "leave one of the two out"
+        )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from common.config.normalise import stage_tasks
 from common.config.schema import Stage
+from common.modeling.local_layers import find_local_values
+from common.modeling.parameters import Layout, Weights
 from common.privacy.secure_aggregation import dequantize_mean, empty_update_sums, require_secagg_config
 from common.protocol.messages import Refusal, TrainReply
 from common.utils.errors import RefusalCode
@@ -114,8 +116,16 @@ def aggregate_round(
         model.layout,
         model.optimiser_state,
     )
+    _restore_local_values(next_weights, model.weights, model.layout, stage)
     model.weights = quantize_server_step(run, next_weights)
     return group_weights
+
+
+def _restore_local_values(next_weights: Weights, weights: Weights, layout: Layout, stage: Stage) -> None:
+    """Undo, in place, what noise or an earlier stage's moments do to layers that stay at the centres."""
+    local_values = find_local_values(layout, stage.local_layers)
+    np.copyto(next_weights.floats, weights.floats, where=local_values.floats)
+    np.copyto(next_weights.int_buffers, weights.int_buffers, where=local_values.int_buffers)
 
 
 def _leave_out_krum_outliers(

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.config.schema import Config, Stage
+from common.modeling.local_layers import find_local_values
 from common.modeling.model import make_model, shallow_parameter_names
 from common.modeling.parameters import Layout
 from common.privacy.accountant import compute_epsilon, solve_noise_multiplier
@@ -146,8 +147,12 @@ def _add_noise(values: NDArray[np.float32], noise_scale: float) -> None:
 
 
 def frozen_slices(run: Run, stage: Stage) -> list[slice]:
-    """Return what no honest centre changes, so that it needs no noise: frozen weights, and buffers."""
+    """Return what no honest centre changes, so that it needs no noise.
+
+    Frozen weights, buffers, and layers that stay at the centres.
+    """
     layout = run.model.layout
+    local_values = find_local_values(layout, stage.local_layers)
     frozen_names = set()
     for slot in layout.match_patterns(stage.freeze):
         frozen_names.add(slot.name)
@@ -156,7 +161,7 @@ def frozen_slices(run: Run, stage: Stage) -> list[slice]:
         frozen_names |= shallow_parameter_names(model, stage.freeze_fraction)
     spans = []
     for slot in layout.floats:
-        if slot.name in frozen_names or not slot.is_parameter:
+        if slot.name in frozen_names or not slot.is_parameter or local_values.floats[slot.start]:
             spans.append(slot.span)
     return spans
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from statistics import median
 
 import numpy as np
 
-from common.config.schema import Compression
-from common.modeling.parameters import Layout
+from common.config.schema import Compression, LocalLayerGroup
+from common.modeling.local_layers import find_local_values
+from common.modeling.parameters import Layout, Weights
 from common.protocol.messages import TrainReply
 from common.protocol.update_codec import decode_update
 
@@ -39,6 +40,22 @@ def find_validation_error(reply: TrainReply, layout: Layout, expect_empty: bool)
         total = reply.delta.sum(dtype=np.float64)  # finite float32 values have a finite float64 sum
     if not np.isfinite(total):
         return "not finite"
+    return ""
+
+
+def find_leaked_layers(
+    reply: TrainReply, sent: Weights, layout: Layout, local_layers: Collection[LocalLayerGroup]
+) -> str:
+    """Return why an update that is well formed cannot be used where layers stay at the centres, or "".
+
+    A local value has a change of zero, and a local counter is the one that was `sent`.
+    """
+    local_values = find_local_values(layout, local_layers)
+    num_floats = np.count_nonzero(reply.delta[local_values.floats]) if reply.delta.size else 0
+    is_changed = reply.int_buffers != sent.int_buffers
+    num_leaked = num_floats + np.count_nonzero(is_changed & local_values.int_buffers)
+    if num_leaked:
+        return f"holds {num_leaked} values of layers that stay at the centre (stage.local_layers)"
     return ""
 
 

@@ -15,7 +15,7 @@ from common.protocol.update_codec import select_codec
 from common.utils.errors import RefusalCode
 from server.aggregation.aggregate import aggregate_round, screen_updates, secure_sum_updates
 from server.aggregation.label_counts import global_label_counts, participating_centres, total_label_weights
-from server.aggregation.screening import decode_reply, find_validation_error
+from server.aggregation.screening import decode_reply, find_leaked_layers, find_validation_error
 from server.aggregation.stored_updates import StoredUpdate, store_update
 from server.analysis import cross_site_evaluation
 from server.analysis.score_tables import get_selection_score
@@ -154,7 +154,7 @@ def _receive_updates(run: Run, stage: ActiveStage, requests: dict[str, TrainRequ
         centre = received.centre
         if isinstance(received.reply, Refusal) and received.reply.permanent:
             outcome.num_permanent_refusals += 1
-        outcome.centres[centre], update = process_reply(run, received, stage.local_only or with_keys)
+        outcome.centres[centre], update = process_reply(run, stage, received)
         if update:
             outcome.updates[centre] = update
             if with_keys and isinstance(received.reply, TrainReply):
@@ -164,12 +164,9 @@ def _receive_updates(run: Run, stage: ActiveStage, requests: dict[str, TrainRequ
 
 
 def process_reply(
-    run: Run, received: ReceivedReply, expect_empty: bool
+    run: Run, stage: ActiveStage, received: ReceivedReply
 ) -> tuple[CentreRound, StoredUpdate | None]:
-    """Return the record of a reply to a TrainRequest, and its update on disk if it can be used.
-
-    `expect_empty`: the reply must not hold weights, because they stay at the centre or come as a secure sum.
-    """
+    """Return the record of a reply to a TrainRequest, and its update on disk if it can be used."""
     reply = received.reply
     if not isinstance(reply, TrainReply):
         refusal = to_refusal(received.centre, reply)
@@ -185,7 +182,7 @@ def process_reply(
     layout = run.model.layout
     try:
         reply = decode_reply(reply, layout, select_codec(run.config))
-        record.reason = find_validation_error(reply, layout, expect_empty)
+        record.reason = _find_update_error(run, stage, reply)
     except (KeyError, ValueError) as error:
         record.reason = f"cannot be decoded: {error}"
     if record.reason:
@@ -199,6 +196,13 @@ def process_reply(
         record.scans = None
         record.steps = None
     return record, update
+
+
+def _find_update_error(run: Run, stage: ActiveStage, reply: TrainReply) -> str:
+    """Return why a decoded update cannot be used, or ""."""
+    layout = run.model.layout
+    error = find_validation_error(reply, layout, expect_empty=stage.local_only or uses_secure_sum(run, stage))
+    return error or find_leaked_layers(reply, run.model.weights, layout, stage.settings.local_layers)
 
 
 def _mean_loss(reply: TrainReply) -> float | None:

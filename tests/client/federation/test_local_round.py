@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 
 from client.federation.handlers import handle_request
 from common.config.parse import config_to_dict
@@ -78,22 +79,45 @@ def test_local_batch_norms_stay_and_are_used_in_the_next_round(hospital: Path, t
     with_other_norms = Weights(
         np.where(is_norm, 3.0, weights.floats).astype(np.float32), weights.int_buffers + 100
     )
-    trained = []
+    shared, kept = [], []
     for received in (weights, with_other_norms):
         second_round = train_request(config, 2, received, personal_rounds=[("main", 1)], rounds_to_keep=[1])
         reply = expect_train_reply(handle_request(site, second_round))
-        trained.append(received.floats + reply.delta)
-    np.testing.assert_allclose(trained[0], trained[1], atol=1e-5)
+        assert not reply.delta[is_norm].any()
+        np.testing.assert_array_equal(reply.int_buffers, received.int_buffers)
+        shared.append((received.floats + reply.delta)[~is_norm])
+        kept.append(load_file(tmp_path / "personal" / "run" / "main" / "00002.safetensors")["floats"])
+    np.testing.assert_array_equal(shared[0], shared[1])
+    np.testing.assert_array_equal(kept[0], kept[1])
     # Before round 1 nothing was stored, so the norms received are used.
     first_round = train_request(config, 1, with_other_norms, personal_rounds=[("main", 0)])
     reply = expect_train_reply(handle_request(site, first_round))
-    assert not np.allclose(with_other_norms.floats + reply.delta, trained[0], atol=1e-3)
+    assert not np.allclose((with_other_norms.floats + reply.delta)[~is_norm], shared[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("later_layers", ["[]", "[heads]"])
+def test_values_that_stayed_once_do_not_leave_by_a_later_message(
+    hospital: Path, tmp_path: Path, later_layers: str
+) -> None:
+    """A message of the same run calls batch norms shared, and lays the stored ones over."""
+    site = make_site(hospital, state=str(tmp_path))
+    honest = make_config("stage.local_layers=[batch_norm]")
+    expect_train_reply(handle_request(site, train_request(honest)))
+    hostile = make_config(f"stage.local_layers={later_layers}", "tasks.source.head_update=local")
+    weights = initial_weights(hostile)
+    request = train_request(hostile, 2, weights, personal_rounds=[("main", 1)], lr_scale=0.0)
+    reply = expect_train_reply(handle_request(site, request))
+    for slot in make_layout(hostile).floats:
+        if slot.is_batch_norm:
+            assert not reply.delta[slot.span].any()
+    np.testing.assert_array_equal(reply.int_buffers, weights.int_buffers)
 
 
 def test_nothing_leaves_when_all_layers_are_local(hospital: Path, tmp_path: Path) -> None:
     request = train_request(make_config("federation.mode=local"))
     reply = handle_request(make_site(hospital, state=str(tmp_path)), request)
     assert expect_train_reply(reply).delta.size == 0
+    np.testing.assert_array_equal(expect_train_reply(reply).int_buffers, request.weights.int_buffers)
     assert len(list((tmp_path / "personal" / "run" / "main").iterdir())) == 1
 
 

@@ -11,12 +11,12 @@ from torch import nn
 from client.federation.personal_parameters import (
     load_as_tested,
     overlay_parameters,
-    personal_mask,
     prune_parameters,
     record_test_state,
     save_parameters,
 )
 from common.config.schema import BackboneConfig, LocalLayerGroup, Stage, Task
+from common.modeling.local_layers import find_local_values
 from common.modeling.model import make_model
 from common.modeling.parameters import Layout, Weights, build_layout, get_model_weights
 from common.utils.errors import ConsiliumError, Refused
@@ -61,29 +61,36 @@ def test_mask_selects_batch_norms_heads_or_all() -> None:
         (["all"], floats),
     ]
     for local_layers, expected in cases:
-        assert masked_tensors(personal_mask(LAYOUT, local_layers), LAYOUT) == expected
+        assert masked_tensors(find_local_values(LAYOUT, local_layers).floats, LAYOUT) == expected
+
+
+def test_counters_of_batch_norms_belong_to_them() -> None:
+    assert LAYOUT.int_buffer_size > 0
+    assert find_local_values(LAYOUT, ["batch_norm"]).int_buffers.all()
+    assert find_local_values(LAYOUT, ["all"]).int_buffers.all()
+    assert not find_local_values(LAYOUT, ["heads"]).int_buffers.any()
 
 
 def test_group_norms_are_not_batch_norms() -> None:
     layout = build_layout(make_model(BackboneConfig(norm="group"), {"covid": Task()}, 1))
-    assert not personal_mask(layout, ["batch_norm"]).any()
+    assert not find_local_values(layout, ["batch_norm"]).floats.any()
 
 
 def test_stored_layers_replace_those_received(tmp_path: Path) -> None:
     trained = get_model_weights(MODEL, LAYOUT)
-    mask = personal_mask(LAYOUT, ["batch_norm"])
+    mask = find_local_values(LAYOUT, ["batch_norm"])
     save_parameters(tmp_path, "run", "main", 3, trained, mask)
     received = constant_weights(7)
     merged = overlay_parameters(tmp_path, "run", [("main", 3)], received)
-    np.testing.assert_array_equal(merged.floats[mask], trained.floats[mask])
-    assert (merged.floats[~mask] == 7).all()
+    np.testing.assert_array_equal(merged.floats[mask.floats], trained.floats[mask.floats])
+    assert (merged.floats[~mask.floats] == 7).all()
     np.testing.assert_array_equal(merged.int_buffers, trained.int_buffers)
     assert (received.floats == 7).all()  # the received weights themselves are unchanged
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_newest_layers_up_to_the_round_are_used(tmp_path: Path) -> None:
-    mask = personal_mask(LAYOUT, ["all"])
+    mask = find_local_values(LAYOUT, ["all"])
     for round_number in (2, 9, 10, 100):
         save_parameters(tmp_path, "run", "main", round_number, constant_weights(round_number), mask)
     used = {}
@@ -96,24 +103,24 @@ def test_newest_layers_up_to_the_round_are_used(tmp_path: Path) -> None:
 
 def test_repeated_round_replaces_its_layers(tmp_path: Path) -> None:
     for value in (1, 2):
-        mask = personal_mask(LAYOUT, ["all"])
+        mask = find_local_values(LAYOUT, ["all"])
         save_parameters(tmp_path, "run", "main", 1, constant_weights(value), mask)
     assert overlay_parameters(tmp_path, "run", [("main", 1)], constant_weights(-1)).floats[0] == 2
 
 
 def test_layers_of_stages_are_overlaid_in_order(tmp_path: Path) -> None:
-    norms = personal_mask(LAYOUT, ["batch_norm"])
-    heads = personal_mask(LAYOUT, ["heads"])
-    save_parameters(tmp_path, "run", "first", 5, constant_weights(1), norms | heads)
+    norms = find_local_values(LAYOUT, ["batch_norm"])
+    heads = find_local_values(LAYOUT, ["heads"])
+    save_parameters(tmp_path, "run", "first", 5, constant_weights(1), norms.union(heads))
     save_parameters(tmp_path, "run", "second", 2, constant_weights(2), heads)
     merged = overlay_parameters(tmp_path, "run", [("first", 5), ("second", 2)], constant_weights(0)).floats
-    assert (merged[norms] == 1).all()
-    assert (merged[heads] == 2).all()
-    assert (merged[~norms & ~heads] == 0).all()
+    assert (merged[norms.floats] == 1).all()
+    assert (merged[heads.floats] == 2).all()
+    assert (merged[~norms.floats & ~heads.floats] == 0).all()
 
 
 def test_pruning_deletes_all_rounds_but_those_needed(tmp_path: Path) -> None:
-    mask = personal_mask(LAYOUT, ["batch_norm"])
+    mask = find_local_values(LAYOUT, ["batch_norm"])
     for round_number in range(1, 7):
         for stage in ("main", "other"):
             save_parameters(tmp_path, "run", stage, round_number, constant_weights(round_number), mask)
@@ -127,24 +134,24 @@ def test_pruning_deletes_all_rounds_but_those_needed(tmp_path: Path) -> None:
 def store_two_stages(folder: Path) -> None:
     """Store rounds 1 to 3 of heads (stage "main") and of batch norms (stage "norms")."""
     for round_number in (1, 2, 3):
-        heads = personal_mask(LAYOUT, ["heads"])
-        norms = personal_mask(LAYOUT, ["batch_norm"])
+        heads = find_local_values(LAYOUT, ["heads"])
+        norms = find_local_values(LAYOUT, ["batch_norm"])
         save_parameters(folder, "run", "main", round_number, constant_weights(round_number), heads)
         save_parameters(folder, "run", "norms", round_number, constant_weights(10 + round_number), norms)
 
 
 def test_layers_of_the_test_come_back_whatever_else_is_stored(tmp_path: Path) -> None:
     """They are those of a stage's best round, not of its last; best round 0 adds nothing."""
-    heads = personal_mask(LAYOUT, ["heads"])
-    norms = personal_mask(LAYOUT, ["batch_norm"])
+    heads = find_local_values(LAYOUT, ["heads"])
+    norms = find_local_values(LAYOUT, ["batch_norm"])
     common = constant_weights(0)
     store_two_stages(tmp_path)
     record_test_state(tmp_path, "run", [("main", 2), ("norms", 0)], common)
     merged = load_as_tested(tmp_path / "run", common)
-    assert (merged.floats[heads] == 2).all()
-    assert (merged.floats[~heads] == 0).all()
+    assert (merged.floats[heads.floats] == 2).all()
+    assert (merged.floats[~heads.floats] == 0).all()
     record_test_state(tmp_path, "run", [("main", 2), ("norms", 3)], common)  # tested again, after a resume
-    assert (load_as_tested(tmp_path / "run", common).floats[norms] == 13).all()
+    assert (load_as_tested(tmp_path / "run", common).floats[norms.floats] == 13).all()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -155,7 +162,7 @@ def test_test_state_of_the_previous_version_is_read(tmp_path: Path) -> None:
     record_test_state(tmp_path, "run", [("main", 2)], common)
     assert (tmp_path / "run" / "used.json").read_text().startswith('{"personal":[["main",2]],"common":"')
     merged = load_as_tested(tmp_path / "run", common)
-    assert (merged.floats[personal_mask(LAYOUT, ["heads"])] == 2).all()
+    assert (merged.floats[find_local_values(LAYOUT, ["heads"]).floats] == 2).all()
 
 
 def test_wrong_missing_or_damaged_layers_are_refused(tmp_path: Path) -> None:
@@ -178,7 +185,7 @@ def test_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, bad_name: 
     folder = tmp_path / "state"
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "00001.safetensors").write_bytes(b"another's")
-    mask = personal_mask(LAYOUT, ["heads"])
+    mask = find_local_values(LAYOUT, ["heads"])
     for run_id, stage in ((bad_name, "main"), ("run", bad_name)):
         with pytest.raises(Refused, match="is not a valid name of a run or stage"):
             save_parameters(folder, run_id, stage, 1, constant_weights(1), mask)

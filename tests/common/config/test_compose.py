@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,6 +11,7 @@ from common.config.compose import CONFIG_DIR, compose_config, prepare_config
 from common.config.normalise import stage_tasks
 from common.config.parse import config_to_dict, parse_config
 from common.config.schema import Config, EvaluationConfig, Stage, Task
+from common.config.validate import validate_config
 from common.utils.errors import ConsiliumError
 
 
@@ -77,6 +78,24 @@ def test_invalid_override_is_refused_in_one_sentence(override: str, sentence: st
     with pytest.raises(ConsiliumError, match=sentence) as caught:
         compose_config([override])
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_stay_in_one_stage_stay_in_all_later_ones() -> None:
+    config = compose_config(["stage.local_layers=[batch_norm]", "tasks.source.head_update=local"])
+    main = config.stages["main"]
+    for later_layers in (["batch_norm"], ["all"]):
+        later = replace(main, local_layers=later_layers)
+        validate_config(replace(config, stages={"main": main, "later": later}))
+    later = replace(main, local_layers=["heads"])
+    with pytest.raises(
+        ConsiliumError, match=r"stages\.later\.local_layers lacks 'batch_norm', which stage 'main' keeps at"
+    ):
+        validate_config(replace(config, stages={"main": main, "later": later}))
+
+
+def test_centre_that_does_not_train_has_no_layers_of_its_own() -> None:
+    with pytest.raises(ConsiliumError, match="tests a centre that does not train and so has none of its own"):
+        compose_config(["stage.local_layers=[batch_norm]", "federation.evaluation=loco"])
 
 
 # --- the papers' recipes ---
