@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.site.config import safe_filename
+from common.config.names import MAX_CLUSTERING_ID_LENGTH
 from common.utils.atomic_files import atomic_write
 from common.utils.errors import RefusalCode, Refused
 
@@ -39,4 +40,4 @@ def load_cluster_labels(folder: Path, clustering_id: str, keys: Sequence[str]) -
 
 
 def _labels_path(folder: Path, clustering_id: str) -> Path:
-    return folder / "labels" / f"{safe_filename(clustering_id)}.json"
+    return folder / "labels" / f"{safe_filename(clustering_id, MAX_CLUSTERING_ID_LENGTH)}.json"

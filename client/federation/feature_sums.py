@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from client.data.dataset import ScanDataset, iterate_slices
 from client.federation.query_context import QueryContext
+from client.site.config import safe_filename
 from client.training.trainer import run_inference
 from common.learning.losses import output_dim
 from common.modeling.model import Model
@@ -91,7 +92,7 @@ def load_pooled_features(context: QueryContext) -> PooledFeatures:
 def _features_path(context: QueryContext) -> Path | None:
     if context.features_dir is None:
         return None
-    return context.features_dir / f"{context.task_name}-{context.split}.npy"
+    return context.features_dir / f"{safe_filename(context.task_name)}-{context.split}.npy"
 
 
 def _compute_features(context: QueryContext, model: Model, dataset: ScanDataset) -> Floats:

@@ -1,8 +1,8 @@
 """Answer the coordinator's requests. `handle_request` is the single entry point and never raises.
 
-A request passes five steps: parse its configuration, check it against the hospital's policy, run its handler,
-release the reply as far as the policy allows, and record what leaves in the egress log. Nothing here knows
-Flower.
+A request passes six steps: validate its fields and the whole of its configuration
+(request_validation.py), check it against the hospital's policy and approvals, run its handler, release the
+reply as far as the policy allows, and record what leaves in the egress log. Nothing here knows Flower.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from client.federation import parameter_cache, secure_aggregation
 from client.federation.join import handle_join
 from client.federation.label_counts import unnormalised_weights
 from client.federation.local_round import train_local_round
+from client.federation.request_fields import check_fields
+from client.federation.request_validation import validate_request
 from client.federation.run_context import RunContext, parse_run_config
 from client.federation.statistics import handle_query
 from client.site import egress_log
@@ -55,6 +57,10 @@ def handle_request(site: Site, request: Request) -> Reply:
 
     A reply that cannot be recorded in the egress log is replaced by a refusal.
     """
+    try:
+        check_fields(request)
+    except Exception as error:
+        return refuse_malformed(site, error)
     log_fields: dict[str, Any] = {
         "run": request.run_id,
         "kind": type(request).__name__,
@@ -63,12 +69,17 @@ def handle_request(site: Site, request: Request) -> Reply:
     if isinstance(request, TrainRequest):
         log_fields.update(stage=request.stage, round=request.round)
     with log_context(**log_fields):
-        reply = _answer(site, request)
-        try:
-            _record(site, request, reply)
-        except Refused as error:
-            return Refusal(reply.centre, str(error), isinstance(error, PermanentlyRefused), error.code)
-        return reply
+        return _record(site, request, _answer(site, request))
+
+
+def refuse_malformed(site: Site, error: Exception) -> Reply:
+    """Refuse a message that is no request, or has fields that no request can have. Never raises.
+
+    Nothing of the message is used, not even the name of its run, which the egress log therefore lacks.
+    """
+    refusal = _refuse(site, site.centre or f"node {site.index}", error)
+    refusal.code = RefusalCode.BAD_REQUEST
+    return _record(site, JoinRequest("", {}), refusal)
 
 
 def _answer(site: Site, request: Request) -> Reply:
@@ -77,6 +88,7 @@ def _answer(site: Site, request: Request) -> Reply:
     try:
         config = parse_run_config(request.config)
         centre = reply_name(site, config) or centre
+        validate_request(config, request)
         context = _check_policy(site, config, request)
         reply = _run(context, request)
         return _release(context, request, reply)
@@ -147,18 +159,27 @@ def _release(context: RunContext, request: Request, reply: Reply) -> Reply:
     return filter_reply(context.policy, reply)
 
 
-def _record(site: Site, request: Request, reply: Reply) -> None:
-    """Write the reply into the egress log. A node that takes no part in the run has no log."""
-    folder = _find_log_dir(site, request)
-    if folder is not None:
-        anchor = outer_anchor(site, Path(site.data)) if site.data else None
-        egress_log.record_reply(folder, request, reply, anchor)
+def _record(site: Site, request: Request, reply: Reply) -> Reply:
+    """Write the reply into the egress log and return it, or a refusal where it cannot be written.
+
+    A node that takes no part in the run has no log.
+    """
+    try:
+        folder = _find_log_dir(site, request)
+        if folder is not None:
+            anchor = outer_anchor(site, Path(site.data)) if site.data else None
+            egress_log.record_reply(folder, request, reply, anchor)
+    except Exception as error:
+        return _refuse(site, reply.centre, error)
+    return reply
 
 
 def _find_log_dir(site: Site, request: Request) -> Path | None:
     if site.centre:
         has_state = bool(site.data or site.state)
         return cohort_state_dir(site, Path(site.data)) if has_state else None
+    if not request.config:
+        return None
     try:
         config = parse_run_config(request.config)
         return state_dir(site, config) if local_cohorts(site, config) else None

@@ -14,10 +14,12 @@ from typing import Any
 
 from client.site.config import Site, local_cohorts, outer_anchor, reply_name, state_dir
 from client.site.policy import Policy
+from common.config.compose import prepare_config
 from common.config.parse import parse_config
 from common.config.schema import Config, Stage
-from common.utils.errors import Refused, suggest
+from common.utils.errors import ConsiliumError, Refused, suggest
 
+MAX_ERROR_LENGTH = 300  # of an error's text in a refusal
 MAX_CACHED_CONFIGS = 4  # a process serves one run or a few folds of it
 _parsed_configs: dict[str, Config] = {}  # {digest of a configuration's text: the configuration}
 
@@ -64,19 +66,37 @@ class RunContext:
 
 
 def parse_run_config(values: Mapping[str, Any]) -> Config:
-    """Return the configuration of a request. Raises ConsiliumError for one that is wrong.
+    """Return the configuration of a request, validated as the coordinator validates its own.
 
     Every request of a run carries the same configuration, which is parsed when it comes for the first time.
+
+    Raises:
+        Refused: The configuration is wrong, contradicts itself, or lacks what follows from it: a coordinator
+            that prepared it with the same code sends no such one.
     """
     try:
         text = json.dumps(values)  # keys in their order: the order of the tasks matters
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Refused(f"the run's configuration is not JSON ({type(error).__name__})") from error
     digest = hashlib.sha256(text.encode()).hexdigest()
     config = _parsed_configs.get(digest)
     if config is None:
-        config = parse_config(values)
+        config = _validate_config(values)
         if len(_parsed_configs) >= MAX_CACHED_CONFIGS:
             _parsed_configs.clear()
         _parsed_configs[digest] = config
+    return config
+
+
+def _validate_config(values: Mapping[str, Any]) -> Config:
+    try:
+        config = parse_config(values)
+        prepared = prepare_config(config)
+    except ConsiliumError as error:  # about the coordinator's own settings, so it may know the text
+        raise Refused(f"the run's configuration is refused: {str(error)[:MAX_ERROR_LENGTH]}") from error
+    if prepared != config:
+        raise Refused(
+            "the run's configuration is refused: it lacks what follows from its settings; "
+            "send it as `consilium-server config` prints it"
+        )
     return config

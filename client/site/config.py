@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from pydantic import ConfigDict
 
 from client.site.yaml_records import check_keys, field_names, parse_record, read_yaml_mapping
+from common.config.names import MAX_NAME_LENGTH, NAME_RULE, is_plain_name, require_plain_name
 from common.config.schema import Config
 from common.utils.errors import RefusalCode, Refused
 
@@ -50,6 +50,11 @@ class Site:
     )
     policy: str = ""  # path of policy.yaml (client/site/policy.py); empty: everything is allowed
     index: int = 0  # in simulation: the number of the node
+
+    def __post_init__(self) -> None:
+        """Check the name, which stands in every reply. Raises ValueError."""
+        if self.centre:
+            require_plain_name(self.centre, "a centre")
 
     def resolve_device(self) -> torch.device:
         """Return the device to train on. Raises Refused when this machine does not have it."""
@@ -175,12 +180,12 @@ def state_dir(site: Site, config: Config) -> Path:
     return cohort_state_dir(site, first_cohort)
 
 
-def safe_filename(name: str) -> str:
-    """Return the name of a run, stage or digest, checked to be a plain file name.
+def safe_filename(name: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    """Return the name of a run, stage, clustering or digest, checked to be a plain file name.
 
     The coordinator chooses it, so it must not lead out of the state folder. Raises Refused otherwise.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        rule = "use letters, digits, '.', '_' and '-', at most 100"
+    if not is_plain_name(name, max_length):
+        rule = NAME_RULE.format(max_length)
         raise Refused(f"{name[:40]!r} is not a valid name of a run or stage; {rule}")
     return name

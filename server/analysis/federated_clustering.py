@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config.names import name_clustering
 from common.config.normalise import normalise_config
 from common.config.parse import config_to_dict
 from common.config.schema import Config
@@ -27,7 +28,6 @@ from server.analysis.kmeans import ClusterMoments, Clusters, FloatArray, select_
 from server.run.initial_model import build_initial_model
 from server.run.run_state import Run
 
-MAX_RUN_ID_LENGTH = 80  # of a run's id within a clustering's, which is also a file's name
 log = logging.getLogger("consilium.server")
 
 
@@ -41,7 +41,7 @@ def fit_clusters(run: Run, config: Config) -> Config:
     for task, settings in config.tasks.items():
         if not settings.num_clusters or settings.clustering_id:
             continue
-        clustering_id = f"{run.run_id[:MAX_RUN_ID_LENGTH]}-{task}"
+        clustering_id = name_clustering(run.run_id, task)
         clusters = _cluster_task(run, config, task, clustering_id)
         _log_clusters(run, task, clusters)
         classes = [str(k) for k in range(len(clusters.sizes))]

@@ -31,7 +31,7 @@ def personal_layers_for(run: Run, record: StageRecord, centre: str, round_number
 def rounds_to_keep(record: StageRecord, centre: str, round_number: int) -> list[int]:
     """Return the rounds whose local layers may be needed: the last two, as a resume repeats one; the best."""
     best = best_round_for(record, centre)
-    return [round_number - 1, round_number - 2, best.round if best else 0]
+    return [round_number - 1, max(0, round_number - 2), best.round if best else 0]
 
 
 def best_round_for(record: StageRecord, centre: str) -> BestRound | None:

@@ -66,13 +66,14 @@ def initial_weights(config: Config) -> Weights:
 def train_request(
     config: Config, round_number: int = 1, weights: Weights | None = None, **fields: object
 ) -> TrainRequest:
+    counts = {"covid": [8.0, 8.0], "source": [8.0, 8.0]}
     return TrainRequest(
         "run",
         config_to_dict(config),
         "main",
         round_number,
         weights or initial_weights(config),
-        {"covid": [8.0, 8.0], "source": [8.0, 8.0]},
+        {task: counts[task] for task in config.tasks if task in counts},
         **fields,  # type: ignore[arg-type]
     )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from common.config.schema.base import Precision, config_dataclass
+from common.config.names import require_plain_name, require_short
+from common.config.schema.base import Precision, config_dataclass, require, require_finite
 from common.config.schema.data import PhantomConfig, PreprocessConfig
 from common.config.schema.federation import (
     AggregationConfig,
@@ -67,3 +68,18 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        """Check the names, and that every number is finite."""
+        if self.recipe:
+            require_plain_name(self.recipe, "a recipe")
+        require_short(self.tasks, "tasks")
+        for name in self.tasks:
+            require_plain_name(name, "a task")
+            require(
+                "." not in name, f"task '{name}' has a '.', which parts of the model's names; leave it out"
+            )
+        require_short(self.stages, "stages")
+        for name in self.stages:
+            require_plain_name(name, "a stage")
+        require_finite(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
+from common.config.names import require_plain_name, require_short
 from common.config.schema.base import config_dataclass, require
 from common.config.schema.data import PhantomConfig
 
@@ -94,6 +95,10 @@ class FederationConfig:
             bool(centres),
             "federation.centres is empty; name the centres, e.g. federation.centres=[north,south]",
         )
+        require_plain_name(self.name, "a federation")
+        require_short(centres, "federation.centres")
+        for centre in centres:
+            require_plain_name(centre, "a centre")
         require(len(set(centres)) == len(centres), f"federation.centres names a centre twice: {centres}")
         require(self.folds >= 3, f"federation.folds is {self.folds}; it must be 3 or more")
         in_range = self.fold is None or 0 <= self.fold < self.folds

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
+from common.config.names import require_plain_name, require_short
 from common.config.schema.base import config_dataclass, require
+
+MAX_CHANNELS = 16384  # of a decoder's level
 
 
 @config_dataclass
@@ -20,8 +23,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        valid = bool(self.channels) and min(self.channels) >= 1
-        require(valid, f"backbone.decoder.channels is {self.channels}; give one or more, each 1 or more")
+        valid = bool(self.channels) and min(self.channels) >= 1 and max(self.channels) <= MAX_CHANNELS
+        require(
+            valid, f"backbone.decoder.channels is {self.channels}; give one or more, each 1 to {MAX_CHANNELS}"
+        )
+        require_short(self.channels, "backbone.decoder.channels")
 
 
 @config_dataclass
@@ -46,6 +52,9 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        require_plain_name(
+            self.name, "a backbone"
+        )  # timm would read one with a ':' from a disk or the internet
         require(
             self.norm != "frozen" or self.weights != "random",
             "backbone.norm is frozen, but backbone.weights is random and has no statistics to keep; "

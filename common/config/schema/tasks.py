@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
+from common.config.names import (
+    MAX_CLUSTERING_ID_LENGTH,
+    require_plain_name,
+    require_plain_text,
+    require_plain_texts,
+    require_short,
+)
 from common.config.schema.base import config_dataclass, require
+
+MAX_UNITS = 65536  # of a layer of a head
+MAX_QUEUE_SIZE = 1_000_000
+MAX_CLUSTERS = 1000
 
 
 @config_dataclass
@@ -20,10 +31,13 @@ class ContrastiveConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(
-            self.projection_dim >= 2,
-            f"contrastive.projection_dim is {self.projection_dim}; it must be 2 or more",
+            2 <= self.projection_dim <= MAX_UNITS,
+            f"contrastive.projection_dim is {self.projection_dim}; it must be 2 to {MAX_UNITS}",
         )
-        require(self.queue_size >= 1, f"contrastive.queue_size is {self.queue_size}; it must be 1 or more")
+        require(
+            1 <= self.queue_size <= MAX_QUEUE_SIZE,
+            f"contrastive.queue_size is {self.queue_size}; it must be 1 to {MAX_QUEUE_SIZE}",
+        )
         require(self.temperature > 0, f"contrastive.temperature is {self.temperature}; it must be above 0")
         require(0 <= self.momentum <= 1, f"contrastive.momentum is {self.momentum}; it must be in [0, 1]")
 
@@ -77,7 +91,8 @@ class Task:
     inference: bool = True  # false: the head is dropped when predicting
 
     def __post_init__(self) -> None:
-        """Check the ranges, and what depends on the task's type."""
+        """Check the names, the ranges, and what depends on the task's type."""
+        self._check_names()
         require(self.loss_weight >= 0, f"a task's loss_weight is {self.loss_weight}; it must be 0 or more")
         require(0 <= self.dropout < 1, f"a task's dropout is {self.dropout}; it must be in [0, 1)")
         require(-10 <= self.tau <= 10, f"a task's tau is {self.tau}; it must be in [-10, 10]")
@@ -85,10 +100,16 @@ class Task:
         require(0 < self.mask_ratio < 1, f"a task's mask_ratio is {self.mask_ratio}; it must be in (0, 1)")
         require(self.dice_weight >= 0, f"a task's dice_weight is {self.dice_weight}; it must be 0 or more")
         fewest_units = min(self.hidden_dims, default=1)
-        require(fewest_units >= 1, f"a task's hidden_dims are {self.hidden_dims}; each must be 1 or more")
-        fewest_clusters = min(self.num_clusters, default=2)
+        most_units = max(self.hidden_dims, default=1)
         require(
-            fewest_clusters >= 2, f"a task's num_clusters are {self.num_clusters}; each must be 2 or more"
+            fewest_units >= 1 and most_units <= MAX_UNITS,
+            f"a task's hidden_dims are {self.hidden_dims}; each must be 1 to {MAX_UNITS}",
+        )
+        fewest_clusters = min(self.num_clusters, default=2)
+        most_clusters = max(self.num_clusters, default=2)
+        require(
+            fewest_clusters >= 2 and most_clusters <= MAX_CLUSTERS,
+            f"a task's num_clusters are {self.num_clusters}; each must be 2 to {MAX_CLUSTERS}",
         )
         ascending = sorted(set(self.bin_edges))
         require(
@@ -101,3 +122,15 @@ class Task:
         if self.head_update == "moments":
             linear = not self.hidden_dims and not self.input_relu and self.head_input == "features"
             require(linear, "head_update: moments needs a linear head on the features")
+
+    def _check_names(self) -> None:
+        for column in (self.label_column, self.severity_column):
+            if column:
+                require_plain_text(column, "a column")
+        require_plain_texts(self.label_columns, "a task's label_columns")
+        require_plain_texts(self.classes, "a task's classes")
+        require_short(self.hidden_dims, "a task's hidden_dims")
+        require_short(self.num_clusters, "a task's num_clusters")
+        require_short(self.bin_edges, "a task's bin_edges")
+        if self.clustering_id:
+            require_plain_name(self.clustering_id, "a clustering", MAX_CLUSTERING_ID_LENGTH)

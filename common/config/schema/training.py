@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
+from common.config.names import require_short
 from common.config.schema.base import Precision, config_dataclass, require
+
+MAX_EPOCHS = 100_000  # of a round; what is more is a mistake that would keep a centre busy for ever
+MAX_STEPS = 10_000_000
+MAX_BATCH_SIZE = 100_000
+MAX_HOLES = 1000
 
 LocalLayerGroup = Literal["batch_norm", "heads", "all"]
 # Of a scan: `masked` if it has a mask, otherwise by the stage's first binary task.
@@ -42,6 +48,8 @@ class AugmentConfig:
         for name in UNIT_INTERVAL_FIELDS:
             value = getattr(self, name)
             require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
+        holes = self.cutout_num_holes
+        require(0 <= holes <= MAX_HOLES, f"augment.cutout_num_holes is {holes}; it must be 0 to {MAX_HOLES}")
 
 
 @config_dataclass
@@ -116,6 +124,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        for name in ("tasks", "freeze", "reset", "local_layers"):
+            require_short(getattr(self, name), f"stage.{name}")
         require(0 <= self.rounds <= 100_000, f"stage.rounds is {self.rounds}; it must be 0 to 100000")
         fraction = self.freeze_fraction
         require(0 <= fraction <= 1, f"stage.freeze_fraction is {fraction}; it must be in [0, 1]")
@@ -123,10 +133,20 @@ class Stage:
         lowest = min(ratios.values(), default=0)
         require(lowest >= 0, f"stage.sampling_ratios is {ratios}; no share may be below 0")
         require(not ratios or sum(ratios.values()) > 0, "stage.sampling_ratios gives every kind the share 0")
-        require(self.local_epochs > 0, f"stage.local_epochs is {self.local_epochs}; it must be above 0")
+        epochs = self.local_epochs
+        require(
+            0 < epochs <= MAX_EPOCHS,
+            f"stage.local_epochs is {epochs}; it must be above 0 and at most {MAX_EPOCHS}",
+        )
         steps = self.local_steps
-        require(steps is None or steps >= 1, f"stage.local_steps is {steps}; it must be 1 or more")
-        require(self.batch_size >= 1, f"stage.batch_size is {self.batch_size}; it must be 1 or more")
+        require(
+            steps is None or 1 <= steps <= MAX_STEPS,
+            f"stage.local_steps is {steps}; it must be 1 to {MAX_STEPS}",
+        )
+        require(
+            1 <= self.batch_size <= MAX_BATCH_SIZE,
+            f"stage.batch_size is {self.batch_size}; it must be 1 to {MAX_BATCH_SIZE}",
+        )
         parts = self.grad_accum_steps
         batch_size = self.batch_size
         require(

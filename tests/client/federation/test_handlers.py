@@ -166,7 +166,7 @@ def test_wrong_requests_are_refused_and_never_raise(hospital: Path) -> None:
         "unknown query 'pixels'; this centre answers counts, scores, moments, clusters, quality"
     )
     assert "is for simulation only" in refusal_reason(handle_request(site, central))
-    assert "is not a valid name of a run or stage" in refusal_reason(handle_request(site, bad_run_id))
+    assert "the request's 'run_id' is not valid" in refusal_reason(handle_request(site, bad_run_id))
     if not torch.cuda.is_available():
         on_cuda = handle_request(replace(site, device="cuda"), train_request(config))
         assert "this machine has no GPU" in refusal_reason(on_cuda)

@@ -166,9 +166,9 @@ def test_hospital_enforces_its_policy_and_records_what_leaves(tmp_path: Path) ->
     counts = handle_request(site, StatisticsRequest("run", config, "counts", ""))
     assert isinstance(counts, StatisticsReply)
     assert all(((n == 0) | (n >= 5)).all() for n in counts.sums.values())
-    refused = handle_request(site, StatisticsRequest("run", config, "moments", ""))
+    refused = handle_request(site, StatisticsRequest("run", config, "quality", ""))
     assert isinstance(refused, Refusal)
-    assert "does not allow the query 'moments'" in refused.reason
+    assert "does not allow the query 'quality'" in refused.reason
     assert refused.code == RefusalCode.POLICY
     kinds = [entry.kind for entry in egress_log.read_entries(folder / ".consilium")]
     assert kinds == ["JoinReply", "StatisticsReply", "Refusal"]
