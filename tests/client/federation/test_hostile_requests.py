@@ -107,7 +107,13 @@ def test_no_name_in_a_request_becomes_a_file_outside_the_state_folder(
 def send_through_flower(site: Site, content: RecordDict, monkeypatch: pytest.MonkeyPatch) -> Reply:
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them before it starts an app
         monkeypatch.setattr(TaskIdentity, name, 1)
-    node_config = {"centre": site.centre, "data": site.data, "state": site.state, "device": "cpu"}
+    node_config = {
+        "centre": site.centre,
+        "data": site.data,
+        "state": site.state,
+        "anchor": site.anchor,
+        "device": "cpu",
+    }
     context = Context(run_id=1, node_id=1, node_config=dict(node_config), state=RecordDict(), run_config={})
     message = Message(content=content, message_type="query", dst_node_id=1)
     reply = from_records(app(message, context).content)
