@@ -34,6 +34,11 @@ def normalise_split(text: object) -> str:
     return SPLIT_ALIASES.get(word, word)
 
 
+def find_task_columns(cohort: pd.DataFrame) -> set[str]:
+    """Return the columns that a task may take its labels from: the labels, and the source."""
+    return {*find_label_columns(cohort), "source"}
+
+
 def find_label_columns(cohort: pd.DataFrame) -> list[str]:
     """List the columns that may hold labels: all that have no meaning of their own."""
     return cohort.columns.difference(REQUIRED_COLUMNS + OPTIONAL_COLUMNS, sort=False).tolist()

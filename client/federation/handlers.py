@@ -19,8 +19,8 @@ import torch
 
 from client.federation import parameter_cache, secure_aggregation
 from client.federation.join import handle_join
-from client.federation.label_counts import unnormalised_weights
 from client.federation.local_round import train_local_round
+from client.federation.released_counts import weigh_centre
 from client.federation.request_fields import check_fields
 from client.federation.request_validation import validate_request
 from client.federation.run_context import RunContext, parse_run_config
@@ -147,9 +147,8 @@ def _release(context: RunContext, request: Request, reply: Reply) -> Reply:
     if isinstance(request, TrainRequest) and isinstance(reply, TrainReply) and is_masked:
         if reply.sum_id:  # the cached reply to a round that was masked before
             return reply
-        label_weights = unnormalised_weights(context.site, context.config)
         return secure_aggregation.mask_update(
-            context.state_dir, context.config, request, reply, label_weights
+            context.state_dir, context.config, request, reply, weigh_centre(context)
         )
     if isinstance(request, StatisticsRequest) and isinstance(reply, StatisticsReply):
         reply = filter_reply(context.policy, reply, request.name)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pandas as pd
 
-from client.data.columns import find_label_columns
+from client.data.columns import find_task_columns
 from client.data.loading import clear_dataset_cache, load_centre_cohort, load_datasets
 from client.federation.run_context import RunContext
 from client.site.config import local_cohorts
@@ -41,14 +41,14 @@ def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
     columns = _find_requested_columns(tables, config)
     if cohorts:
         _warn_of_missing_columns(columns, config)
-    hides_counts = hides_statistics(config)
+    hides_counts = hides_statistics(config) or config.privacy.dp_level == "patient"
     return JoinReply(
         centre=context.centre,
         cohorts=list(cohorts),
         fingerprint=fingerprint_code(),
         sources=sorted({str(source) for table in tables for source in table["source"]}),
         columns=columns,
-        scans={} if hides_counts or config.privacy.query_noise_multiplier else scans,
+        scans={} if hides_counts else scans,
         skipped={} if hides_counts else skipped,
         versions=_list_versions(),
         device=str(site.resolve_device()),
@@ -63,7 +63,7 @@ def _find_requested_columns(tables: list[pd.DataFrame], config: Config) -> list[
         requested.update(task_label_columns(name, task))
     available: set[str] = set()
     for table in tables:
-        available.update(find_label_columns(table), ["source"])
+        available |= find_task_columns(table)
     return sorted(requested & available)
 
 

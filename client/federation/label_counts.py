@@ -1,16 +1,16 @@
-"""Count the labelled scans of each class, and weigh the centre by them."""
+"""Count the labelled scans of each class."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.loading import load_datasets
+from client.data.dataset import ScanDataset
 from client.federation.query_context import QueryContext
-from client.site.config import Site
 from client.site.small_cells import raise_small_counts
 from common.config.schema import Config
-from common.learning.class_imbalance import unnormalised_weight
 from common.learning.losses import class_names
 from common.protocol.messages import Sums
 from common.protocol.sum_key import LabelCountKey
@@ -37,26 +37,19 @@ def count_classes(
 
 
 def sum_label_counts(context: QueryContext) -> Sums:
+    """Answer query `counts`: the classes of every cohort, split and task."""
+    return count_labels(context.datasets, context.config, context.min_cell_count)
+
+
+def count_labels(datasets: Mapping[str, ScanDataset], config: Config, min_cell_count: int) -> Sums:
     """Count the classes of every cohort, split and task: {LabelCountKey: [K + 1]}."""
     sums: Sums = {}
-    for split, dataset in context.datasets.items():
+    for split, dataset in datasets.items():
         cohort_of_scan = np.array(dataset.centres)
         for cohort in sorted(set(dataset.centres)):
             is_own = cohort_of_scan == cohort
-            for name, task in context.config.tasks.items():
-                counts = count_classes(
-                    dataset.targets[name][is_own], len(class_names(name, task)), context.min_cell_count
-                )
+            for name, task in config.tasks.items():
+                num_classes = len(class_names(name, task))
+                counts = count_classes(dataset.targets[name][is_own], num_classes, min_cell_count)
                 sums[str(LabelCountKey(cohort, split, name))] = counts
     return sums
-
-
-def unnormalised_weights(site: Site, config: Config) -> dict[str, float]:
-    """Return {task: weight of this centre's training scans, before division by the sum over all centres}."""
-    datasets, _ = load_datasets(site, config)
-    weights = {}
-    for name, task in config.tasks.items():
-        num_classes = len(class_names(name, task))
-        counts = count_classes(datasets["train"].targets[name], num_classes, site.min_cell_count)
-        weights[name] = unnormalised_weight(counts[:-1], config.aggregation)
-    return weights

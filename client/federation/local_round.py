@@ -17,16 +17,16 @@ from torch import Tensor
 from client.data.batch import Batch
 from client.data.dataset import ScanDataset, count_round_steps, iterate_batches
 from client.data.loading import load_datasets
-from client.federation import error_feedback, personal_parameters
+from client.federation import error_feedback, patient_exposure, personal_parameters
 from client.federation.label_counts import count_classes
 from client.federation.local_model import build_model
-from client.federation.privacy_plan import open_privacy_account, plan_privacy
+from client.federation.privacy_plan import open_privacy_account, plan_privacy, require_patient_dp
 from client.federation.run_context import RunContext
 from client.site import privacy_budget
 from client.site.privacy_budget import PrivacyAccount
 from client.training.autotune import autotune, use_threads
 from client.training.dp_sgd import PatientBatches, poisson_batches
-from client.training.trainer import TrainResult, TrainSpec, train
+from client.training.trainer import TrainSpec, train
 from common.config.normalise import stage_tasks
 from common.config.schema import Config, Stage, Task
 from common.learning.class_imbalance import compute_logit_adjustment
@@ -71,14 +71,18 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
     start = time.perf_counter()
     datasets, _ = load_datasets(context.site, context.config)
     dataset = datasets["train"]
-    scans = _select_labelled(context.config, dataset, request)
     account = None
     if context.config.privacy.dp_level == "patient":
+        require_patient_dp(context.config)
         account = open_privacy_account(context)
+        dataset = patient_exposure.select_trainable(account, dataset)
         cached = privacy_budget.cached_reply(account, request)
         if cached is not None:
             return cached
+    scans = _select_labelled(context.config, dataset, request)
     plan = _plan_round(context, request, dataset, scans, account)
+    if account is not None:
+        patient_exposure.mark_trained(account, dataset)
     with use_threads(plan.num_threads):
         result = train(plan.model, plan.batches, plan.spec)
     layout = build_layout(plan.model)
@@ -95,7 +99,7 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
         centre=context.centre,
         delta=update.delta,
         int_buffers=leaving.int_buffers,
-        scans=_count_scans(plan.spec, result),
+        scans=result.scans_seen,
         steps=result.steps,
         losses={task: list(loss) for task, loss in result.losses.items()},
         seconds=time.perf_counter() - start,
@@ -103,7 +107,9 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
     )
     if account is not None and plan.charge is not None:
         charges = privacy_budget.record_charge(account, plan.charge, request)
-        reply.epsilon = compute_epsilon(charges, context.config.privacy.delta)
+        epsilon = compute_epsilon(charges, context.config.privacy.delta)
+        # Steps and time follow from the number of patients.
+        reply = replace(reply, scans=0, steps=0, seconds=0.0, epsilon=epsilon)
         privacy_budget.cache_reply(account, request, reply)
     return reply
 
@@ -115,9 +121,8 @@ def _select_labelled(config: Config, dataset: ScanDataset, request: TrainRequest
     if len(scans):
         return scans
     names = ", ".join(tasks)
-    if hides_statistics(
-        config
-    ):  # the coordinator does not know the counts, and must not wait for this centre
+    # Where the coordinator does not know the exact counts, it must not wait for this centre.
+    if hides_statistics(config) or config.privacy.dp_level == "patient":
         raise PermanentlyRefused(f"no training scan is labelled for {names}", RefusalCode.NO_DATA)
     raise Refused(
         f"none of the {len(dataset)} training scans is labelled for {names}; "
@@ -237,10 +242,3 @@ def _encode_delta(
         return EncodedDelta(delta, {})
     encoded = error_feedback.encode_with_feedback(context.state_dir, request, delta, layout, codec)
     return EncodedDelta(EMPTY_PARAMS, encoded)
-
-
-def _count_scans(spec: TrainSpec, result: TrainResult) -> int:
-    """Return the scans seen; with DP-SGD the patients expected, since the number drawn is secret."""
-    if spec.dp_params is None:
-        return result.scans_seen
-    return round(spec.dp_params.expected_patients * spec.num_steps)

@@ -1,9 +1,9 @@
-"""Add noise to counts and histograms (`privacy.query_noise_multiplier`), so that they reveal no patient.
+"""Add noise to counts (`privacy.count_noise_multiplier`) and scores (`query_noise_multiplier`).
 
 A scan adds 1 to one cell of each task's table, and at most `privacy.max_scans_per_patient` scans of a patient
 count. So a patient changes an answer by at most `max_scans_per_patient * sqrt(tasks)` in L2 norm. Every cell
 gets Gaussian noise of the noise multiplier times that, which is charged to the same budget as training
-(client/site/privacy_budget.py).
+(client/site/privacy_budget.py). Which cells there are depends on the configuration alone.
 
 What follows costs no more privacy. Cells are rounded to whole numbers, so that the low bits of a float reveal
 nothing (Mironov, "On significance of the least significant bits for differential privacy", CCS 2012).
@@ -14,16 +14,26 @@ such bound, and does not leave.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.data.dataset import ScanDataset
+from client.federation.query_context import QueryContext
 from client.site.small_cells import raise_small_counts
+from common.config.normalise import stage_tasks
 from common.config.schema import Config
+from common.privacy.accountant import Charge
+from common.privacy.count_noise import (
+    count_noise_std,
+    find_count_noise_multiplier,
+    has_label_columns,
+    query_sensitivity,
+)
 from common.privacy.gaussian_noise import secure_gaussian
+from common.privacy.masked_layout import empty_score_sums
 from common.protocol.messages import Sums
 from common.protocol.sum_key import SumKey
 
@@ -41,26 +51,45 @@ def cap_scans_per_patient(dataset: ScanDataset, max_scans: int) -> ScanDataset:
     return dataset.subset(np.array(rows, int))
 
 
-def add_noise(sums: Sums, config: Config, query_name: str, min_cell_count: int) -> Sums:
-    """Return the sums of query `counts` or `scores` with noise on every cell.
+def add_count_noise(counts: Sums, config: Config, min_cell_count: int) -> Sums:
+    """Return label counts [K + 1] with noise; one above 0 and below `min_cell_count` stands as that."""
+    noisy_counts: Sums = {}
+    for key, cells in counts.items():
+        rounded = np.rint(np.maximum(_add_gaussian(cells, count_noise_std(config)), 0))
+        noisy_counts[key] = raise_small_counts(rounded, min_cell_count)
+    return noisy_counts
 
-    Counts are [K + 1]; one above 0 and below `min_cell_count` stands as `min_cell_count`. Scores are
-    histograms [2, bins] and confusion matrices [K, K], whose small cells the policy suppresses
-    (client/site/policy.py), and losses, which are set to zero.
+
+def empty_scores(query: QueryContext, columns: Mapping[str, Collection[str]]) -> Sums:
+    """Return {SumKey: zeros} of all scores that a query may have, by the label columns of each cohort.
+
+    A cohort without a labelled scan sends noise: that it has none is not to be seen.
     """
-    privacy = config.privacy
-    noise_std = privacy.query_noise_multiplier * privacy.max_scans_per_patient * math.sqrt(len(config.tasks))
-    noisy_sums: Sums = {}
-    for key, cells in sums.items():
-        if query_name == "counts":
-            counts = np.rint(np.maximum(_add_gaussian(cells, noise_std), 0))
-            noisy_sums[key] = raise_small_counts(counts, min_cell_count)
-        elif SumKey.parse(key).statistic == "loss":
-            noisy_sums[key] = np.zeros_like(cells)
+    scores: Sums = {}
+    for cohort, cohort_columns in columns.items():
+        for name in stage_tasks(query.config, query.stage):
+            task = query.config.tasks[name]
+            if not has_label_columns(cohort_columns, name, task):
+                continue
+            for statistic, zeros in empty_score_sums(task, query.config.evaluation.histogram_bins).items():
+                scores[str(SumKey(cohort, name, statistic))] = zeros
+    return scores
+
+
+def add_score_noise(scores: Sums, config: Config) -> Sums:
+    """Return histograms [2, bins] and confusion matrices [K, K] with noise, and losses as zero.
+
+    The policy suppresses small cells later (client/site/policy.py).
+    """
+    noise_std = config.privacy.query_noise_multiplier * query_sensitivity(config)
+    noisy_scores: Sums = {}
+    for key, cells in scores.items():
+        if SumKey.parse(key).statistic == "loss":
+            noisy_scores[key] = np.zeros_like(cells)
         else:
             rows = _add_gaussian(cells, noise_std)
-            noisy_sums[key] = np.stack([np.rint(project_non_negative(row)) for row in rows])
-    return noisy_sums
+            noisy_scores[key] = np.stack([np.rint(project_non_negative(row)) for row in rows])
+    return noisy_scores
 
 
 def _add_gaussian(cells: Floats, std: float) -> Floats:
@@ -82,9 +111,14 @@ def project_non_negative(cells: Floats) -> Floats:
     return np.asarray(np.maximum(cells - offsets[positive[-1]], 0.0))
 
 
-def planned_answers(config: Config) -> int:
-    """Return how many queries an undisturbed run asks.
+def planned_charges(config: Config) -> tuple[Charge, ...]:
+    """Return what an undisturbed run pays for its queries.
 
-    It asks for the counts, the validation scores before and after every round, and the test scores.
+    It asks for the counts once. Where scores have noise, it asks for those of validation before the first and
+    after every round of a stage, and for those of the test.
     """
-    return 2 + sum(stage.rounds + 1 for stage in config.stages.values())
+    charges = [Charge(find_count_noise_multiplier(config.privacy), 1.0, 1)]
+    if config.privacy.query_noise_multiplier:
+        num_scores = 1 + sum(stage.rounds + 1 for stage in config.stages.values())
+        charges.append(Charge(config.privacy.query_noise_multiplier, 1.0, num_scores))
+    return tuple(charges)

@@ -50,6 +50,11 @@ class RunContext:
         return outer_anchor(self.site, first_cohort)
 
     @property
+    def budget_dir(self) -> Path:
+        """Return the folder of the patients' privacy budget, and of what else their privacy depends on."""
+        return self.state_dir / "budget"
+
+    @property
     def local_layers_dir(self) -> Path:
         """Return the folder of the layers that stay at the centre; pooled cohorts have one of their own."""
         is_central = self.config.federation.mode == "central"

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from client.data.dataset import ScanDataset
 from client.data.loading import load_datasets
 from client.federation import (
     cluster_labels,
     error_feedback,
     noisy_counts,
+    patient_exposure,
     personal_parameters,
     secure_aggregation,
 )
-from client.federation.label_counts import unnormalised_weights
 from client.federation.local_model import build_model
-from client.federation.privacy_plan import open_privacy_account
+from client.federation.privacy_plan import open_privacy_account, require_patient_dp
 from client.federation.query_context import QueryContext
 from client.federation.query_handlers import QUERY_HANDLERS
+from client.federation.released_counts import find_cohort_columns, release_counts, weigh_centre
 from client.federation.run_context import RunContext
+from client.federation.score_sums import sum_scores
 from client.imaging.slice_store import SliceStore
 from client.site import privacy_budget
 from client.site.config import cohort_state_dir, local_cohorts, safe_filename
+from client.site.privacy_budget import PrivacyAccount
 from client.training.autotune import use_threads
 from common.modeling.model import Model
 from common.privacy.accountant import Charge
@@ -35,41 +40,69 @@ from common.utils.errors import Refused
 
 
 def handle_query(context: RunContext, request: StatisticsRequest) -> StatisticsReply:
-    """Compute the sums of a query; where the run has query noise, charge and add it before they leave.
+    """Compute the sums of a query, with noise where the run's privacy requires it.
 
     Raises Refused for a query that is unknown, that the run's privacy forbids or that has no data here.
     """
-    _check_query(context, request)
-    if request.split == "test":
-        _finish_training(context)
-    start = time.perf_counter()
-    query = _open_query(context, request)
-    with use_threads(context.site.threads):
-        sums = QUERY_HANDLERS[request.name](query)
-        if request.name == "counts" and uses_secagg(context.config, request):
-            sums |= _sum_label_weights(context)
-        if request.clustering_id:
-            cluster_labels.save_cluster_labels(context.state_dir, request.clustering_id, query)
-            shutil.rmtree(_features_dir(context), ignore_errors=True)
-    noise_multiplier = context.config.privacy.query_noise_multiplier
-    if noise_multiplier:
-        account = open_privacy_account(context)
-        privacy_budget.record_charge(account, Charge(noise_multiplier, 1.0, 1), request)
-        sums = noisy_counts.add_noise(sums, context.config, request.name, context.site.min_cell_count)
-    return StatisticsReply(context.centre, sums, time.perf_counter() - start)
-
-
-def _check_query(context: RunContext, request: StatisticsRequest) -> None:
-    """Refuse a query that is unknown, or that would reveal training scans without noise in a private run."""
     if request.name not in QUERY_HANDLERS:
         valid = ", ".join(QUERY_HANDLERS)
         raise Refused(f"unknown query '{request.name}'; this centre answers {valid}")
-    if context.config.privacy.dp_level != "patient":
-        return
+    if request.split == "test":
+        _finish_training(context)
+    start = time.perf_counter()
+    with use_threads(context.site.threads):
+        if context.config.privacy.dp_level == "patient":
+            sums = _answer_privately(context, request)
+        else:
+            sums = _answer_exactly(context, request)
+    if request.name == "counts" and uses_secagg(context.config, request):
+        sums |= _sum_label_weights(context)
+    if context.config.privacy.dp_level == "patient":
+        return StatisticsReply(context.centre, sums)  # the time would tell how many scans there are
+    return StatisticsReply(context.centre, sums, time.perf_counter() - start)
+
+
+def _answer_exactly(context: RunContext, request: StatisticsRequest) -> Sums:
+    query = _open_query(context, request, _load_split_datasets(context, request))
+    sums = QUERY_HANDLERS[request.name](query)
+    if request.clustering_id:
+        cluster_labels.save_cluster_labels(context.state_dir, request.clustering_id, query)
+        shutil.rmtree(_features_dir(context), ignore_errors=True)
+    return sums
+
+
+def _answer_privately(context: RunContext, request: StatisticsRequest) -> Sums:
+    """Return counts or scores as far as they reveal nothing of the patients that are trained on.
+
+    What has noise is computed first and charged then. Raises Refused for any other query.
+    """
+    require_patient_dp(context.config)
+    account = open_privacy_account(context)
     is_of_training_scores = request.name == "scores" and request.split == "train"
     if request.name not in ("counts", "scores") or is_of_training_scores:
         rule = "which privacy=patient does not allow"
         raise Refused(f"query '{request.name}' would reveal training scans without noise, {rule}")
+    if request.name == "counts":
+        return release_counts(context)
+    if request.weights is None:
+        raise Refused("query 'scores' needs the weights of the model to score")
+    return _score_privately(context, request, account)
+
+
+def _score_privately(context: RunContext, request: StatisticsRequest, account: PrivacyAccount) -> Sums:
+    """Return scores with noise, which are charged, or exact ones of patients that are never trained on."""
+    scans = _load_split_datasets(context, request)[request.split]
+    privacy = context.config.privacy
+    if not privacy.query_noise_multiplier:
+        scorable = patient_exposure.select_scorable(account, scans)
+        return sum_scores(_open_query(context, request, {request.split: scorable}))
+    capped = noisy_counts.cap_scans_per_patient(scans, privacy.max_scans_per_patient)
+    query = _open_query(context, request, {request.split: capped})
+    exact_scores = noisy_counts.empty_scores(query, find_cohort_columns(context)) | sum_scores(query)
+    sums = noisy_counts.add_score_noise(exact_scores, context.config)
+    if sums:
+        privacy_budget.record_charge(account, Charge(privacy.query_noise_multiplier, 1.0, 1), request)
+    return sums
 
 
 def _finish_training(context: RunContext) -> None:
@@ -78,35 +111,31 @@ def _finish_training(context: RunContext) -> None:
     secure_aggregation.delete_train_sum(context.state_dir, context.run_id)
 
 
-def _open_query(context: RunContext, request: StatisticsRequest) -> QueryContext:
-    site = context.site
-    config = context.config
-    datasets, _ = load_datasets(site, config)
+def _load_split_datasets(context: RunContext, request: StatisticsRequest) -> Mapping[str, ScanDataset]:
+    """Return the scans by split. Raises Refused for a split or a task that the run does not have."""
+    datasets, _ = load_datasets(context.site, context.config)
     if request.split not in datasets:
         raise Refused(f"unknown split '{request.split}'; use one of {', '.join(datasets)}")
-    if request.task and request.task not in config.tasks:
+    if request.task and request.task not in context.config.tasks:
         raise Refused(f"this run has no task '{request.task}'")
-    model = _load_query_model(context, request)
-    min_cell_count = site.min_cell_count
-    if config.privacy.query_noise_multiplier:
-        # Noise comes before suppression: a scan more must not change a cell by more than 1.
-        min_cell_count = 1
-        max_scans = config.privacy.max_scans_per_patient
-        datasets = {
-            split: noisy_counts.cap_scans_per_patient(dataset, max_scans)
-            for split, dataset in datasets.items()
-        }
+    return datasets
+
+
+def _open_query(
+    context: RunContext, request: StatisticsRequest, datasets: Mapping[str, ScanDataset]
+) -> QueryContext:
+    site = context.site
     slice_stores = {}
-    for cohort, path in local_cohorts(site, config).items():
+    for cohort, path in local_cohorts(site, context.config).items():
         slice_stores[cohort] = SliceStore(cohort_state_dir(site, path) / "slices")
     return QueryContext(
         datasets=datasets,
         split=request.split,
-        config=config,
+        config=context.config,
         stage=context.find_stage(request.stage),
-        model=model,
+        model=_load_query_model(context, request),
         task_name=request.task,
-        min_cell_count=min_cell_count,
+        min_cell_count=site.min_cell_count,
         device=site.resolve_device(),
         centroids=request.centroids,
         features_dir=_features_dir(context),
@@ -134,6 +163,6 @@ def _features_dir(context: RunContext) -> Path:
 def _sum_label_weights(context: RunContext) -> Sums:
     """Return this centre's weight for each task, of which the coordinator learns only the total."""
     sums: Sums = {}
-    for task, weight in unnormalised_weights(context.site, context.config).items():
+    for task, weight in weigh_centre(context).items():
         sums[str(LabelWeightKey(COMBINED_COHORT, task))] = np.array([weight])
     return sums

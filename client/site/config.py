@@ -49,6 +49,8 @@ class Site:
         ""  # where `consilium-centre ingest` gets studies: https://..., dicom://AET@host:port or a folder
     )
     policy: str = ""  # path of policy.yaml (client/site/policy.py); empty: everything is allowed
+    # The cohort names no patients, and each patient has one scan: then `privacy=patient` protects scans.
+    scans_are_patients: bool = False
     index: int = 0  # in simulation: the number of the node
 
     def __post_init__(self) -> None:

@@ -91,9 +91,24 @@ class SpentBudget:
 _BUDGET_ADAPTER = TypeAdapter(SpentBudget)
 
 
+def hash_patient(patient_id: str) -> str:
+    """Return a digest of a patient's identifier, so that files of the state folder hold none."""
+    return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
+
+
 def hash_patients(patient_ids: Iterable[str]) -> frozenset[str]:
-    """Return a digest of each patient, so that the budget holds no identifier of the cohort's table."""
-    return frozenset(hashlib.sha256(patient.encode()).hexdigest()[:16] for patient in patient_ids)
+    """Return the digest of each patient."""
+    return frozenset(map(hash_patient, patient_ids))
+
+
+def list_charged_patients(account: PrivacyAccount) -> frozenset[str]:
+    """Return the digests of all patients of the cohorts that a round of training was charged to."""
+    budget = _read_budget(account)
+    charged_patients: set[str] = set()
+    for charge in budget.charges:
+        if charge.round:
+            charged_patients.update(budget.cohorts.get(charge.cohort, []))
+    return frozenset(charged_patients)
 
 
 def read_charges(account: PrivacyAccount) -> tuple[Charge, ...]:

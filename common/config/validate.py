@@ -171,6 +171,7 @@ def _find_patient_dp_conflicts(config: Config) -> Iterator[str]:
     if config.federation.mode == "local":
         yield "federation.mode=local exchanges no weights, so there is nothing to protect"
     cross_site = config.evaluation.cross_site
+    yield from _find_cross_validation_conflicts(config)
     if config.privacy.query_noise_multiplier and cross_site != "none":
         yield (
             f"evaluation.cross_site={cross_site} asks for more scores than epsilon is planned for; leave it "
@@ -178,6 +179,19 @@ def _find_patient_dp_conflicts(config: Config) -> Iterator[str]:
         )
     yield from _find_revealing_tasks(config)
     yield from _find_revealing_stages(config)
+
+
+def _find_cross_validation_conflicts(config: Config) -> Iterator[str]:
+    """Yield a cross-validation with exact scores, which are of patients that another fold trains on."""
+    federation = config.federation
+    if config.privacy.query_noise_multiplier:
+        return
+    remedy = "set privacy.query_noise_multiplier, or use federation.evaluation=holdout"
+    rule = "sends exact scores of patients that another fold trains on"
+    if federation.evaluation != "holdout":
+        yield f"federation.evaluation={federation.evaluation} {rule}; {remedy}"
+    if federation.fold is not None:
+        yield f"federation.fold={federation.fold} {rule}; {remedy}"
 
 
 def _find_revealing_tasks(config: Config) -> Iterator[str]:
@@ -261,10 +275,10 @@ def _find_secagg_conflicts(config: Config, settings: SecureAggregationConfig) ->
             "privacy.dp_level=central clips each centre's update at the coordinator, which sees none; use "
             "patient"
         )
-    if config.privacy.query_noise_multiplier:
+    if config.privacy.query_noise_multiplier and settings.scope == "all":
         yield (
-            "privacy.query_noise_multiplier puts noise on counts, but the weights in a secure sum need "
-            "exact ones; set it to 0"
+            "privacy.query_noise_multiplier puts noise on each centre's scores, which scope=all hides "
+            "anyway; set it to 0"
         )
     if config.evaluation.cross_site != "none":
         yield (

@@ -13,6 +13,7 @@ from common.config.schema import Stage
 from common.learning.class_imbalance import unnormalised_weight, weights_by_group
 from common.learning.losses import class_names
 from common.learning.metrics import Array
+from common.privacy.count_noise import count_noise_std, estimate_counts, has_label_columns
 from common.privacy.secure_aggregation import COMBINED_COHORT, hides_statistics
 from common.protocol.sum_key import LabelCountKey, LabelWeightKey
 from server.run.run_state import NoLabelledScans, Run
@@ -49,7 +50,10 @@ def participating_centres(run: Run, stage: Stage) -> Participants:
 
 
 def _count_stage_scans(run: Run, tasks: Sequence[str]) -> dict[str, float]:
-    """Return {member: its labelled training scans for the stage's task that has most}."""
+    """Return {member: its labelled training scans for the stage's task that has most}.
+
+    It is 0 for a member without labels only: noisy counts are estimates (`count_labels`).
+    """
     members = run.membership.members
     if hides_statistics(run.config):  # only the total is known; a centre without labels declines by itself
         global_counts = global_label_counts(run)
@@ -63,7 +67,11 @@ def _count_stage_scans(run: Run, tasks: Sequence[str]) -> dict[str, float]:
 
 
 def count_labels(run: Run, centre: str, task: str) -> Array:
-    """Return a centre's training scans by class of a task, then unlabelled [K + 1], over all its cohorts."""
+    """Return a centre's training scans by class of a task, then unlabelled [K + 1], over all its cohorts.
+
+    Where the counts have noise they are estimates above 0, but for a centre that does not train, or without
+    the task's label columns, whose labelled scans are 0.
+    """
     cohorts = [centre]
     if centre in run.membership.members:
         cohorts = run.membership.members[centre].cohorts
@@ -72,17 +80,47 @@ def count_labels(run: Run, centre: str, task: str) -> Array:
         key = str(LabelCountKey(cohort, "train", task))
         if key in run.membership.label_counts:
             total = total + run.membership.label_counts[key]
+    if not count_noise_std(run.config):
+        return total
+    total = estimate_counts(total, run.config)
+    if not _may_have_labels(run, centre, task):
+        total[:-1] = 0
     return total
+
+
+def _may_have_labels(run: Run, centre: str, task: str) -> bool:
+    """Return whether a centre trains and has the label columns of a task; one that is away may have them."""
+    if centre in run.config.federation.held_out_centres:
+        return False
+    member = run.membership.members.get(centre)
+    return member is None or has_label_columns(member.columns, task, run.config.tasks[task])
 
 
 def global_label_counts(run: Run) -> dict[str, list[float]]:
     """Return {task: labelled training scans per class [K], over all centres}, for the global prior."""
+    if count_noise_std(run.config):
+        return _estimate_global_counts(run)
     counts_by_task: dict[str, list[Array]] = defaultdict(list)
     for text, counts in run.membership.label_counts.items():
         key = LabelCountKey.parse(text)
         if key.split == "train":
             counts_by_task[key.task].append(counts)
     return {task: np.sum(counts_by_task[task], axis=0)[:-1].tolist() for task in run.config.tasks}
+
+
+def _estimate_global_counts(run: Run) -> dict[str, list[float]]:
+    """Return the global label counts of a run whose counts have noise."""
+    global_counts = {}
+    for name, task in run.config.tasks.items():
+        total = np.zeros(len(class_names(name, task)))
+        if hides_statistics(run.config):
+            key = str(LabelCountKey(COMBINED_COHORT, "train", name))
+            total = run.membership.label_counts[key][:-1]
+        else:
+            for centre in run.membership.members:
+                total = total + count_labels(run, centre, name)[:-1]
+        global_counts[name] = estimate_counts(total, run.config).tolist()
+    return global_counts
 
 
 def total_label_weights(run: Run, stage: Stage) -> dict[str, float]:

@@ -195,6 +195,10 @@ def process_reply(
     elif hides_statistics(run.config):
         record.scans = None
         record.steps = None
+    if run.config.privacy.dp_level == "patient":  # they follow from the number of patients
+        record.scans = None
+        record.steps = None
+        record.seconds = None
     return record, update
 
 

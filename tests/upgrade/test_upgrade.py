@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.data.loading import load_datasets
+from client.federation.patient_exposure import select_scorable
 from client.federation.privacy_plan import open_privacy_account
 from client.federation.run_context import RunContext
 from client.site.config import Site, parse_site
@@ -115,6 +117,16 @@ def test_reply_of_an_interrupted_round_is_not_sent_again_without_a_charge(north:
     assert cached_reply(account, request) is None
 
 
+def test_exact_scores_of_patients_of_earlier_private_runs_do_not_leave(north: Site) -> None:
+    site = replace(north, policy="", min_cell_count=1)
+    config = compose_config(PRIVATE_SETTINGS)
+    with pytest.raises(ConsiliumError, match="paused: no centre replied"):
+        start_run(config, InProcess([site]), Path("new_runs").resolve(), Ledger("sqlite:///new.db"), "new")
+    datasets, _ = load_datasets(site, config)
+    with pytest.raises(PermanentlyRefused, match="a private run trained on all patients of this split"):
+        select_scorable(open_privacy_account(make_context(site, config)), datasets["test"])
+
+
 @pytest.mark.parametrize(("limit", "is_allowed"), [(200, True), (25, False)])
 def test_private_run_is_charged_or_refused_by_what_earlier_runs_spent(
     north: Site, limit: float, is_allowed: bool
@@ -122,16 +134,18 @@ def test_private_run_is_charged_or_refused_by_what_earlier_runs_spent(
     policy_path = Path("hospital_north/policy_patient.yaml")
     policy_path.write_text(policy_path.read_text().replace("epsilon: 200", f"epsilon: {limit}"))
     site = replace(north, policy=str(policy_path), min_cell_count=1)
-    config = compose_config(PRIVATE_SETTINGS)
+    # 0.1.0 did not note whom it trained on, so that exact scores of these patients do not leave any more.
+    config = compose_config([*PRIVATE_SETTINGS, "privacy.query_noise_multiplier=1000"])
     account = open_privacy_account(make_context(site, config))
     earlier = read_charges(account)
     spent = compute_epsilon(earlier, config.privacy.delta)
     ledger = Ledger("sqlite:///new.db")
     transport = InProcess([site])
     if not is_allowed:
-        with pytest.raises(ConsiliumError, match=f"{re.escape(f'{spent:.2f}')} is spent"):
+        with pytest.raises(ConsiliumError, match=f"{re.escape(f'{spent:.1f}')}. is spent"):
             start_run(config, transport, Path("new_runs").resolve(), ledger, "new")
-        assert read_charges(account) == earlier
+        only_queries = {charge.noise_multiplier for charge in read_charges(account)[len(earlier) :]}
+        assert only_queries == {1000.0}
         return
     result = start_run(config, transport, Path("new_runs").resolve(), ledger, "new")
     epsilon = result.stages[0].rounds[-1].centres["north"].epsilon

@@ -45,8 +45,12 @@ class PrivacyConfig:
     noise_multiplier: float = 0.0  # ... the noise's standard deviation, as a multiple of clip_norm
     delta: float = 1e-5  # probability of a larger loss; well below 1 / patients of the largest centre
     clip_norm: float = 1.0  # largest L2 norm of one patient's gradient, or of one centre's update
-    # `patient`: noise multiplier of counts and scores, paid from the same epsilon; 0: they are exact.
+    # `patient`: noise multiplier of the scores, paid from the same epsilon; 0: scores are exact, and only of
+    # patients that were never trained on.
     query_noise_multiplier: float = 0.0
+    # `patient`: noise multiplier of the counts of labels, paid from the same epsilon, or that of the scores
+    # where it is larger. Exact counts do not leave.
+    count_noise_multiplier: float = 0.0
     max_scans_per_patient: int = 1  # that count in such a noisy answer
     # `central`: the clip norm follows this quantile of the updates' norms, from clip_norm on; 0: constant.
     adaptive_clip_quantile: float = 0.0
@@ -63,14 +67,8 @@ class PrivacyConfig:
         )
         require(0 < self.delta <= 0.01, f"privacy.delta is {self.delta}; it must be above 0 and at most 0.01")
         require(0 < self.clip_norm <= 1e6, f"privacy.clip_norm is {self.clip_norm}; it must be above 0")
-        query_noise = self.query_noise_multiplier
+        self._check_statistics_noise()
         max_scans = self.max_scans_per_patient
-        valid_query_noise = self.dp_level == "patient" and 0.3 <= query_noise <= 1000
-        require(
-            query_noise == 0 or valid_query_noise,
-            f"privacy.query_noise_multiplier is {query_noise}; it must be 0.3 to 1000 with "
-            "privacy=patient, or 0",
-        )
         require(max_scans >= 1, f"privacy.max_scans_per_patient is {max_scans}; it must be 1 or more")
         quantile = self.adaptive_clip_quantile
         require(0 <= quantile < 1, f"privacy.adaptive_clip_quantile is {quantile}; it must be in [0, 1)")
@@ -78,4 +76,24 @@ class PrivacyConfig:
             self.dp_level == "none" or (epsilon > 0) != (noise > 0),
             f"privacy.epsilon is {epsilon} and privacy.noise_multiplier {noise}: one follows from the other; "
             "give one and set the other to 0",
+        )
+
+    def _check_statistics_noise(self) -> None:
+        """Check the noise on counts and scores, which only `patient` has, and on counts always."""
+        is_patient = self.dp_level == "patient"
+        query_noise = self.query_noise_multiplier
+        count_noise = self.count_noise_multiplier
+        require(
+            query_noise == 0 or (is_patient and 0.3 <= query_noise <= 1000),
+            f"privacy.query_noise_multiplier is {query_noise}; it must be 0.3 to 1000 with "
+            "privacy=patient, or 0",
+        )
+        require(
+            is_patient or count_noise == 0,
+            f"privacy.count_noise_multiplier is {count_noise}; it needs privacy=patient, or set it to 0",
+        )
+        require(
+            not is_patient or 0.3 <= count_noise <= 1000,
+            f"privacy.count_noise_multiplier is {count_noise}; with privacy=patient it must be 0.3 to 1000, "
+            "e.g. 5, because exact counts reveal patients",
         )

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from client.data.dataset import ScanDataset
 from client.federation.label_counts import sum_label_counts
 from client.federation.noisy_counts import (
-    add_noise,
+    add_count_noise,
+    add_score_noise,
     cap_scans_per_patient,
-    planned_answers,
+    planned_charges,
     project_non_negative,
 )
 from client.federation.query_context import QueryContext
@@ -80,18 +81,18 @@ def test_one_patient_changes_the_counts_by_the_bound_at_most(rows: list[ScanRow]
 
 
 def test_every_cell_gets_noise_of_the_right_scale() -> None:
-    scale = 4 * 2 * math.sqrt(len(PRIVATE.tasks))
+    scale = 2 * math.sqrt(len(PRIVATE.tasks))
     cells = np.full(20_000, 1e6)
-    noisy = add_noise({"north/train/covid": cells}, PRIVATE, "counts", 1)["north/train/covid"]
-    assert (noisy - cells).std() == pytest.approx(scale, rel=0.05)
+    noisy = add_count_noise({"north/train/covid": cells}, PRIVATE, 1)["north/train/covid"]
+    assert (noisy - cells).std() == pytest.approx(5 * scale, rel=0.05)
     scores = {"north/covid/hist": np.full((2, 20_000), 1e6), "north/covid/loss": np.array([7.0, 3.0])}
-    noisy_scores = add_noise(scores, PRIVATE, "scores", 1)
-    assert (noisy_scores["north/covid/hist"] - 1e6).std() == pytest.approx(scale, rel=0.05)
+    noisy_scores = add_score_noise(scores, PRIVATE)
+    assert (noisy_scores["north/covid/hist"] - 1e6).std() == pytest.approx(4 * scale, rel=0.05)
     assert noisy_scores["north/covid/loss"].tolist() == [0, 0]
 
 
 def test_small_noisy_counts_are_raised_to_the_smallest_reportable_one() -> None:
-    noisy = add_noise({"north/train/covid": np.zeros(1000)}, PRIVATE, "counts", 5)["north/train/covid"]
+    noisy = add_count_noise({"north/train/covid": np.zeros(1000)}, PRIVATE, 5)["north/train/covid"]
     assert not ((noisy > 0) & (noisy < 5)).any()
 
 
@@ -111,11 +112,16 @@ def test_projection_gives_the_nearest_non_negative_cells(values: list[float]) ->
 
 
 def test_noise_of_training_leaves_room_for_the_planned_answers() -> None:
-    assert planned_answers(PRIVATE) == 2 + 11
+    assert planned_charges(PRIVATE) == (Charge(5.0, 1.0, 1), Charge(4.0, 1.0, 1 + 11))
+    only_counts = replace(PRIVATE, privacy=replace(PRIVATE.privacy, query_noise_multiplier=0.0))
+    assert planned_charges(only_counts) == (Charge(5.0, 1.0, 1),)
+    louder_scores = replace(PRIVATE, privacy=replace(PRIVATE.privacy, query_noise_multiplier=6.0))
+    assert planned_charges(louder_scores)[0] == Charge(
+        6.0, 1.0, 1
+    )  # counts have the noise of scores at least
     steps = ((0.2, 60),)
     training_alone = solve_noise_multiplier(8, 1e-5, steps)
-    answers = Charge(10.0, 1.0, planned_answers(PRIVATE))
-    assert solve_noise_multiplier(8, 1e-5, steps, (answers,)) > training_alone
+    assert solve_noise_multiplier(8, 1e-5, steps, (Charge(10.0, 1.0, 13),)) > training_alone
     with pytest.raises(ConsiliumError, match="the run's queries alone cost an epsilon of"):
         solve_noise_multiplier(3, 1e-5, steps, (Charge(1.0, 1.0, 13),))
 
@@ -148,7 +154,7 @@ def test_run_spends_the_requested_epsilon_and_a_policy_may_require_more_noise(tm
     result = start_run(config, InProcess(nodes), tmp_path, open_ledger(tmp_path), "r")
     assert result.status == RunStatus.FINISHED
     charges = json.loads((tmp_path / "state0" / "budget" / "spent.json").read_text())["charges"]
-    assert [charge["noise"] for charge in charges].count(15.0) == planned_answers(config) == 4
+    assert [charge["noise"] for charge in charges].count(15.0) == 4  # counts, validation twice, test
     epsilon = result.stages[0].rounds[1].centres["north"].epsilon
     assert epsilon is not None
     assert 0 < epsilon <= 8

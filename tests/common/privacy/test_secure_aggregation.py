@@ -172,7 +172,7 @@ def test_a_majority_and_at_least_three_centres_must_stay(num_started: int, min_s
     assert 2 * min_survivors > num_started
 
 
-PATIENT_DP = ["privacy.dp_level=patient", "privacy.epsilon=8"]
+PATIENT_DP = ["privacy.dp_level=patient", "privacy.epsilon=8", "privacy.count_noise_multiplier=5"]
 HIDE_ALL = ["privacy.secagg.scope=all", "evaluation.reduction=pooled"]
 
 
@@ -183,9 +183,8 @@ HIDE_ALL = ["privacy.secagg.scope=all", "evaluation.reduction=pooled"]
         (["federation.mode=local"], "exchanges nothing between centres"),
         (["aggregation.max_norm_ratio=5"], "compares single updates"),
         (["aggregation.robust_rule=median"], "compares single updates"),
-        ([*PATIENT_DP, "privacy.query_noise_multiplier=10"], "need exact ones"),
+        ([*PATIENT_DP, *HIDE_ALL, "privacy.query_noise_multiplier=10"], "which scope=all hides anyway"),
         (["evaluation.cross_site=last"], "each centre's own model"),
-        ([*PATIENT_DP, "privacy.query_noise_multiplier=4"], "need exact ones"),
         (["privacy.dp_level=central", "privacy.epsilon=8"], "use patient"),
         (["privacy.secagg.scope=all"], "set evaluation.reduction=pooled"),
         ([*HIDE_ALL, "federation.evaluation=loco"], "use scope=model"),
