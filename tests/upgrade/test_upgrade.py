@@ -142,7 +142,7 @@ def test_private_run_is_charged_or_refused_by_what_earlier_runs_spent(
     ledger = Ledger("sqlite:///new.db")
     transport = InProcess([site])
     if not is_allowed:
-        with pytest.raises(ConsiliumError, match=f"{re.escape(f'{spent:.1f}')}. is spent"):
+        with pytest.raises(ConsiliumError, match=f"{re.escape(f'{spent:.2f}')} is spent"):
             start_run(config, transport, Path("new_runs").resolve(), ledger, "new")
         only_queries = {charge.noise_multiplier for charge in read_charges(account)[len(earlier) :]}
         assert only_queries == {1000.0}
