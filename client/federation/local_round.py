@@ -20,7 +20,7 @@ from client.data.loading import load_datasets
 from client.federation import error_feedback, patient_exposure, personal_parameters
 from client.federation.label_counts import count_classes
 from client.federation.local_model import build_model
-from client.federation.privacy_plan import open_privacy_account, plan_privacy, require_patient_dp
+from client.federation.privacy_plan import open_privacy_account, plan_privacy
 from client.federation.run_context import RunContext
 from client.site import privacy_budget
 from client.site.privacy_budget import PrivacyAccount
@@ -73,7 +73,6 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
     dataset = datasets["train"]
     account = None
     if context.config.privacy.dp_level == "patient":
-        require_patient_dp(context.config)
         account = open_privacy_account(context)
         dataset = patient_exposure.select_trainable(account, dataset)
         cached = privacy_budget.cached_reply(account, request)

@@ -16,7 +16,6 @@ from client.site.privacy_budget import PrivacyAccount, hash_patients
 from client.training.dp_sgd import DPParams, sampling_plan
 from common.config.normalise import stage_tasks
 from common.config.schema import Config
-from common.config.validate import check_patient_dp
 from common.modeling.encoder import check_no_batch_norm
 from common.modeling.model import Model
 from common.privacy.accountant import Charge, solve_noise_multiplier
@@ -58,14 +57,6 @@ def _require_patients(site: Site, table: pd.DataFrame) -> None:
         "or set scans_are_patients: true in site.yaml if every patient has one scan",
         RefusalCode.NO_DATA,
     )
-
-
-def require_patient_dp(config: Config) -> None:
-    """Refuse a configuration of a private run that would not protect the patients."""
-    try:
-        check_patient_dp(config)
-    except ConsiliumError as error:
-        raise Refused(str(error)) from error
 
 
 def plan_privacy(config: Config, dataset: ScanDataset, request: TrainRequest, model: Model) -> PrivacyPlan:

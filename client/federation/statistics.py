@@ -20,7 +20,7 @@ from client.federation import (
     secure_aggregation,
 )
 from client.federation.local_model import build_model
-from client.federation.privacy_plan import open_privacy_account, require_patient_dp
+from client.federation.privacy_plan import open_privacy_account
 from client.federation.query_context import QueryContext
 from client.federation.query_handlers import QUERY_HANDLERS
 from client.federation.released_counts import find_cohort_columns, release_counts, weigh_centre
@@ -76,7 +76,6 @@ def _answer_privately(context: RunContext, request: StatisticsRequest) -> Sums:
 
     What has noise is computed first and charged then. Raises Refused for any other query.
     """
-    require_patient_dp(context.config)
     account = open_privacy_account(context)
     is_of_training_scores = request.name == "scores" and request.split == "train"
     if request.name not in ("counts", "scores") or is_of_training_scores:
