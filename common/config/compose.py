@@ -61,7 +61,8 @@ def _compose_values(overrides: list[str], config_dir: Path) -> dict[str, Any]:
     with initialize_config_dir(config_dir=os.fspath(config_dir), version_base="1.3"):
         _check_names(overrides, compose("config", overrides=group_overrides))
         composed = compose("config", overrides=hydra_overrides)
-    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    values = OmegaConf.to_container(composed, resolve=False)  # no ${...} is ever filled in
+    return cast(dict[str, Any], values)
 
 
 def _list_groups(config_dir: Path) -> Groups:
@@ -80,6 +81,13 @@ def _to_hydra_override(override: str, groups: Groups) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         raise ConsiliumError(f"override '{override}' has no '='; write key=value, e.g. aggregation.tau=0.5")
+    if "${" in override.replace("\\", ""):
+        raise ConsiliumError(
+            f"override '{override}' has an interpolation, which could read this machine's environment; "
+            "write the value itself"
+        )
+    if key.lstrip("+~").partition(".")[0] == "hydra":
+        raise ConsiliumError(f"override '{override}' is for Hydra itself; set only keys of the configuration")
     new_override = find_new_override(override)
     if new_override:
         old_text, new_text = _shorten_rename(override, new_override)

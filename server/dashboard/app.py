@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import plotly
 from fastapi import Depends, FastAPI, Request, Response
@@ -21,13 +21,12 @@ from server.dashboard import command_routes, page_routes
 from server.dashboard.auth import (
     SESSION_IDLE_TIMEOUT,
     AuthGate,
-    Forbidden,
     LoginRequired,
-    ProxyTrust,
     SecurityHeaders,
 )
 from server.dashboard.console import ConsoleContext, Deployment
 from server.dashboard.launcher import Launcher
+from server.dashboard.proxy_trust import Forbidden, ProxyTrust
 from server.dashboard.render import render_page
 from server.ledger.ledger import Ledger
 from server.reporting.report_template import PLOT_SCRIPT, REPORT_CSS
@@ -71,9 +70,10 @@ def create_app(
 
 async def redirect_to_login(request: Request, _: Exception) -> Response:
     """Redirect to the log-in page, which leads back to where the person wanted to go."""
-    if request.url.path == "/live":
+    path = request.scope["path"]
+    if path == "/live":
         return Response(status_code=401)
-    next_path = urlsplit(str(request.url)).path if request.method == "GET" else "/"
+    next_path = quote(path) if request.method == "GET" else "/"
     if next_path == "/":
         return RedirectResponse("/login", 303)
     return RedirectResponse(f"/login?next={next_path}", 303)

@@ -6,22 +6,20 @@ SELF_SERVICE_PATHS, and carries the session's own token in its form (CSRF).
 
 from __future__ import annotations
 
-import ipaddress
+import re
 import secrets
 import time
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.utils.errors import ConsiliumError
 from server.dashboard import accounts
+from server.dashboard.login_limits import LOGIN, LoginLimits, describe_origin
+from server.dashboard.proxy_trust import Forbidden, ProxyTrust
 from server.ledger.ledger import Ledger
 
 PUBLIC_PATHS = ("/login", "/health")
@@ -29,8 +27,6 @@ SELF_SERVICE_PATHS = ("/logout", "/password")  # POSTs that every person may sen
 SESSION_IDLE_TIMEOUT = 2 * 3600  # seconds without a request
 SESSION_MAX_AGE = 12 * 3600  # seconds
 MAX_FORM_BYTES = 65_536
-LOGIN_LIMIT_PER_NAME = parse("5/minute")  # failed log-ins
-LOGIN_LIMIT_PER_ADDRESS = parse("20/minute")
 # The style elements that plotly.js makes: an empty one, which it fills, and one for maps (plotly 7.1.0).
 PLOTLY_STYLE_HASHES = (
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' "
@@ -48,15 +44,10 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
-Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
 class LoginRequired(Exception):
     """The person must log in first."""
-
-
-class Forbidden(ConsiliumError):
-    """The person may not do this."""
 
 
 class SessionUser(NamedTuple):
@@ -65,59 +56,6 @@ class SessionUser(NamedTuple):
     name: str
     role: str
     csrf: str
-
-
-@dataclass
-class ProxyTrust:
-    """Which addresses are trusted for what.
-
-    A reverse proxy that has authenticated people names them in `user_header`. Prometheus may read /metrics
-    without a log-in.
-    """
-
-    user_header: str = ""
-    proxy_networks: Networks = ()
-    scraper_networks: Networks = ()
-
-    @classmethod
-    def from_options(cls, header: str, proxies: list[str], scrapers: list[str]) -> ProxyTrust:
-        """Build from command options.
-
-        Raises ConsiliumError for an invalid address or a header without a proxy.
-        """
-        if header and not proxies:
-            raise ConsiliumError(
-                "--trust-header needs --proxy ADDRESS, because anybody else could send that header"
-            )
-        try:
-            proxy_networks = tuple(ipaddress.ip_network(address) for address in proxies)
-            scraper_networks = tuple(ipaddress.ip_network(address) for address in scrapers)
-        except ValueError as error:
-            raise ConsiliumError(
-                f"{error}; write an address or a network, e.g. 10.0.0.5 or 10.0.0.0/24"
-            ) from None
-        return cls(header, proxy_networks, scraper_networks)
-
-    def read_user_name(self, request: Request) -> str:
-        """Return the person whom a trusted proxy names, or nothing."""
-        if not self.user_header or not _is_in_networks(request, self.proxy_networks):
-            return ""
-        return request.headers.get(self.user_header, "")
-
-    def is_scraper(self, request: Request) -> bool:
-        """Return whether Prometheus asks from an address of its own; through a proxy it could be anybody."""
-        from_scraper = _is_in_networks(request, self.scraper_networks)
-        return from_scraper and not _is_in_networks(request, self.proxy_networks)
-
-
-def _is_in_networks(request: Request, networks: Networks) -> bool:
-    if request.client is None:
-        return False
-    try:
-        address = ipaddress.ip_address(request.client.host)
-    except ValueError:  # a test client's
-        return False
-    return any(address in network for network in networks)
 
 
 class AuthGate:
@@ -130,14 +68,14 @@ class AuthGate:
         self.ledger = ledger
         self.trust = trust
         self.ended_sessions: dict[str, float] = {}  # {id of a session logged out: when it would have expired}
-        self.failed_logins = MovingWindowRateLimiter(MemoryStorage())
+        self.login_limits = LoginLimits(ledger)
 
     async def __call__(self, request: Request) -> None:
         """Admit a request, or raise LoginRequired or Forbidden.
 
         Sets `request.state.person`, None on a public page, and `request.state.form` of a POST.
         """
-        path = request.url.path
+        path = request.scope["path"]  # that of `request.url` is parsed from a text that the client wrote
         is_post = request.method == "POST"
         request.state.person = None
         if is_post:
@@ -167,6 +105,7 @@ class AuthGate:
         if account is None or account["id"] != session.get("account") or has_ended:
             session.clear()
             raise LoginRequired
+        session["last_request"] = int(time.time())  # only a session that changed gets a new cookie
         return SessionUser(account["name"], account["role"], session["csrf"])
 
     def log_in(self, request: Request, name: str, password: str) -> None:
@@ -174,19 +113,12 @@ class AuthGate:
 
         Raises ConsiliumError, with the same text for a wrong name and a wrong password.
         """
-        address = request.client.host if request.client else ""
-        limits: list[tuple[RateLimitItem, tuple[str, ...]]] = [
-            (LOGIN_LIMIT_PER_NAME, (name[:64], address)),
-            (LOGIN_LIMIT_PER_ADDRESS, (address,)),
-        ]
-        for limit, identifiers in limits:
-            if not self.failed_logins.test(limit, *identifiers):
-                raise Forbidden("too many attempts; wait a minute")
+        address = self.trust.read_client_address(request)
+        self.login_limits.count_attempt(name, address)
         account = accounts.authenticate(self.ledger, name, password)
         if account is None:
-            for limit, identifiers in limits:
-                self.failed_logins.hit(limit, *identifiers)
             raise ConsiliumError("name or password is wrong")
+        self.login_limits.clear_account(name, address)
         request.session.clear()
         request.session.update(
             name=name,
@@ -195,7 +127,15 @@ class AuthGate:
             csrf=secrets.token_urlsafe(),
             began=time.time(),
         )
-        self.ledger.log_audit(name, "login", f"from {address}")
+        self.ledger.log_audit(name, LOGIN, describe_origin(address))
+
+    def change_password(self, request: Request, name: str, old_password: str, new_password: str) -> None:
+        """Change a person's own password. A stolen session must not be a way to guess the present one.
+
+        Raises ConsiliumError, for too many attempts too.
+        """
+        self.login_limits.count_attempt(name, self.trust.read_client_address(request))
+        accounts.change_password(self.ledger, name, old_password, new_password)
 
     def log_out(self, request: Request) -> None:
         """End the session, so that a copy of its cookie is worthless."""
@@ -217,7 +157,10 @@ class AuthGate:
 
 
 async def _read_form(request: Request) -> None:
-    if int(request.headers.get("content-length", MAX_FORM_BYTES + 1)) > MAX_FORM_BYTES:
+    length = request.headers.get("content-length", "")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise ConsiliumError("a form must say its Content-Length, a number of bytes")
+    if int(length) > MAX_FORM_BYTES:
         raise Forbidden(f"a form may have at most {MAX_FORM_BYTES} bytes")
     request.state.form = await request.form()
 
@@ -229,7 +172,7 @@ def _authorise_post(request: Request, user: SessionUser) -> None:
             "this form belongs to another session, or is older than your log-in; "
             "go back, reload the page and try again"
         )
-    if user.role != "operator" and request.url.path not in SELF_SERVICE_PATHS:
+    if user.role != "operator" and request.scope["path"] not in SELF_SERVICE_PATHS:
         raise Forbidden("only an operator may do this; you are a viewer")
 
 

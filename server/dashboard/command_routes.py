@@ -5,6 +5,7 @@ Every command requires a reason and is written to the audit trail.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -12,14 +13,17 @@ from fastapi.responses import RedirectResponse, Response
 
 from common.utils.errors import ConsiliumError
 from server.dashboard import accounts
-from server.dashboard.auth import Forbidden, SessionUser
+from server.dashboard.auth import SessionUser
 from server.dashboard.console import ConsoleContext, get_console
+from server.dashboard.proxy_trust import Forbidden
 from server.dashboard.render import render_page
 from server.ledger.reader import Row
 from server.monitoring import run_status
 from server.run.operator_commands import COMMANDS, Command, find_root_run_id, issue_command
 
 router = APIRouter()
+# A path of this console. Browsers take "//host" and "/\\host" for another, and leave out control characters.
+LOCAL_PATH = re.compile(r"/(?!/)[!-\[\]-~]*")
 MIN_REASON_LENGTH = 3  # characters
 MAX_REASON_LENGTH = 500
 RESUME_EXPLANATION = (
@@ -68,8 +72,7 @@ def log_in(request: Request) -> Response:
         status = 403 if isinstance(error, Forbidden) else 401
         context = {"next": next_path, "sentence": str(error)}
         return render_page(request, "login.html", context, status=status)
-    is_local = next_path.startswith("/") and next_path[1:2] not in ("/", "\\")
-    return RedirectResponse(next_path if is_local else "/", 303)
+    return RedirectResponse(next_path if LOCAL_PATH.fullmatch(next_path) else "/", 303)
 
 
 @router.post("/logout")
@@ -204,5 +207,6 @@ def change_password(request: Request) -> Response:
     """Change one's own password, and log in with the new one."""
     old_password = str(request.state.form.get("old", ""))
     new_password = str(request.state.form.get("new", ""))
-    accounts.change_password(get_console(request).ledger, get_user(request).name, old_password, new_password)
+    gate = get_console(request).gate
+    gate.change_password(request, get_user(request).name, old_password, new_password)
     return RedirectResponse("/login", 303)

@@ -54,7 +54,7 @@ def render_page(
         figure_json = _to_script_json(numbered)
     shared_context = {
         "person": getattr(request.state, "person", None),
-        "path": request.url.path,
+        "path": request.scope["path"],
         "figures": numbered,
         "figure_json": figure_json,
     }

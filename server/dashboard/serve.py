@@ -15,9 +15,9 @@ import uvicorn
 from common.utils.errors import ConsiliumError
 from common.utils.log_setup import configure_logging
 from server.dashboard.app import create_app
-from server.dashboard.auth import ProxyTrust
 from server.dashboard.console import Deployment
 from server.dashboard.launcher import Launcher
+from server.dashboard.proxy_trust import ProxyTrust
 from server.ledger.ledger import Ledger
 from server.operations.superlink import list_nodes, read_certificate_expiries
 from server.rounds.run_lifecycle import open_ledger

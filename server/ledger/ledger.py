@@ -9,11 +9,10 @@ killed in between leaves all of them or none.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import sqlalchemy as sa
 
@@ -26,16 +25,15 @@ from server.ledger.database import (
     insert_batches,
     iterate_batches,
     read_as_of_now,
-    replace_non_finite,
     retry_once,
 )
-from server.ledger.reader import LedgerReader, Row
+from server.ledger.reader import LedgerReader, Row, read_current_accounts
+from server.ledger.round_rows import ClosedRound, make_contribution_rows, make_score_rows, make_weight_rows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_CONTRIBUTION_KEYS = ("id", "run_id", "stage", "round", "attempt", "centre")
-CONTRIBUTION_FIELDS = [c.name for c in tables.contributions.columns if c.name not in _CONTRIBUTION_KEYS]
+OPERATOR_ROLE = "operator"  # of an account that may command runs; one always has it
 
 
 class ArtifactKind(StrEnum):
@@ -43,34 +41,6 @@ class ArtifactKind(StrEnum):
 
     IMAGE_STATISTICS = "image_statistics"  # {name: server.run.records.ImageStatistic}
     CROSS_SITE = "cross_site"  # server.run.records.CrossSiteScores
-
-
-class ClosedRound(Protocol):
-    """What the ledger writes down of a round: `server.run.records.RoundRecord`."""
-
-    @property
-    def round(self) -> int:
-        """Its number; 0 is the validation of a stage's first weights."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-
-    @property
-    def centres(self) -> Mapping[str, DataclassInstance]:
-        """{centre: CentreRound}."""
-
-    @property
-    def weights(self) -> Mapping[str, Mapping[str, float]]:
-        """{parameter group: {centre: weight}}."""
-
-    @property
-    def effective_centres(self) -> Mapping[str, float]:
-        """{parameter group: 1 / sum of squared weights}."""
-
-    @property
-    def validation(self) -> Mapping[str, DataclassInstance]:
-        """{task: TaskScores}."""
 
 
 class ProgressDetails(TypedDict, total=False):
@@ -165,9 +135,9 @@ class Ledger(LedgerReader):
             keys["attempt"] = attempt
             round_row = {"started": started, "seconds": closed_round.seconds, "close_reason": close_reason}
             connection.execute(tables.rounds.insert(), keys | round_row)
-            _insert_rows(connection, tables.contributions, _contribution_rows(keys, closed_round))
-            _insert_rows(connection, tables.group_weights, _weight_rows(keys, closed_round))
-            _insert_rows(connection, tables.scores, _score_rows(keys, "val", closed_round.validation))
+            _insert_rows(connection, tables.contributions, make_contribution_rows(keys, closed_round))
+            _insert_rows(connection, tables.group_weights, make_weight_rows(keys, closed_round))
+            _insert_rows(connection, tables.scores, make_score_rows(keys, "val", closed_round.validation))
         return attempt
 
     @retry_once
@@ -183,7 +153,7 @@ class Ledger(LedgerReader):
         keys: Row = {"run_id": run_id, "stage": stage, "round": round_number}
         with self.transaction() as connection:
             keys["attempt"] = _last_attempt(connection, tables.scores, keys | {"split": split}) + 1
-            _insert_rows(connection, tables.scores, _score_rows(keys, split, scores))
+            _insert_rows(connection, tables.scores, make_score_rows(keys, split, scores))
 
     @retry_once
     def log_progress(
@@ -225,10 +195,29 @@ class Ledger(LedgerReader):
             connection.execute(tables.audit.insert(), seal_entry(entry, last_hash or GENESIS_HASH))
 
     @retry_once
-    def add_account(self, name: str, role: str, password_hash: str | None) -> None:
-        """Add an account as it is from now on."""
+    def add_account(
+        self, name: str, role: str, password_hash: str | None, previous_id: int | None = None
+    ) -> None:
+        """Add an account as it is from now on.
+
+        Args:
+            name: the account's.
+            role: ``viewer``, ``operator`` or ``none``.
+            password_hash: None: may log in only through a trusted proxy.
+            previous_id: of the row that the change was made from.
+
+        Raises:
+            ConsiliumError: there would be no operator any more, or the account was changed meanwhile.
+        """
         row = {"time": _utc_now(), "name": name, "role": role, "password_hash": password_hash}
         with self.transaction() as connection:
+            exclusive_lock(connection)  # two operators may demote each other at once
+            current = {account["name"]: account for account in read_current_accounts(connection)}
+            if previous_id is not None and current[name]["id"] != previous_id:
+                raise ConsiliumError(f"the account '{name}' was changed meanwhile; try again")
+            operators = [other for other, account in current.items() if account["role"] == OPERATOR_ROLE]
+            if operators == [name] and role != OPERATOR_ROLE:
+                raise ConsiliumError(f"'{name}' is the last operator; make somebody else an operator first")
             connection.execute(tables.accounts.insert(), row)
 
     @retry_once
@@ -256,34 +245,6 @@ class Ledger(LedgerReader):
 def _insert_rows(connection: sa.Connection, table: sa.Table, rows: list[Row]) -> None:
     if rows:
         connection.execute(table.insert(), rows)
-
-
-def _contribution_rows(keys: Row, closed_round: ClosedRound) -> list[Row]:
-    rows = []
-    for centre, contribution in closed_round.centres.items():
-        values = dataclasses.asdict(contribution)
-        fields = {name: replace_non_finite(values[name]) for name in CONTRIBUTION_FIELDS}
-        rows.append({**keys, "centre": centre, **fields})
-    return rows
-
-
-def _weight_rows(keys: Row, closed_round: ClosedRound) -> list[Row]:
-    rows = []
-    for group, centre_weights in closed_round.weights.items():
-        effective_centres = closed_round.effective_centres[group]
-        columns = {"group": group, "effective_centres": effective_centres, "centre_weights": centre_weights}
-        rows.append(keys | columns)
-    return rows
-
-
-def _score_rows(keys: Row, split: str, scores: Mapping[str, DataclassInstance]) -> list[Row]:
-    rows = []
-    for task, task_scores in scores.items():
-        summaries = dataclasses.asdict(task_scores)
-        summaries.pop("sums")  # they are in metrics.json only
-        centres = summaries.pop("centres")
-        rows.append({**keys, "split": split, "task": task, "summaries": summaries, "centres": centres})
-    return rows
 
 
 def _last_attempt(connection: sa.Connection, table: sa.Table, keys: Mapping[str, Any]) -> int:

@@ -85,14 +85,22 @@ class LedgerReader(Database):
 
     def read_accounts(self) -> list[Row]:
         """Return every account as it is now, by name."""
-        accounts = tables.accounts.c
-        last_ids = sa.select(sa.func.max(accounts.id)).group_by(accounts.name)
-        query = sa.select(tables.accounts).where(accounts.id.in_(last_ids)).order_by(accounts.name)
-        return self.read(query)
+        return self.read(_select_current_accounts())
 
     def read_artifacts(self, run_id: str) -> dict[str, Any]:
         """Return {kind: content}, the last of each kind."""
         return {row["kind"]: row["content"] for row in self.read(_select_run_rows(tables.artifacts, run_id))}
+
+
+def read_current_accounts(connection: sa.Connection) -> list[Row]:
+    """Return every account as it is now, within a transaction."""
+    return [dict(row) for row in connection.execute(_select_current_accounts()).mappings()]
+
+
+def _select_current_accounts() -> sa.Select[Any]:
+    accounts = tables.accounts.c
+    last_ids = sa.select(sa.func.max(accounts.id)).group_by(accounts.name)
+    return sa.select(tables.accounts).where(accounts.id.in_(last_ids)).order_by(accounts.name)
 
 
 def _select_runs() -> sa.Select[Any]:

@@ -15,8 +15,8 @@ from common.config.compose import compose_config
 from common.config.parse import config_to_dict
 from server.dashboard import accounts
 from server.dashboard.app import create_app
-from server.dashboard.auth import ProxyTrust
 from server.dashboard.launcher import Launcher
+from server.dashboard.proxy_trust import ProxyTrust
 from server.ledger import tables
 from server.ledger.ledger import Ledger
 

@@ -9,7 +9,7 @@ import pytest
 
 from common.utils.errors import ConsiliumError
 from server.dashboard import accounts
-from server.dashboard.auth import ProxyTrust
+from server.dashboard.proxy_trust import ProxyTrust
 from server.ledger.ledger import Ledger
 from tests.server.dashboard.console_client import (
     PAGES,
@@ -109,9 +109,11 @@ def test_login_attempts_are_limited_and_logout_ends_the_session(ledger: Ledger) 
 def test_new_role_ends_sessions_and_last_operator_is_protected(ledger: Ledger) -> None:
     client = log_in_as(ledger)
     assert client.get("/").status_code == 200
+    accounts.create_account(ledger, "ben", "operator", "test")
     accounts.create_account(ledger, "operator", "viewer", "test")
     assert client.get("/").status_code == 303
-    accounts.create_account(ledger, "ben", "operator", "test")
+    with pytest.raises(ConsiliumError, match="'ben' is the last operator"):
+        accounts.create_account(ledger, "ben", "viewer", "test")
     with pytest.raises(ConsiliumError, match="'ben' is the last operator"):
         accounts.disable_account(ledger, "ben", "test")
     with pytest.raises(ConsiliumError, match="role 'admin' is unknown"):
