@@ -38,6 +38,8 @@ class ScanDataset:
         extra_targets: {task: float [N]} what else the cohort says: the known severity beside a mask; of a
             clustered task which scans take part (those that are not NaN).
         patient_ids: Whose scan each is, for `privacy=patient`; never sent.
+        scan_ids: Which scan each is; never sent.
+        divisions: The table's split, or the fold, and the modality of each: what a request can select it by.
         views: The same scans with other slices, for training.
     """
 
@@ -49,6 +51,8 @@ class ScanDataset:
     lung_masks: list[OptionalMask] = field(default_factory=list)
     extra_targets: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     patient_ids: list[str] = field(default_factory=list)
+    scan_ids: list[str] = field(default_factory=list)
+    divisions: list[str] = field(default_factory=list)
     views: list[ScanDataset] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -73,6 +77,8 @@ class ScanDataset:
             lung_masks=_select(self.lung_masks, rows),
             extra_targets=_select_in_each(self.extra_targets, rows),
             patient_ids=_select(self.patient_ids, rows),
+            scan_ids=_select(self.scan_ids, rows),
+            divisions=_select(self.divisions, rows),
             views=[view.subset(rows) for view in self.views],
         )
 
@@ -117,6 +123,8 @@ def concat_datasets(datasets: Sequence[ScanDataset]) -> ScanDataset:
         combined.store_keys += dataset.store_keys
         combined.lung_masks += dataset.lung_masks
         combined.patient_ids += dataset.patient_ids
+        combined.scan_ids += dataset.scan_ids
+        combined.divisions += dataset.divisions
         for task in combined.masks:
             combined.masks[task] += dataset.masks[task]
         _extend_each(combined.targets, dataset.targets)
@@ -142,7 +150,12 @@ def stack_batch(slices: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(slices))
 
 
-def count_round_steps(scans: ScanDataset, stage: Stage, mean_centre_scans: float = 0.0) -> int:
+def count_round_steps(
+    scans: ScanDataset,
+    stage: Stage,
+    mean_centre_scans: float = 0.0,
+    epoch_scans: Mapping[str, int] | None = None,
+) -> int:
     """Count the optimiser steps of a round.
 
     They are `stage.local_steps`, or those of `stage.local_epochs` passes over the centre's scans. With
@@ -150,10 +163,13 @@ def count_round_steps(scans: ScanDataset, stage: Stage, mean_centre_scans: float
     `mean_centre_scans`: a centre of many steps moves the model further whatever its weight, so that by
     passes over its own scans FedAvg's weight is n_c squared in effect (Wang et al., "Tackling the objective
     inconsistency problem", NeurIPS 2020). Pooled cohorts take the sum of what each would take alone, so that
-    central, federated and local runs spend equal numbers of steps.
+    central, federated and local runs spend equal numbers of steps. `epoch_scans` is {centre: scans of a pass}
+    where these are not all.
     """
     num_steps = 0
-    for num_scans in Counter(scans.centres).values():
+    if epoch_scans is None:
+        epoch_scans = Counter(scans.centres)
+    for num_scans in epoch_scans.values():
         if stage.local_steps:
             num_steps += stage.local_steps
         elif stage.local_steps_mode == "equal" and mean_centre_scans:

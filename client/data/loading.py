@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from client.site.config import Site, cohort_state_dir, local_cohorts, state_dir
 from common.config.schema import Config, FederationConfig, Task
 from common.learning.losses import UNSUPERVISED_TYPES
 from common.utils.errors import RefusalCode, Refused
+
+log = logging.getLogger("consilium.centre")
 
 
 class LoadedDatasets(NamedTuple):
@@ -101,9 +104,9 @@ def _load_from_files(site: Site, config: Config) -> LoadedDatasets:
         parts["train"][-1].views = load_views(site, config, centre, path, training_table)
     by_split = {split: concat_datasets(datasets) for split, datasets in parts.items()}
     if not any(len(scans) for scans in by_split.values()):
+        log.error("no scan could be read, %d were skipped", len(skipped))
         raise Refused(
-            f"no scan could be read ({len(skipped)} were skipped); "
-            "run `consilium-centre preprocess` there and read its list",
+            "no scan could be read; run `consilium-centre preprocess` there and read its list",
             RefusalCode.NO_DATA,
         )
     return LoadedDatasets(by_split, skipped)
@@ -119,8 +122,9 @@ def load_views(
         cohort = load_dataset(site, view_config, centre, path, training_table)
         num_lost = len(training_table) - len(cohort.rows)
         if num_lost:
+            log.error("%d training scans could be read once, but not again", num_lost)
             raise Refused(
-                f"{num_lost} training scans could be read once, but not again; preprocess the cohort anew",
+                "some training scans could be read once, but not again; preprocess the cohort anew",
                 RefusalCode.NO_DATA,
             )
         views.append(cohort.scans)
@@ -160,6 +164,19 @@ def assign_splits(table: pd.DataFrame, federation: FederationConfig, centre: str
     patient_numbers = np.array([_hash_patient(patient) for patient in table["patient"]])
     folds_ahead = (patient_numbers - federation.fold) % federation.folds
     return np.select([folds_ahead == 0, folds_ahead == 1], ["test", "val"], "train")
+
+
+def describe_divisions(table: pd.DataFrame, federation: FederationConfig) -> list[str]:
+    """Return [N]: the parts of the table that `assign_splits` and a modality put together or leave out.
+
+    They do not depend on the fold's number or on who is held out, which choose among these parts only.
+    """
+    parts = table["split"].astype(str)
+    if federation.fold is not None:
+        parts = table["patient"].map(lambda patient: str(_hash_patient(patient) % federation.folds))
+    if "modality" in table:
+        parts = parts + "/" + table["modality"].fillna("").astype(str)
+    return [str(part) for part in parts]
 
 
 def _hash_patient(patient: str) -> int:
@@ -206,6 +223,8 @@ def load_dataset(site: Site, config: Config, centre: str, path: Path, table: pd.
         store_keys=keys,
         lung_masks=masks.get(LUNGS_COLUMN, []),
         patient_ids=(f"{centre}/" + table["patient"].astype(str)).tolist(),
+        scan_ids=(f"{centre}/" + table["scan"].astype(str)).tolist(),
+        divisions=describe_divisions(table, config.federation),
     )
     for name, task in config.tasks.items():
         if task.type == "segmentation":

@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 
+from client.data.loading import load_datasets
 from client.federation import parameter_cache, secure_aggregation
 from client.federation.join import handle_join
 from client.federation.local_round import train_local_round
 from client.federation.released_counts import weigh_centre
+from client.federation.released_data import min_scans_of_patients
 from client.federation.request_fields import check_fields
 from client.federation.request_validation import validate_request
 from client.federation.run_context import RunContext, parse_run_config
 from client.federation.statistics import handle_query
 from client.site import egress_log
 from client.site.config import Site, cohort_state_dir, local_cohorts, outer_anchor, reply_name, state_dir
-from client.site.policy import authorise, filter_reply, load_policy
+from client.site.policy import authorise, load_policy
+from client.site.release import ReleaseRules, filter_reply
 from common.config.schema import Config
 from common.privacy.secure_aggregation import uses_secagg
 from common.protocol.messages import (
@@ -143,19 +146,30 @@ REQUEST_HANDLERS: dict[type, Callable[[RunContext, Any], Reply]] = {
 
 def _release(context: RunContext, request: Request, reply: Reply) -> Reply:
     """Return the reply as it may leave: filtered by the policy, masked for a secure sum."""
-    is_masked = uses_secagg(context.config, request)
-    if isinstance(request, TrainRequest) and isinstance(reply, TrainReply) and is_masked:
+    reply = filter_reply(_make_release_rules(context, request), reply)
+    if not uses_secagg(context.config, request):
+        return reply
+    if isinstance(request, TrainRequest) and isinstance(reply, TrainReply):
         if reply.sum_id:  # the cached reply to a round that was masked before
             return reply
         return secure_aggregation.mask_update(
             context.state_dir, context.config, request, reply, weigh_centre(context)
         )
     if isinstance(request, StatisticsRequest) and isinstance(reply, StatisticsReply):
-        reply = filter_reply(context.policy, reply, request.name)
-        if not is_masked:
-            return reply
         return secure_aggregation.mask_statistics(context.state_dir, context.config, request, reply)
-    return filter_reply(context.policy, reply)
+    return reply
+
+
+def _make_release_rules(context: RunContext, request: Request) -> ReleaseRules:
+    """Return what the reply to a request is filtered by."""
+    min_patients = context.site.min_cell_count
+    if not isinstance(request, StatisticsRequest):
+        return ReleaseRules(context.policy, min_patients)
+    min_scans = min_patients
+    if not context.config.privacy.query_noise_multiplier:
+        datasets, _ = load_datasets(context.site, context.config)
+        min_scans = min_scans_of_patients(datasets.values(), min_patients)
+    return ReleaseRules(context.policy, min_patients, min_scans, request.name)
 
 
 def _record(site: Site, request: Request, reply: Reply) -> Reply:

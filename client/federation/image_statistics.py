@@ -27,13 +27,13 @@ PIXELS_PER_BIN = 8  # grey values that share a bin of the intensity histogram
 
 def sum_image_statistics(context: QueryContext) -> Sums:
     """Sum the histograms of the scans of all splits."""
-    return compute_image_statistics(context.datasets, context.slice_stores, context.min_cell_count)
+    return compute_image_statistics(context.datasets, context.slice_stores, context.min_scans)
 
 
 def compute_image_statistics(
-    datasets: Mapping[str, ScanDataset], stores: Mapping[str, SliceStore], min_cell_count: int
+    datasets: Mapping[str, ScanDataset], stores: Mapping[str, SliceStore], min_scans: int
 ) -> Sums:
-    """Return {SumKey: [bins]} over all scans, without statistics of fewer than `min_cell_count` scans."""
+    """Return {SumKey: [bins]} over all scans, without statistics of fewer than `min_scans` scans."""
     histograms: defaultdict[SumKey, list[Floats]] = defaultdict(list)
     for dataset in datasets.values():
         for cohort, key, slices in zip(dataset.centres, dataset.store_keys, dataset.slices, strict=True):
@@ -43,8 +43,8 @@ def compute_image_statistics(
     sums: Sums = {}
     for sum_key in sorted(histograms):
         rows = histograms[sum_key]
-        if len(rows) >= min_cell_count:
-            sums[str(sum_key)] = suppress_small_bins(np.stack(rows), min_cell_count)
+        if len(rows) >= min_scans:
+            sums[str(sum_key)] = suppress_small_bins(np.stack(rows), min_scans)
     return sums
 
 

@@ -6,11 +6,13 @@ import importlib.metadata
 import logging
 import platform
 from collections import Counter
+from collections.abc import Mapping
 
 import pandas as pd
 
 from client.data.columns import find_task_columns
 from client.data.loading import clear_dataset_cache, load_centre_cohort, load_datasets
+from client.federation.released_data import load_released_datasets
 from client.federation.run_context import RunContext
 from client.site.config import local_cohorts
 from client.site.policy import describe_policy
@@ -31,29 +33,49 @@ def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
     config = context.config
     clear_dataset_cache()
     cohorts = local_cohorts(site, config)
+    hides_counts = hides_statistics(config) or config.privacy.dp_level == "patient"
     scans: dict[str, int] = {}
     skipped: dict[str, int] = {}
     if cohorts:
-        datasets, skipped_items = load_datasets(site, config)
-        scans = {split: len(dataset) for split, dataset in datasets.items()}
+        skipped_items = load_datasets(site, config).skipped
         skipped = dict(Counter(item.reason for item in skipped_items))
+        if not hides_counts:
+            scans = {split: len(dataset) for split, dataset in load_released_datasets(context).items()}
     tables = [load_centre_cohort(site, config, centre, path) for centre, path in cohorts.items()]
     columns = _find_requested_columns(tables, config)
     if cohorts:
         _warn_of_missing_columns(columns, config)
-    hides_counts = hides_statistics(config) or config.privacy.dp_level == "patient"
     return JoinReply(
         centre=context.centre,
         cohorts=list(cohorts),
         fingerprint=fingerprint_code(),
-        sources=sorted({str(source) for table in tables for source in table["source"]}),
+        sources=_list_sources(tables, site.min_cell_count),
         columns=columns,
-        scans={} if hides_counts else scans,
-        skipped={} if hides_counts else skipped,
+        scans=scans,
+        skipped={} if hides_counts else round_skipped(skipped, tables, site.min_cell_count),
         versions=_list_versions(),
         device=str(site.resolve_device()),
         policy=dict(describe_policy(context.policy)),
     )
+
+
+def _list_sources(tables: list[pd.DataFrame], min_patients: int) -> list[str]:
+    """Return the sources that have enough patients."""
+    sources: set[str] = set()
+    for table in tables:
+        num_patients = table["patient"].groupby(table["source"], dropna=False).nunique()
+        sources.update(str(source) for source in num_patients.index[num_patients >= min_patients])
+    return sorted(sources)
+
+
+def round_skipped(
+    skipped: Mapping[str, int], tables: list[pd.DataFrame], min_patients: int
+) -> dict[str, int]:
+    """Return {reason: scans} rounded down to numbers that surely stand for enough patients."""
+    scans_by_patient = Counter(patient for table in tables for patient in table["patient"])
+    unit = 1 + sum(count for _, count in scans_by_patient.most_common(min_patients - 1))
+    rounded = {reason: count // unit * unit for reason, count in skipped.items()}
+    return {reason: count for reason, count in rounded.items() if count}
 
 
 def _find_requested_columns(tables: list[pd.DataFrame], config: Config) -> list[str]:

@@ -18,9 +18,11 @@ from client.data.batch import Batch
 from client.data.dataset import ScanDataset, count_round_steps, iterate_batches
 from client.data.loading import load_datasets
 from client.federation import error_feedback, patient_exposure, personal_parameters
+from client.federation.drawn_patients import DrawnPatients
 from client.federation.label_counts import count_classes
 from client.federation.local_model import build_model
 from client.federation.privacy_plan import open_privacy_account, plan_privacy
+from client.federation.released_data import count_epoch_scans, load_released_datasets
 from client.federation.run_context import RunContext
 from client.site import privacy_budget
 from client.site.privacy_budget import PrivacyAccount
@@ -52,6 +54,7 @@ class RoundPlan:
     spec: TrainSpec
     num_threads: int  # of PyTorch; 0: its own choice
     charge: Charge | None  # what the round costs in privacy; None: nothing is charged
+    drawn: DrawnPatients | None = None  # None: not limited by the policy
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
     not help or the privacy budget does not suffice.
     """
     start = time.perf_counter()
-    datasets, _ = load_datasets(context.site, context.config)
-    dataset = datasets["train"]
+    is_private = context.config.privacy.dp_level == "patient"
+    if is_private:  # noise protects each patient, and who takes part must not depend on others
+        dataset = load_datasets(context.site, context.config).by_split["train"]
+    else:
+        dataset = load_released_datasets(context)["train"]
     account = None
-    if context.config.privacy.dp_level == "patient":
+    if is_private:
         account = open_privacy_account(context)
         dataset = patient_exposure.select_trainable(account, dataset)
         cached = privacy_budget.cached_reply(account, request)
@@ -84,6 +90,8 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
         patient_exposure.mark_trained(account, dataset)
     with use_threads(plan.num_threads):
         result = train(plan.model, plan.batches, plan.spec)
+    if plan.drawn is not None:
+        plan.drawn.require_enough_patients(context.site.min_cell_count)
     layout = build_layout(plan.model)
     trained = get_model_weights(plan.model, layout)
     # Before layers of earlier rounds are replaced or deleted: those may be in what was trained.
@@ -98,9 +106,9 @@ def train_local_round(context: RunContext, request: TrainRequest) -> TrainReply:
         centre=context.centre,
         delta=update.delta,
         int_buffers=leaving.int_buffers,
-        scans=result.scans_seen,
+        scans=_count_scans(plan, result),
         steps=result.steps,
-        losses={task: list(loss) for task, loss in result.losses.items()},
+        losses=_sum_losses(plan, result),
         seconds=time.perf_counter() - start,
         encoded_delta=update.encoded,
     )
@@ -124,8 +132,8 @@ def _select_labelled(config: Config, dataset: ScanDataset, request: TrainRequest
     if hides_statistics(config) or config.privacy.dp_level == "patient":
         raise PermanentlyRefused(f"no training scan is labelled for {names}", RefusalCode.NO_DATA)
     raise Refused(
-        f"none of the {len(dataset)} training scans is labelled for {names}; "
-        "check the split and label columns of the cohort",
+        f"no training scan is labelled for {names}; check the split and label columns of the cohort, and "
+        "whether its policy leaves them aside because they are few",
         RefusalCode.NO_DATA,
     )
 
@@ -155,7 +163,7 @@ def _plan_round(
         num_threads = settings.num_threads
     model = build_model(context, stage, request.weights, request.personal_rounds)
     seed = derive_seed(config.seed, request.stage, request.round, context.centre)
-    charge = dp_params = None
+    charge = dp_params = drawn = None
     batches: Iterable[Batch | PatientBatches]
     if account is not None:
         privacy = plan_privacy(config, dataset, request, model)
@@ -164,6 +172,11 @@ def _plan_round(
         dp_params = privacy.dp_params
         steps = charge.steps
         batches = poisson_batches(scans, tasks, charge.sampling_rate, steps, seed)
+    elif context.site.min_cell_count > 1:
+        epoch_scans = count_epoch_scans(dataset, tasks)
+        steps = count_round_steps(scans, stage, request.mean_centre_scans, epoch_scans)
+        drawn = DrawnPatients(scans, tasks, sum(epoch_scans.values()))
+        batches = drawn.watch(iterate_batches(scans, tasks, stage, steps, seed))
     else:
         steps = count_round_steps(scans, stage, request.mean_centre_scans)
         batches = iterate_batches(scans, tasks, stage, steps, seed)
@@ -178,7 +191,7 @@ def _plan_round(
         seed=seed,
         device=context.site.resolve_device(),
     )
-    return RoundPlan(stage, model, batches, spec, num_threads, charge)
+    return RoundPlan(stage, model, batches, spec, num_threads, charge, drawn)
 
 
 def _compute_logit_adjustments(
@@ -241,3 +254,20 @@ def _encode_delta(
         return EncodedDelta(delta, {})
     encoded = error_feedback.encode_with_feedback(context.state_dir, request, delta, layout, codec)
     return EncodedDelta(EMPTY_PARAMS, encoded)
+
+
+def _count_scans(plan: RoundPlan, result: TrainResult) -> int:
+    """Return the scans seen, or, where the policy limits small numbers, what the counts of labels tell."""
+    return result.scans_seen if plan.drawn is None else plan.drawn.num_scans
+
+
+def _sum_losses(plan: RoundPlan, result: TrainResult) -> dict[str, list[float]]:
+    """Return {task: [summed loss, labelled scans]}, for as many scans as may be told."""
+    if plan.drawn is None:
+        return {task: list(loss) for task, loss in result.losses.items()}
+    losses = {}
+    for task, (loss, num_seen) in result.losses.items():
+        num_labelled = plan.drawn.count_labelled(task)
+        mean_loss = loss / num_seen if num_seen else 0.0
+        losses[task] = [mean_loss * num_labelled, float(num_labelled)]
+    return losses

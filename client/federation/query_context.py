@@ -26,7 +26,7 @@ class QueryContext:
     stage: Stage
     model: Model | None = None  # with the requested weights; None when none came
     task_name: str = ""  # moments, clusters: the task
-    min_cell_count: int = 1  # a smaller count is reported as this
+    min_scans: int = 1  # so many scans surely stand for as many patients as the policy wants
     device: torch.device
     centroids: NDArray[np.float64] | None = None  # clusters: [K, D]
     features_dir: Path | None = None  # clusters: where features are kept between the steps of k-means

@@ -21,6 +21,7 @@ from client.data.loading import load_centre_cohort, load_datasets
 from client.federation import noisy_counts
 from client.federation.label_counts import count_classes, count_labels
 from client.federation.privacy_plan import open_privacy_account
+from client.federation.released_data import load_released_datasets
 from client.federation.run_context import RunContext
 from client.site import privacy_budget
 from client.site.config import local_cohorts, safe_filename
@@ -82,12 +83,10 @@ def weigh_centre(context: RunContext) -> dict[str, float]:
 
 def _count_training_labels(context: RunContext) -> dict[str, NDArray[np.float64]]:
     """Return {task: labelled training scans of each class [K]}, exactly."""
-    datasets, _ = load_datasets(context.site, context.config)
+    dataset = load_released_datasets(context)["train"]
     counts = {}
     for name, task in context.config.tasks.items():
-        num_classes = len(class_names(name, task))
-        targets = datasets["train"].targets[name]
-        counts[name] = count_classes(targets, num_classes, context.site.min_cell_count)[:-1]
+        counts[name] = count_classes(dataset.targets[name], len(class_names(name, task)))[:-1]
     return counts
 
 
@@ -122,7 +121,7 @@ def _count_exactly(context: RunContext) -> Sums:
             for name, task in config.tasks.items():
                 key = str(LabelCountKey(cohort, split, name))
                 sums[key] = np.zeros(len(class_names(name, task)) + 1)
-    return sums | count_labels(capped, config, min_cell_count=1)
+    return sums | count_labels(capped, config)
 
 
 def find_cohort_columns(context: RunContext) -> dict[str, set[str]]:

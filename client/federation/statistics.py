@@ -24,11 +24,14 @@ from client.federation.privacy_plan import open_privacy_account
 from client.federation.query_context import QueryContext
 from client.federation.query_handlers import QUERY_HANDLERS
 from client.federation.released_counts import find_cohort_columns, release_counts, weigh_centre
+from client.federation.released_data import min_scans_of_patients, select_released
 from client.federation.run_context import RunContext
 from client.federation.score_sums import sum_scores
 from client.imaging.slice_store import SliceStore
 from client.site import privacy_budget
 from client.site.config import cohort_state_dir, local_cohorts, safe_filename
+from client.site.egress_log import hash_message
+from client.site.release_book import count_answer, open_book
 from client.site.privacy_budget import PrivacyAccount
 from client.training.autotune import use_threads
 from common.modeling.model import Model
@@ -63,7 +66,9 @@ def handle_query(context: RunContext, request: StatisticsRequest) -> StatisticsR
 
 
 def _answer_exactly(context: RunContext, request: StatisticsRequest) -> Sums:
-    query = _open_query(context, request, _load_split_datasets(context, request))
+    datasets = _load_split_datasets(context, request)
+    query = _open_query(context, request, select_released(context, datasets))
+    _count_scores(context, request)
     sums = QUERY_HANDLERS[request.name](query)
     if request.clustering_id:
         cluster_labels.save_cluster_labels(context.state_dir, request.clustering_id, query)
@@ -94,7 +99,9 @@ def _score_privately(context: RunContext, request: StatisticsRequest, account: P
     privacy = context.config.privacy
     if not privacy.query_noise_multiplier:
         scorable = patient_exposure.select_scorable(account, scans)
-        return sum_scores(_open_query(context, request, {request.split: scorable}))
+        released = select_released(context, {request.split: scorable})
+        _count_scores(context, request)
+        return sum_scores(_open_query(context, request, released))
     capped = noisy_counts.cap_scans_per_patient(scans, privacy.max_scans_per_patient)
     query = _open_query(context, request, {request.split: capped})
     exact_scores = noisy_counts.empty_scores(query, find_cohort_columns(context)) | sum_scores(query)
@@ -102,6 +109,22 @@ def _score_privately(context: RunContext, request: StatisticsRequest, account: P
     if sums:
         privacy_budget.record_charge(account, Charge(privacy.query_noise_multiplier, 1.0, 1), request)
     return sums
+
+
+def _count_scores(context: RunContext, request: StatisticsRequest) -> None:
+    """Note in the release book that a model is scored.
+
+    Raises PermanentlyRefused for more models than a run needs. It may ask for twice as many, because a round
+    that is repeated after an interruption may not give the same weights to the bit.
+    """
+    config = context.config
+    if request.name != "scores" or context.site.min_cell_count <= 1:
+        return
+    max_answers = 2 * (1 + sum(stage.rounds + 1 for stage in config.stages.values()))
+    if config.evaluation.cross_site != "none":
+        max_answers += len(config.federation.centres)
+    with open_book(context.state_dir) as book:
+        count_answer(book, context.run_id, hash_message(request), max_answers)
 
 
 def _finish_training(context: RunContext) -> None:
@@ -134,7 +157,7 @@ def _open_query(
         stage=context.find_stage(request.stage),
         model=_load_query_model(context, request),
         task_name=request.task,
-        min_cell_count=site.min_cell_count,
+        min_scans=min_scans_of_patients(datasets.values(), site.min_cell_count),
         device=site.resolve_device(),
         centroids=request.centroids,
         features_dir=_features_dir(context),

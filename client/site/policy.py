@@ -1,39 +1,28 @@
 """Enforce the hospital's policy: which requests the centre answers, and what may leave.
 
 The hospital writes it as `policy.yaml` and names that file in `site.yaml`. A request that it does not allow
-is refused with a reason for the coordinator's operator; numbers made of too few scans are suppressed
-(client/site/small_cells.py).
+is refused with a reason for the coordinator's operator. What may leave in a reply: client/site/release.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, time
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import StrictBool, StrictFloat, StrictInt
 
-from client.site.small_cells import suppress_small_cells
 from client.site.yaml_records import load_yaml
 from common.config.schema import Config
 from common.learning.losses import task_label_columns
 from common.protocol.code_fingerprint import fingerprint_code
-from common.protocol.message_packing import pack_message
 from common.protocol.messages import (
-    MaskedInputReply,
-    Reply,
     Request,
-    StatisticsReply,
     StatisticsRequest,
-    TrainReply,
     TrainRequest,
 )
 from common.utils.errors import RefusalCode, Refused
-
-ReplyT = TypeVar("ReplyT", bound=Reply)
 
 RENAMED_POLICY_KEYS = {  # {key of 0.1.0: its name now}
     "smallest_cell": "min_cell_count",
@@ -131,7 +120,7 @@ def authorise(policy: Policy, request: Request, config: Config, now: datetime) -
 
 def _require_allowed(allowed: list[str], value: str, rule: str) -> None:
     if allowed and value not in allowed:
-        raise _refused(f"does not allow the {rule} '{value}' (allowed: {', '.join(allowed)})")
+        raise forbidden(f"does not allow the {rule} '{value}' (allowed: {', '.join(allowed)})")
 
 
 def _check_labels(policy: Policy, config: Config) -> None:
@@ -146,19 +135,19 @@ def _check_labels(policy: Policy, config: Config) -> None:
 def _check_protection(policy: Policy, config: Config) -> None:
     """Require what the policy asks for: secure aggregation, centres, differential privacy, query noise."""
     if policy.require_secure_aggregation and config.privacy.secagg is None:
-        raise _refused("requires secure aggregation, which this run does not use; use privacy=secagg")
+        raise forbidden("requires secure aggregation, which this run does not use; use privacy=secagg")
     num_centres = len(config.federation.centres)
     if num_centres < policy.min_centres:
-        raise _refused(f"requires {policy.min_centres} centres or more, and this run has {num_centres}")
+        raise forbidden(f"requires {policy.min_centres} centres or more, and this run has {num_centres}")
     # `dp_level: central` does not do: it trusts the coordinator with the hospital's own update.
     if policy.epsilon and config.privacy.dp_level != "patient":
-        raise _refused(
+        raise forbidden(
             f"requires differential privacy (epsilon at most {policy.epsilon:g}), "
             "which this run does not use; use privacy=patient"
         )
     run_noise = config.privacy.query_noise_multiplier
     if policy.min_query_noise > run_noise:
-        raise _refused(
+        raise forbidden(
             f"requires noise of {policy.min_query_noise:g} on counts and scores, "
             f"and this run has {run_noise:g}; use privacy=patient "
             f"privacy.query_noise_multiplier={policy.min_query_noise:g}"
@@ -173,35 +162,11 @@ def _check_hours(allowed_hours: str, now: datetime) -> None:
     else:  # over midnight
         is_allowed = clock >= begin or clock < end
     if not is_allowed:
-        raise _refused(
+        raise forbidden(
             f"allows computation in the hours {allowed_hours} only; the time there is {clock:%H:%M}"
         )
 
 
-def _refused(rule: str) -> Refused:
+def forbidden(rule: str) -> Refused:
+    """Return the refusal of what a rule of the policy forbids."""
     return Refused(f"this hospital's policy {rule}", RefusalCode.POLICY)
-
-
-# --- before a reply leaves ------------------------------------------------------------------------
-
-
-def filter_reply(policy: Policy, reply: ReplyT, query_name: str = "") -> ReplyT:
-    """Return a reply as it may leave: without numbers made of too few scans.
-
-    Raises Refused when it is too large.
-
-    `query_name` is the query that a StatisticsReply answers. Its counts need no suppression here: a small
-    count has been raised to the smallest reportable one already.
-    """
-    if isinstance(reply, StatisticsReply) and policy.min_cell_count > 1 and query_name != "counts":
-        reply = dataclasses.replace(reply, sums=suppress_small_cells(reply.sums, policy.min_cell_count))
-    if policy.max_message_bytes and isinstance(reply, StatisticsReply | TrainReply | MaskedInputReply):
-        _check_message_size(reply, policy.max_message_bytes)
-    return reply
-
-
-def _check_message_size(reply: Reply, max_bytes: int) -> None:
-    arrays, _ = pack_message(reply)
-    size = sum(array.nbytes for array in arrays.values())
-    if size > max_bytes:
-        raise _refused(f"allows messages of at most {max_bytes} bytes, and this one would have {size}")

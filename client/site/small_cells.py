@@ -1,6 +1,7 @@
-"""Suppress numbers that too few scans make up: counts, tables, histograms and sums.
+"""Suppress numbers that too few patients make up: counts, tables, histograms and sums.
 
-Every function takes the smallest number of scans that may be reported.
+Every function takes the smallest number of scans that may be reported. It is so large that it surely stands
+for enough patients (`min_scans_of_patients` in client/federation/released_data.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from common.learning.segmentation_metrics import OverlapSums
 from common.protocol.messages import Sums
 from common.protocol.sum_key import SumKey
 
@@ -23,7 +25,8 @@ def raise_small_counts(counts: Floats, min_count: int) -> Floats:
 def suppress_small_cells(sums: Sums, min_count: int) -> Sums:
     """Return the sums of a query without what fewer than `min_count` scans make up.
 
-    Cells of a table are emptied, bins of a histogram joined with their neighbours, other sums set to zero.
+    Cells of a table and bins of a histogram are rounded to multiples of `min_count`, so that the difference
+    of two answers about the same scans shows no few of them either; other sums are set to zero.
     """
     if "n" in sums:
         return _suppress_small_groups(sums, min_count)
@@ -36,15 +39,39 @@ def _suppress_statistic(statistic: str, values: Floats, min_count: int) -> Float
     """Return one of the sums that a model's scores consist of (common/learning/metrics/), suppressed."""
     if statistic == "hist":
         return np.stack([merge_small_bins(row, min_count) for row in values])
-    if statistic in ("confusion", "joint"):
-        return np.where(values < min_count, 0.0, values)
-    if statistic in ("regression", "overlap"):
-        num_scans = values[0]
-    elif statistic == "loss":
-        num_scans = values[1]
-    else:
-        return values
-    return values if num_scans >= min_count else np.zeros_like(values)
+    if statistic == "confusion":
+        return np.stack([round_cells(row, min_count) for row in values])
+    if statistic == "joint":
+        return _merge_whole_groups(values, min_count)
+    if statistic == "overlap":
+        return _suppress_overlap(values, min_count)
+    if statistic in ("regression", "loss"):
+        num_scans = values[0] if statistic == "regression" else values[1]
+        return values if num_scans >= min_count else np.zeros_like(values)
+    return values
+
+
+def _suppress_overlap(values: Floats, min_count: int) -> Floats:
+    """Return the sums of masks (`OverlapSums`) with a rounded number of scans whose mask is not empty."""
+    sums = OverlapSums(*map(float, values))
+    if sums.scans < min_count:
+        return np.zeros_like(values)
+    affected, _ = round_cells(np.array([sums.affected_scans, sums.scans - sums.affected_scans]), min_count)
+    mean_dice = sums.dice_affected / sums.affected_scans if sums.affected_scans else 0.0
+    rounded = sums._replace(affected_scans=float(affected), dice_affected=mean_dice * float(affected))
+    return np.array(rounded, np.float64)
+
+
+def _merge_whole_groups(table: Floats, min_count: int) -> Floats:
+    """Return a joint histogram as `merge_small_bins`, less the scans beyond a multiple of `min_count`.
+
+    How many scans have both values is no count of the release book's groups, and must not be exact.
+    """
+    merged = merge_small_bins(table.ravel(), min_count)
+    excess = merged.sum() % min_count
+    if excess:
+        merged[merged.argmax()] -= excess
+    return merged.reshape(table.shape)
 
 
 def _suppress_small_groups(sums: Sums, min_count: int) -> Sums:
@@ -67,29 +94,42 @@ def _suppress_small_groups(sums: Sums, min_count: int) -> Sums:
 
 
 def merge_small_bins(counts: Floats, min_count: int) -> Floats:
-    """Return a histogram [bins] in which every filled bin holds at least `min_count` scans.
+    """Return a histogram [bins] of groups of `min_count` scans, each in the bin of its median scan.
 
-    Neighbouring bins are merged into the bin of their median scan. A histogram of fewer scans in all is
-    emptied.
+    Scans are grouped in the order of their bins; those beyond a multiple of `min_count` belong to the last
+    group. A histogram of fewer scans in all is emptied.
     """
     merged = np.zeros_like(counts)
-    remaining = counts.sum()
-    if remaining < min_count:
-        return merged
-    first_bin = 0
-    group_size = 0.0
-    for bin_index, count in enumerate(counts):
-        group_size += count
-        remaining -= count
-        rest_is_reportable = remaining >= min_count or not remaining
-        if group_size < min_count or not rest_is_reportable:
-            continue
-        bins = np.arange(first_bin, bin_index + 1)
-        bin_of_scan = np.repeat(bins, counts[bins].astype(int))
-        merged[bin_of_scan[len(bin_of_scan) // 2]] += group_size
-        first_bin = bin_index + 1
-        group_size = 0.0
+    bin_of_scan = np.repeat(np.arange(len(counts)), counts.astype(int))
+    num_groups = len(bin_of_scan) // min_count
+    for group in range(num_groups):
+        end = (group + 1) * min_count
+        if group == num_groups - 1:
+            end = len(bin_of_scan)
+        bins = bin_of_scan[group * min_count : end]
+        merged[bins[len(bins) // 2]] += len(bins)
     return merged
+
+
+def round_cells(counts: Floats, min_count: int) -> Floats:
+    """Return cells [n] rounded to multiples of `min_count`, with the same sum.
+
+    Cells are rounded down, and what is missing goes to the cells with the largest remainders (Hamilton's
+    method). Scans beyond a multiple of `min_count` are added to the largest cell. Where there are fewer scans
+    in all, every cell is emptied.
+    """
+    total = float(counts.sum())
+    num_groups = int(total // min_count)
+    if not num_groups:
+        return np.zeros_like(counts)
+    quotas = counts * (num_groups / total)
+    groups = np.floor(quotas + 1e-9)
+    num_missing = num_groups - int(groups.sum())
+    largest_remainders = np.argsort(groups - quotas, kind="stable")
+    groups[largest_remainders[:num_missing]] += 1
+    rounded = groups * min_count
+    rounded[rounded.argmax()] += total - num_groups * min_count
+    return np.asarray(rounded)
 
 
 def suppress_small_bins(fractions: Floats, min_count: int) -> Floats:

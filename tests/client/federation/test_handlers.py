@@ -68,7 +68,7 @@ def test_join_reply_describes_the_data_without_identifiers(hospital: Path) -> No
     assert not [patient for patient in patients if patient in repr(reply)]
 
 
-def test_counts_are_those_of_the_table(hospital: Path) -> None:
+def test_counts_are_those_of_the_table(hospital: Path, tmp_path: Path) -> None:
     request = StatisticsRequest("run", config_to_dict(make_config()), "counts", "")
     reply = handle_request(make_site(hospital), request)
     assert isinstance(reply, StatisticsReply), reply
@@ -80,9 +80,10 @@ def test_counts_are_those_of_the_table(hospital: Path) -> None:
         "north/val/source": [6, 0, 0],
         "north/test/source": [6, 0, 0],
     }
-    suppressed = handle_request(make_site(hospital, min_cell_count=5), request)
-    assert isinstance(suppressed, StatisticsReply)
-    assert suppressed.sums["north/val/covid"].tolist() == [5, 5, 0]
+    in_threes = handle_request(make_site(hospital, min_cell_count=3, state=str(tmp_path)), request)
+    assert isinstance(in_threes, StatisticsReply)
+    assert in_threes.sums["north/val/covid"].tolist() == [3, 3, 0]
+    assert in_threes.sums["north/train/source"].tolist() == [6, 0, 0]  # two of eight patients fill no group
 
 
 def test_node_that_takes_no_part_joins_without_data_and_refuses_to_train(tmp_path: Path) -> None:

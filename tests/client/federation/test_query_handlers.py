@@ -27,7 +27,6 @@ def make_query(
     scans: ScanDataset,
     model: Model | None = None,
     task: str = "",
-    min_cell_count: int = 1,
     stage: Stage | None = None,
 ) -> QueryContext:
     return QueryContext(
@@ -41,7 +40,6 @@ def make_query(
         stage=stage or CONFIG.stages["main"],
         model=model,
         task_name=task,
-        min_cell_count=min_cell_count,
         device=torch.device("cpu"),
     )
 
@@ -54,12 +52,10 @@ def predict(model: Model, scans: ScanDataset) -> dict[str, np.ndarray]:
 # --- counts ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from([0.0, 1.0, math.nan]), max_size=40), st.integers(1, 12))
-def test_counts_are_exact_but_for_small_ones(targets: list[float], min_cell_count: int) -> None:
+@given(st.lists(st.sampled_from([0.0, 1.0, math.nan]), max_size=40))
+def test_counts_are_those_of_the_targets(targets: list[float]) -> None:
     true_counts = [targets.count(0.0), targets.count(1.0), sum(map(math.isnan, targets))]
     assert count_classes(np.array(targets), 2).tolist() == true_counts
-    reported = count_classes(np.array(targets), 2, min_cell_count).tolist()
-    assert reported == [0 if count == 0 else max(count, min_cell_count) for count in true_counts]
 
 
 def test_counts_are_by_cohort_split_and_task(scans: ScanDataset) -> None:
@@ -76,8 +72,6 @@ def test_counts_are_by_cohort_split_and_task(scans: ScanDataset) -> None:
         targets = scans.targets["source"][[name == centre for name in scans.centres]]
         by_class = [int((targets == index).sum()) for index in range(3)]
         assert sums[f"{centre}/train/source"].tolist() == [*by_class, int(np.isnan(targets).sum())]
-    suppressed = QUERY_HANDLERS["counts"](make_query(scans, min_cell_count=5))
-    assert all(((counts == 0) | (counts >= 5)).all() for counts in suppressed.values())
 
 
 def test_every_scan_is_unlabelled_before_the_sources_are_known() -> None:

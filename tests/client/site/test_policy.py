@@ -14,7 +14,7 @@ from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
 from client.site import egress_log
 from client.site.config import Site
-from client.site.policy import Policy, authorise, describe_policy, filter_reply, load_policy
+from client.site.policy import Policy, authorise, describe_policy, load_policy
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
 from common.config.schema import PhantomConfig
@@ -85,18 +85,6 @@ def test_allowed_request_passes() -> None:
     authorise(at_night, JoinRequest("run", {}), CONFIG, NOON)  # joining needs little computation
     for hour, minute in ((19, 0), (23, 59), (6, 59)):
         authorise(at_night, TRAIN, CONFIG, NOON.replace(hour=hour, minute=minute))
-
-
-def test_reply_that_is_too_large_does_not_leave() -> None:
-    reply = StatisticsReply("north", {"north/train/covid": np.zeros(3)})
-    assert filter_reply(Policy(max_message_bytes=24), reply) == reply
-    with pytest.raises(Refused, match="allows messages of at most 23 bytes, and this one would have 24"):
-        filter_reply(Policy(max_message_bytes=23), reply)
-
-
-def test_counts_of_a_task_named_like_a_statistic_are_unchanged() -> None:
-    reply = StatisticsReply("north", {"north/train/loss": np.array([9.0, 0.0, 0.0])})
-    assert filter_reply(Policy(min_cell_count=5), reply, "counts") == reply
 
 
 @pytest.mark.parametrize(

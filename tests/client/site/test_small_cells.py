@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from client.site.small_cells import merge_small_bins, suppress_small_bins, suppress_small_cells
+from client.site.small_cells import (
+    merge_small_bins,
+    round_cells,
+    suppress_small_bins,
+    suppress_small_cells,
+)
 from common.learning.metrics import compute_binary_metrics
 
 HISTOGRAMS = st.lists(st.integers(0, 6), min_size=1, max_size=40).map(lambda counts: np.array(counts, float))
@@ -20,6 +25,42 @@ def test_no_filled_bin_is_small_and_no_scan_is_lost(histogram: np.ndarray, min_c
     assert not ((merged > 0) & (merged < min_count)).any()
     expected_sum = histogram.sum() if histogram.sum() >= min_count else 0
     assert merged.sum() == expected_sum
+
+
+@given(HISTOGRAMS, st.integers(1, 8))
+def test_cells_and_bins_are_multiples_but_for_one_that_holds_the_rest(
+    histogram: np.ndarray, min_count: int
+) -> None:
+    """So the answers about two models differ by whole groups, too."""
+    for suppressed in (merge_small_bins(histogram, min_count), round_cells(histogram, min_count)):
+        rest = histogram.sum() % min_count if suppressed.any() else 0
+        remainders = suppressed % min_count
+        assert np.count_nonzero(remainders) <= 1
+        assert remainders.sum() == rest
+        expected_sum = histogram.sum() if histogram.sum() >= min_count else 0
+        assert suppressed.sum() == expected_sum
+
+
+@given(HISTOGRAMS, st.integers(2, 8))
+def test_rounded_cells_are_near_the_true_ones(histogram: np.ndarray, min_count: int) -> None:
+    rounded = round_cells(histogram, min_count)
+    if rounded.any():
+        assert np.abs(rounded - histogram).max() < 2 * min_count
+
+
+def test_number_of_empty_masks_is_rounded_in_the_sums_of_masks() -> None:
+    sums = np.array([20.0, 12.0, 5.0, 6.0, 7.0, 18.0, 9.0])  # 18 of 20 masks are not empty
+    suppressed = suppress_small_cells({"a/lesion/overlap": sums}, 5)["a/lesion/overlap"]
+    assert suppressed.tolist() == [20, 12, 5, 6, 7, 20, 10]
+    assert not suppress_small_cells({"a/lesion/overlap": sums}, 21)["a/lesion/overlap"].any()
+
+
+def test_scans_of_a_joint_histogram_are_a_multiple() -> None:
+    table = np.zeros((4, 4))
+    table[[0, 1, 2, 3], [0, 1, 2, 3]] = [3, 4, 2, 4]
+    suppressed = suppress_small_cells({"a/lesion/joint": table}, 5)["a/lesion/joint"]
+    assert suppressed.sum() == 10
+    assert ((suppressed == 0) | (suppressed >= 5)).all()
 
 
 def test_merged_bins_hardly_change_the_auc() -> None:
@@ -35,13 +76,13 @@ def test_merged_bins_hardly_change_the_auc() -> None:
 
 def test_sums_over_few_scans_are_suppressed() -> None:
     sums = {
-        "a/finding/confusion": np.array([[9.0, 1.0], [0.0, 4.0]]),
+        "a/finding/confusion": np.array([[9.0, 2.0], [0.0, 4.0]]),
         "a/age/regression": np.arange(9.0),
         "a/age/loss": np.array([7.0, 3.0]),
         "a/covid/loss": np.array([7.0, 30.0]),
     }
     suppressed = suppress_small_cells(sums, 5)
-    assert suppressed["a/finding/confusion"].tolist() == [[9, 0], [0, 0]]
+    assert suppressed["a/finding/confusion"].tolist() == [[11, 0], [0, 0]]
     assert not suppressed["a/age/regression"].any()
     assert not suppressed["a/age/loss"].any()
     assert suppressed["a/covid/loss"].tolist() == [7, 30]

@@ -1,0 +1,145 @@
+"""The release book: a column is asked in one way, whatever the coordinator calls it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client.federation.released_data import describe_splits, list_questions
+from client.site import release_book
+from client.site.release_book import Question, ReleaseBook, ReleasedAnswer, check_questions, count_answer
+from client.site.release_groups import ReleaseGroup
+from common.config.compose import compose_config
+from common.config.schema import Config, Task
+from common.utils.errors import PermanentlyRefused, RefusalCode, Refused
+
+RECIPES = ["multisource", "multisource_personal", "triage", "prognosis", "finegrained", "transfer"]
+
+
+def ask(book: ReleaseBook, config: Config) -> None:
+    """Check a configuration's questions and note them as answered."""
+    questions = list(list_questions(config).values())
+    splits = describe_splits(config)
+    check_questions(book, questions, splits)
+    book.splits = splits
+    for question in questions:
+        if book.find_answer(question) is None:
+            book.answers.append(ReleasedAnswer(question, "2026-01-01"))
+
+
+def make_config(task: Task, name: str = "severity", **federation: object) -> Config:
+    config = compose_config(["recipe=multisource", "federation=folder", "federation.centres=[north,south]"])
+    federation_config = replace(config.federation, **federation)  # type: ignore[arg-type]
+    return replace(config, tasks={name: task}, federation=federation_config)
+
+
+def test_all_recipes_are_answered_one_after_another_and_again() -> None:
+    book = ReleaseBook(key="00")
+    for recipe in RECIPES * 2:
+        ask(book, compose_config([f"recipe={recipe}"]))
+
+
+AGE = Task(type="multiclass", label_columns=["age"], bin_edges=[57.0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (AGE, replace(AGE, bin_edges=[60.0])),
+        (AGE, replace(AGE, bin_edges=[57.0, 60.0])),
+        (AGE, replace(AGE, bin_edges=[], classes=["56", "57"])),
+        (AGE, Task(label_column="age")),
+        (
+            Task(type="multiclass", classes=["a", "b"]),
+            Task(type="multiclass", classes=["a", "b", "c"]),
+        ),
+        (Task(type="segmentation"), Task(type="segmentation", threshold=0.4)),
+    ],
+)
+def test_another_question_about_the_same_column_is_refused(first: Task, second: Task) -> None:
+    book = ReleaseBook(key="00")
+    ask(book, make_config(first))
+    ask(book, make_config(first))
+    with pytest.raises(PermanentlyRefused, match="was asked before as .* releases --forget") as caught:
+        ask(book, make_config(second))
+    assert caught.value.code == RefusalCode.POLICY
+
+
+def test_names_and_the_order_of_classes_make_no_other_question() -> None:
+    book = ReleaseBook(key="00")
+    task = Task(type="multiclass", label_column="grade", classes=["a", "b", "c"])
+    ask(book, make_config(task, "severity"))
+    ask(book, make_config(replace(task, classes=["c", "a", "b"]), "another_name"))
+    assert len(book.answers) == 1
+    with pytest.raises(PermanentlyRefused):
+        ask(book, make_config(replace(task, classes=["x", "y"]), "another_name"))
+
+
+def test_other_bins_of_scores_are_refused() -> None:
+    book = ReleaseBook(key="00")
+    config = make_config(Task())
+    ask(book, config)
+    with pytest.raises(PermanentlyRefused, match="histogram bins 254"):
+        ask(book, replace(config, evaluation=replace(config.evaluation, histogram_bins=254)))
+
+
+def test_column_is_not_asked_for_in_ever_new_sums() -> None:
+    book = ReleaseBook(key="00")
+    for other in ("b", "c", "d"):
+        task = Task(type="multiclass", label_columns=["a", other], bin_edges=[1.0])
+        ask(book, make_config(task))
+    with pytest.raises(PermanentlyRefused, match="column 'a' was asked for in 3 ways before"):
+        ask(book, make_config(Task(type="regression", label_columns=["a", "e"])))
+
+
+@pytest.mark.parametrize("splits", [{"fold": 0, "folds": 4}, {"fold": None}])
+def test_patients_are_divided_in_one_way_only(splits: dict[str, object]) -> None:
+    book = ReleaseBook(key="00")
+    for fold in range(5):
+        ask(book, make_config(Task(), fold=fold, folds=5))
+    ask(book, make_config(Task(), fold=0, folds=5, held_out_centres=["north"]))
+    with pytest.raises(PermanentlyRefused, match="were counted by 5 folds"):
+        ask(book, make_config(Task(), **splits))
+
+
+def test_run_gets_as_many_scores_as_its_recipe_needs_and_a_repetition_is_free() -> None:
+    book = ReleaseBook(key="00")
+    for digest in ("a", "b", "a", "b"):
+        count_answer(book, "run", digest, 2)
+    with pytest.raises(PermanentlyRefused, match="has asked for 2 scores"):
+        count_answer(book, "run", "c", 2)
+    count_answer(book, "another", "c", 2)
+
+
+def test_book_is_written_when_it_changes_and_never_half(tmp_path: Path) -> None:
+    question = Question(["covid"], "classes")
+    group = ReleaseGroup("north/train/1", {"p1": ["s1"]})
+    with release_book.open_book(tmp_path) as book:
+        mark = book.mark("patient/1")
+    assert not (tmp_path / release_book.BOOK_FILENAME).exists()
+    with release_book.open_book(tmp_path) as book:
+        book.answers.append(ReleasedAnswer(question, "2026-01-01", [group]))
+        mark = book.mark("patient/1")
+    with pytest.raises(RuntimeError), release_book.open_book(tmp_path) as book:
+        assert book.answers[0].groups == [group]
+        assert book.mark("patient/1") == mark
+        book.answers.clear()
+        raise RuntimeError
+    assert release_book.read_book(tmp_path).answers
+    path = tmp_path / release_book.BOOK_FILENAME
+    assert path.stat().st_mode & 0o077 == 0
+    release_book.forget_releases(tmp_path)
+    forgotten = release_book.read_book(tmp_path)
+    assert not forgotten.answers
+    assert forgotten.mark("patient/1") != mark
+
+
+def test_damaged_book_lets_nothing_leave(tmp_path: Path) -> None:
+    path = tmp_path / release_book.BOOK_FILENAME
+    path.parent.mkdir()
+    path.write_text('{"key": "00", "unknown": 1}')
+    with pytest.raises(Refused, match="cannot be read"), release_book.open_book(tmp_path):
+        pass
+    assert path.read_text() == '{"key": "00", "unknown": 1}'
