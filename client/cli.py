@@ -222,6 +222,7 @@ app.command()(commands.key)
 app.command()(commands.doctor)
 app.command()(commands.metrics)
 app.command("accept-loss")(commands.accept_loss)
+app.command()(commands.releases)
 
 
 def main() -> None:

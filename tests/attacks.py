@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from client.data.dataset import ScanDataset, concat_datasets, iterate_slices
 from client.data.loading import LoadedDatasets, load_datasets
-from client.federation import local_round as centre_side
+from client.federation import released_data as centre_side
 from client.site.config import Site
 from client.tools.predict import load_model
 from client.training.trainer import run_inference

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from client.data.dataset import ScanDataset
 from client.data.loading import load_datasets
 from client.federation.run_context import RunContext
-from client.site.release_book import Question, ReleaseBook, ReleasedAnswer, check_questions, open_book
+from client.site.release_book import (
+    Question,
+    ReleaseBook,
+    ReleasedAnswer,
+    check_questions,
+    locate_book,
+    open_book,
+)
 from client.site.release_groups import ScanCell, form_groups, select_complete
 from common.config.schema import Config, Task
 from common.learning.losses import UNSUPERVISED_TYPES, task_label_columns
@@ -46,7 +53,7 @@ def select_released(context: RunContext, datasets: Mapping[str, ScanDataset]) ->
     if min_patients <= 1:
         return dict(datasets)
     questions = list_questions(context.config)
-    with open_book(context.state_dir) as book:
+    with open_book(locate_book(context.state_dir, context.outer_anchor)) as book:
         splits = describe_splits(context.config)
         check_questions(book, [ALL_SCANS, *questions.values()], splits)
         released = _select_scans(book, datasets, min_patients)

@@ -31,8 +31,8 @@ from client.imaging.slice_store import SliceStore
 from client.site import privacy_budget
 from client.site.config import cohort_state_dir, local_cohorts, safe_filename
 from client.site.egress_log import hash_message
-from client.site.release_book import count_answer, open_book
 from client.site.privacy_budget import PrivacyAccount
+from client.site.release_book import count_answer, locate_book, open_book
 from client.training.autotune import use_threads
 from common.modeling.model import Model
 from common.privacy.accountant import Charge
@@ -123,7 +123,7 @@ def _count_scores(context: RunContext, request: StatisticsRequest) -> None:
     max_answers = 2 * (1 + sum(stage.rounds + 1 for stage in config.stages.values()))
     if config.evaluation.cross_site != "none":
         max_answers += len(config.federation.centres)
-    with open_book(context.state_dir) as book:
+    with open_book(locate_book(context.state_dir, context.outer_anchor)) as book:
         count_answer(book, context.run_id, hash_message(request), max_answers)
 
 

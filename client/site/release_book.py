@@ -7,14 +7,14 @@ would single out patients by the difference of two answers, and is refused witho
 another division into splits. Who is counted is fixed in groups (client/site/release_groups.py), so that the
 same question gets the same answer until enough patients for another group have come.
 
-Patients and scans are known by marks: digests made with a key that is in the book and nowhere else.
+Patients and scans are known by marks: digests made with a key that is in the book and nowhere else. The
+egress log vouches for the file (client/site/anchored_files.py): one that is deleted or replaced is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import hmac
 import json
@@ -26,8 +26,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
+from client.site.anchored_files import AnchoredFile, lock_folder, read_anchored_file, write_anchored_file
 from client.site.release_groups import ReleaseGroup
-from common.utils.atomic_files import atomic_write
 from common.utils.errors import PermanentlyRefused, RefusalCode, Refused
 
 BOOK_FILENAME = "releases/book.json"  # in the state folder
@@ -70,6 +70,10 @@ class ReleasedAnswer:
     first_time: str  # ISO 8601, UTC
     groups: list[ReleaseGroup] = field(default_factory=list)
 
+    def count_patients(self) -> int:
+        """Return how many patients the answer is about."""
+        return len({patient for group in self.groups for patient in group.patients})
+
 
 @dataclass
 class ReleaseBook:
@@ -93,10 +97,6 @@ class ReleaseBook:
             if answer.question.has_same_subject(question):
                 return answer
         return None
-
-    def count_patients(self, answer: ReleasedAnswer) -> int:
-        """Return how many patients an answer is about."""
-        return len({patient for group in answer.groups for patient in group.patients})
 
 
 _BOOK_ADAPTER = TypeAdapter(ReleaseBook)
@@ -158,57 +158,58 @@ def _refuse(reason: str) -> PermanentlyRefused:
 # --- the file -------------------------------------------------------------------------------------
 
 
+def locate_book(state_dir: Path, outer_anchor: Path | None) -> AnchoredFile:
+    """Return where a centre's book is; the egress log vouches for it."""
+    return AnchoredFile(state_dir, BOOK_FILENAME, "release book", outer_anchor)
+
+
 @contextlib.contextmanager
-def open_book(state_dir: Path) -> Iterator[ReleaseBook]:
+def open_book(file: AnchoredFile) -> Iterator[ReleaseBook]:
     """Yield the book, and write it when the block has changed it and ends without an error.
 
-    Other processes wait meanwhile. Raises Refused when it cannot be read or written: then nothing leaves.
+    Other processes wait meanwhile. Raises Refused when it cannot be read or written, and PermanentlyRefused
+    when it is not as it was last written: then nothing leaves.
     """
     try:
-        folder = (state_dir / BOOK_FILENAME).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        with lock_folder(file.path.parent):
+            book = read_book(file)
+            before = _to_json(book)
+            yield book
+            after = _to_json(book)
+            if after != before:
+                write_anchored_file(file, after, len(book.answers))
     except OSError as error:
-        raise _unusable("written", error) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        book = read_book(state_dir)
-        before = _to_json(book)
-        yield book
-        after = _to_json(book)
-        if after != before:
-            _write(state_dir, after)
+        raise _unusable(error) from error
 
 
-def read_book(state_dir: Path) -> ReleaseBook:
+def read_book(file: AnchoredFile) -> ReleaseBook:
     """Return the book; an empty one with a new key when there is none. Raises Refused."""
     try:
-        return _BOOK_ADAPTER.validate_json((state_dir / BOOK_FILENAME).read_bytes())
-    except FileNotFoundError:
-        return ReleaseBook(key=secrets.token_hex(32))
+        data = read_anchored_file(file)
+        return ReleaseBook(key=secrets.token_hex(32)) if data is None else _BOOK_ADAPTER.validate_json(data)
     except (OSError, ValueError) as error:
-        raise _unusable("read", error) from error
+        raise _unusable(error) from error
 
 
-def forget_releases(state_dir: Path) -> None:
-    """Begin a new book. What was released before can then be combined with what will be. Raises Refused."""
-    _write(state_dir, _to_json(ReleaseBook(key=secrets.token_hex(32))))
+def forget_releases(file: AnchoredFile) -> None:
+    """Begin a new book. What was released before can then be combined with what will be.
 
-
-def _write(state_dir: Path, data: bytes) -> None:
+    The egress log records it. Raises Refused when the book cannot be written.
+    """
     try:
-        atomic_write(state_dir / BOOK_FILENAME, data, 0o600)
+        with lock_folder(file.path.parent):
+            write_anchored_file(file, _to_json(ReleaseBook(key=secrets.token_hex(32))), 0)
     except OSError as error:
-        raise _unusable("written", error) from error
+        raise _unusable(error) from error
 
 
 def _to_json(book: ReleaseBook) -> bytes:
     return json.dumps(dataclasses.asdict(book), indent=1).encode()
 
 
-def _unusable(action: str, error: Exception) -> Refused:
+def _unusable(error: Exception) -> Refused:
     return Refused(
-        f"the centre's release book cannot be {action} ({type(error).__name__}), so nothing leaves; restore "
-        "it from a backup at the centre",
+        f"the centre's release book cannot be used ({type(error).__name__}), so nothing leaves; restore it "
+        "from a backup at the centre",
         RefusalCode.POLICY,
     )

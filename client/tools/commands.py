@@ -102,3 +102,37 @@ def metrics(
         atomic_write(out, text)
     else:
         typer.echo(text.decode(), nl=False)
+
+
+def releases(
+    site: SiteFile = Path("/etc/consilium/site.yaml"),
+    forget: Annotated[bool, typer.Option(help="begin a new book; asks first")] = False,
+) -> None:
+    """List which questions about this hospital's patients were answered, and about how many patients.
+
+    A question is not answered in another way later, because the difference of two answers can single
+    patients out. `--forget` lifts that, and the egress log records it.
+    """
+    from client.site.config import cohort_state_dir, outer_anchor, parse_site
+    from client.site.release_book import forget_releases, locate_book, read_book
+
+    settings = parse_site({"site": str(site)})
+    data = Path(settings.data)
+    file = locate_book(cohort_state_dir(settings, data), outer_anchor(settings, data))
+    book = read_book(file)
+    if not book.answers:
+        typer.echo("nothing was released that is kept in a book")
+    for answer in book.answers:
+        typer.echo(
+            f"{answer.question.describe()}: since {answer.first_time}, by {book.splits}, "
+            f"{answer.count_patients()} patients"
+        )
+    if not forget:
+        return
+    typer.confirm(
+        "begin a new book? New answers can then be compared with those that have left, and the difference "
+        "may single patients out",
+        abort=True,
+    )
+    forget_releases(file)
+    typer.echo("forgotten, and recorded in the egress log")

@@ -58,9 +58,7 @@ def test_corrupt_scans_are_counted_and_the_others_are_trained(
 def test_cohort_without_a_readable_scan_is_refused(hospital_copy: Path) -> None:
     shutil.rmtree(hospital_copy / "dicom")
     reason = refusal_reason(handle_request(make_site(hospital_copy), join_request()))
-    assert reason == (
-        "no scan could be read; run `consilium-centre preprocess` there and read its list"
-    )
+    assert reason == ("no scan could be read; run `consilium-centre preprocess` there and read its list")
 
 
 def test_missing_data_folder_is_refused_without_its_path(
@@ -101,8 +99,8 @@ def test_training_without_labels_for_the_stage_is_refused(hospital_copy: Path) -
     set_columns(hospital_copy, covid=np.nan)
     reply = handle_request(make_site(hospital_copy), train_request(make_config("stage.tasks=[covid]")))
     assert refusal_reason(reply) == (
-        "no training scan is labelled for covid; check the split and label columns of the cohort, and whether "
-        "its policy leaves them aside because they are few"
+        "no training scan is labelled for covid; check the split and label columns of the cohort, and "
+        "whether its policy leaves them aside because they are few"
     )
     assert isinstance(reply, Refusal)
     assert reply.code == RefusalCode.NO_DATA

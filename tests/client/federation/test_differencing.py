@@ -15,8 +15,8 @@ import pytest
 from client.data.loading import clear_dataset_cache
 from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
-from client.site.config import Site
-from client.site.release_book import forget_releases
+from client.site.config import Site, outer_anchor
+from client.site.release_book import forget_releases, locate_book
 from common.config.parse import config_to_dict
 from common.config.schema import Config, Task
 from common.protocol.messages import (
@@ -72,6 +72,11 @@ def ask_counts(folder: Path, config: Config, run_id: str = "run") -> dict[str, l
         return reply.code
     assert isinstance(reply, StatisticsReply)
     return {key: counts.tolist() for key, counts in reply.sums.items()}
+
+
+def forget(folder: Path) -> None:
+    site = make_centre(folder)
+    forget_releases(locate_book(folder / ".consilium", outer_anchor(site, folder)))
 
 
 def age_task(*edges: float) -> Task:
@@ -147,7 +152,7 @@ def test_edges_that_enclose_one_patient_are_refused_whatever_the_task_is_called(
     assert isinstance(ask_counts(folder, first), dict)
     assert ask_counts(folder, second, "another") == RefusalCode.POLICY
     assert isinstance(ask_counts(folder, first, "third"), dict)
-    forget_releases(folder / ".consilium")
+    forget(folder)
     assert isinstance(ask_counts(folder, second), dict)
 
 
@@ -176,7 +181,7 @@ def test_held_out_hospital_and_folds_of_one_number_add_up(folder: Path) -> None:
     assert isinstance(together, dict)
     by_class = np.sum([counts for counts in own.values()], axis=0)
     assert together["north/test/covid"] == by_class.tolist()
-    forget_releases(folder / ".consilium")
+    forget(folder)
     totals = []
     for fold in range(3):
         folds = replace(config, federation=replace(config.federation, folds=3, fold=fold))

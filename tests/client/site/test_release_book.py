@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def ask(book: ReleaseBook, config: Config) -> None:
             book.answers.append(ReleasedAnswer(question, "2026-01-01"))
 
 
-def make_config(task: Task, name: str = "severity", **federation: object) -> Config:
+def make_config(task: Task, name: str = "severity", federation: dict[str, object] | None = None) -> Config:
     config = compose_config(["recipe=multisource", "federation=folder", "federation.centres=[north,south]"])
-    federation_config = replace(config.federation, **federation)  # type: ignore[arg-type]
+    federation_config = replace(config.federation, **(federation or {}))  # type: ignore[arg-type]
     return replace(config, tasks={name: task}, federation=federation_config)
 
 
@@ -62,7 +63,7 @@ def test_another_question_about_the_same_column_is_refused(first: Task, second: 
     book = ReleaseBook(key="00")
     ask(book, make_config(first))
     ask(book, make_config(first))
-    with pytest.raises(PermanentlyRefused, match="was asked before as .* releases --forget") as caught:
+    with pytest.raises(PermanentlyRefused, match=r"was asked before as .* releases --forget") as caught:
         ask(book, make_config(second))
     assert caught.value.code == RefusalCode.POLICY
 
@@ -98,10 +99,10 @@ def test_column_is_not_asked_for_in_ever_new_sums() -> None:
 def test_patients_are_divided_in_one_way_only(splits: dict[str, object]) -> None:
     book = ReleaseBook(key="00")
     for fold in range(5):
-        ask(book, make_config(Task(), fold=fold, folds=5))
-    ask(book, make_config(Task(), fold=0, folds=5, held_out_centres=["north"]))
+        ask(book, make_config(Task(), federation={"fold": fold, "folds": 5}))
+    ask(book, make_config(Task(), federation={"fold": 0, "folds": 5, "held_out_centres": ["north"]}))
     with pytest.raises(PermanentlyRefused, match="were counted by 5 folds"):
-        ask(book, make_config(Task(), **splits))
+        ask(book, make_config(Task(), federation=splits))
 
 
 def test_run_gets_as_many_scores_as_its_recipe_needs_and_a_repetition_is_free() -> None:
@@ -114,32 +115,36 @@ def test_run_gets_as_many_scores_as_its_recipe_needs_and_a_repetition_is_free() 
 
 
 def test_book_is_written_when_it_changes_and_never_half(tmp_path: Path) -> None:
-    question = Question(["covid"], "classes")
+    file = release_book.locate_book(tmp_path, None)
     group = ReleaseGroup("north/train/1", {"p1": ["s1"]})
-    with release_book.open_book(tmp_path) as book:
+    with release_book.open_book(file):
+        pass
+    assert not file.path.exists()
+    with release_book.open_book(file) as book:
+        book.answers.append(ReleasedAnswer(Question(["covid"], "classes"), "2026-01-01", [group]))
         mark = book.mark("patient/1")
-    assert not (tmp_path / release_book.BOOK_FILENAME).exists()
-    with release_book.open_book(tmp_path) as book:
-        book.answers.append(ReleasedAnswer(question, "2026-01-01", [group]))
-        mark = book.mark("patient/1")
-    with pytest.raises(RuntimeError), release_book.open_book(tmp_path) as book:
+    with contextlib.suppress(RuntimeError), release_book.open_book(file) as book:
         assert book.answers[0].groups == [group]
         assert book.mark("patient/1") == mark
         book.answers.clear()
         raise RuntimeError
-    assert release_book.read_book(tmp_path).answers
-    path = tmp_path / release_book.BOOK_FILENAME
-    assert path.stat().st_mode & 0o077 == 0
-    release_book.forget_releases(tmp_path)
-    forgotten = release_book.read_book(tmp_path)
+    assert release_book.read_book(file).answers
+    release_book.forget_releases(file)
+    forgotten = release_book.read_book(file)
     assert not forgotten.answers
     assert forgotten.mark("patient/1") != mark
 
 
-def test_damaged_book_lets_nothing_leave(tmp_path: Path) -> None:
-    path = tmp_path / release_book.BOOK_FILENAME
-    path.parent.mkdir()
-    path.write_text('{"key": "00", "unknown": 1}')
-    with pytest.raises(Refused, match="cannot be read"), release_book.open_book(tmp_path):
+@pytest.mark.parametrize("content", [None, '{"key": "00"}', "{"])
+def test_book_that_is_missing_replaced_or_damaged_lets_nothing_leave(
+    tmp_path: Path, content: str | None
+) -> None:
+    file = release_book.locate_book(tmp_path, None)
+    with release_book.open_book(file) as book:
+        book.splits = "own splits"
+    if content is None:
+        file.path.unlink()
+    else:
+        file.path.write_text(content)
+    with pytest.raises(Refused, match="release book is"), release_book.open_book(file):
         pass
-    assert path.read_text() == '{"key": "00", "unknown": 1}'
