@@ -28,7 +28,7 @@ from client.site import privacy_budget
 from client.site.privacy_budget import PrivacyAccount
 from client.training.autotune import autotune, use_threads
 from client.training.dp_sgd import PatientBatches, poisson_batches
-from client.training.trainer import TrainSpec, train
+from client.training.trainer import TrainResult, TrainSpec, train
 from common.config.normalise import stage_tasks
 from common.config.schema import Config, Stage, Task
 from common.learning.class_imbalance import compute_logit_adjustment
