@@ -15,6 +15,7 @@ from client.federation.handlers import handle_request, refuse_malformed
 from client.site.config import parse_site
 from common.protocol.flower_records import from_records, to_records
 from common.protocol.messages import Refusal, Reply, Request
+from common.utils.error_reports import withhold_texts
 from common.utils.errors import ConsiliumError, Refused
 from common.utils.log_setup import configure_logging
 
@@ -35,6 +36,8 @@ def _handle(message: Message, context: Context) -> Reply:
     except ConsiliumError as error:  # the error may name a file, so its text stays in the centre's log
         log.error("%s", error)
         return Refusal("", "the centre's site settings are wrong; see the centre's log")
+    if site.centre:  # no simulation: what a library prints about a scan would stand in the SuperNode's log
+        withhold_texts()
     try:
         request = from_records(message.content)
     except Exception as error:  # a malformed message fails in many ways

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # they print local variables, which hold patients' names
     help="A hospital's side of a federation: prepare scans, watch what leaves, and use the finished model.",
 )
 app.command()(ingest)

@@ -40,6 +40,7 @@ from server.run.records import RunResult, parse_result
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # they print local variables, which hold patients' names
     help="The coordinator: simulate, run and watch federated training; operate a deployed federation.",
 )
 

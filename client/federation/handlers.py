@@ -8,7 +8,6 @@ reply as far as the policy allows, and record what leaves in the egress log. Not
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -49,6 +48,7 @@ from common.protocol.messages import (
     TrainRequest,
     UnmaskRequest,
 )
+from common.utils.error_reports import describe_location, format_stack
 from common.utils.errors import ConsiliumError, PermanentlyRefused, RefusalCode, Refused
 from common.utils.log_setup import log_context
 
@@ -209,19 +209,13 @@ def _refuse(site: Site, centre: str, error: Exception) -> Refusal:
     """
     if isinstance(error, Refused):
         return Refusal(centre, str(error), isinstance(error, PermanentlyRefused), error.code)
-    location = _describe_location(error)
+    location = describe_location(error)
     if isinstance(error, ConsiliumError):
         log.error("%s", error)
         reason = f"error in {location}; see the centre's log" if site.centre else str(error)
         return Refusal(centre, reason)
-    stack = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s in\n%s", type(error).__name__, stack)
+    log.error("%s", format_stack(error))
     return Refusal(centre, f"{type(error).__name__} in {location}; see the centre's log")
-
-
-def _describe_location(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).stem}.{frame.name}, line {frame.lineno}"
 
 
 def limit_gpu_memory(gibibytes: float, site: Site) -> None:

@@ -13,6 +13,7 @@ import cv2
 from client.imaging.failure_reasons import KILLED_REASON
 from client.imaging.job_execution import run_job
 from client.imaging.jobs import JobOutcome, PreprocessJob
+from common.utils.error_reports import withhold_texts
 
 
 def run_jobs(
@@ -57,7 +58,7 @@ def _run_until_killed(
     interrupted: list[int] = []
     running: dict[Future[JobOutcome], int] = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_prepare_worker) as pool:
         while (queue and not interrupted) or running:
             while queue and not interrupted and len(running) < num_workers:
                 row = queue.popleft()
@@ -74,6 +75,7 @@ def _run_until_killed(
     return interrupted
 
 
-def _use_one_thread() -> None:
-    """Keep OpenCV to one thread: the processes are the parallelism."""
+def _prepare_worker() -> None:
+    """Withhold texts about scans, and keep OpenCV to one thread: the processes are the parallelism."""
+    withhold_texts()
     cv2.setNumThreads(1)

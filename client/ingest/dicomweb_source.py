@@ -17,11 +17,13 @@ from pydicom.dataset import Dataset
 
 from client.ingest.selection import DicomStudy, StudyFilter, build_search_filters
 from client.ingest.study_source import (
+    FOREIGN_IMAGE_REASON,
     SERIES_KEYWORDS,
     STUDY_KEYWORDS,
     ArchiveSeries,
     ImageSink,
     check_complete,
+    is_of_series,
     iter_selected_series,
     parse_study_answer,
 )
@@ -70,6 +72,9 @@ class DicomwebSource:
         for series in iter_selected_series(answers, study_filter, sink):
             num_received = 0
             for image in self._iter_images(study, series):
+                if not is_of_series(image, study.uid, series.uid):
+                    sink.skip(FOREIGN_IMAGE_REASON)
+                    continue
                 sink.add(image)
                 num_received += 1
             check_complete(num_received, series)

@@ -28,6 +28,7 @@ from pynetdicom.association import Association
 
 from client.ingest.deidentify import IMAGE_SOP_CLASSES
 from client.ingest.dicom_peer import DicomPeer, parse_dicom_url
+from client.ingest.dicom_receiver import StoreGate, StoreReceiver, resolve_addresses
 from client.ingest.selection import DicomStudy, StudyFilter, build_search_filters
 from client.ingest.study_source import (
     SERIES_KEYWORDS,
@@ -54,11 +55,7 @@ COMPRESSED_SYNTAXES: list[Any] = [
 # A screenshot within a series is received, too, so that it is counted as skipped.
 STORAGE_SOP_CLASSES = (*IMAGE_SOP_CLASSES, SecondaryCaptureImageStorage)
 PENDING_STATUSES = (0xFF00, 0xFF01)
-# Statuses of a C-STORE (PS3.4 table B.2-1).
-STORE_SUCCESS = 0x0000
-STORE_OUT_OF_RESOURCES = 0xA700
-STORE_UNEXPECTED_DATASET = 0xA900
-STORE_FAILED = 0xC000
+UID_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID")
 CONNECT_TIMEOUT = 30  # s
 ANSWER_TIMEOUT = 300  # s; archives fetch from tape
 
@@ -88,40 +85,26 @@ class DimseSource:
             filters = {"StudyInstanceUID": study.uid}
             answers = _send_find(association, "SERIES", SERIES_KEYWORDS, filters)
         for series in iter_selected_series(answers, study_filter, sink):
-            receiver = _StoreReceiver(study.uid, sink)
             request = _make_series_request(study, series)
-            if self._peer.listen_address is None:
-                _retrieve_by_get(self._peer, request, receiver)
-            else:
-                _retrieve_by_move(self._peer, request, receiver, self._peer.listen_address)
-            check_complete(len(receiver.received_uids), series)
+            receiver = StoreReceiver(study.uid, series.uid, self._find_image_uids(request), sink)
+            try:
+                if self._peer.listen_address is None:
+                    _retrieve_by_get(self._peer, request, receiver)
+                else:
+                    _retrieve_by_move(self._peer, request, receiver, self._peer.listen_address)
+                check_complete(len(receiver.received_uids), series)
+            except ConsiliumError as error:
+                raise ConsiliumError(f"{error}{receiver.explain_refusals()}") from None
 
-
-class _StoreReceiver:
-    """Passes the images that an archive stores to a sink, from pynetdicom's thread.
-
-    Errors are kept in `errors` for the thread that waits for the retrieval.
-    """
-
-    def __init__(self, study_uid: str, sink: ImageSink) -> None:
-        self._study_uid = study_uid
-        self._sink = sink
-        self.received_uids: set[str] = set()
-        self.errors: list[Exception] = []
-
-    def handle_store(self, event: evt.Event) -> int:
-        """Handle a C-STORE and return its status."""
+    def _find_image_uids(self, series_request: Dataset) -> frozenset[str]:
+        """Return the UIDs of a series' images; none when the archive does not answer on this level."""
+        filters = {keyword: series_request[keyword].value for keyword in UID_KEYWORDS}
         try:
-            dataset = event.dataset
-            dataset.file_meta = event.file_meta
-            if str(dataset.StudyInstanceUID) != self._study_uid:
-                return STORE_UNEXPECTED_DATASET  # it was not requested
-            self._sink.add(dataset)
-            self.received_uids.add(str(dataset.SOPInstanceUID))
-            return STORE_SUCCESS
-        except Exception as error:
-            self.errors.append(error)
-            return STORE_OUT_OF_RESOURCES if isinstance(error, OSError) else STORE_FAILED
+            with _open_association(self._peer, [build_context(FIND_SOP_CLASS)]) as association:
+                answers = _send_find(association, "IMAGE", ("SOPInstanceUID",), filters)
+        except ConsiliumError:
+            return frozenset()
+        return frozenset(str(answer.get("SOPInstanceUID") or "") for answer in answers) - {""}
 
 
 @contextmanager
@@ -199,7 +182,7 @@ def _make_series_request(study: DicomStudy, series: ArchiveSeries) -> Dataset:
 
 
 def _await_retrieval(
-    answers: Iterator[tuple[Dataset, Dataset | None]], service: str, receiver: _StoreReceiver
+    answers: Iterator[tuple[Dataset, Dataset | None]], service: str, receiver: StoreReceiver
 ) -> None:
     """Wait for the end of a retrieval; raises the receiver's first error, or ConsiliumError when it fails."""
     last_status = None
@@ -210,7 +193,7 @@ def _await_retrieval(
     _check_status(last_status, service)
 
 
-def _retrieve_by_get(peer: DicomPeer, request: Dataset, receiver: _StoreReceiver) -> None:
+def _retrieve_by_get(peer: DicomPeer, request: Dataset, receiver: StoreReceiver) -> None:
     """Retrieve a series by C-GET.
 
     Each compression is offered in a context of its own, so that the archive need not decompress.
@@ -232,14 +215,23 @@ def _retrieve_by_get(peer: DicomPeer, request: Dataset, receiver: _StoreReceiver
 
 
 def _retrieve_by_move(
-    peer: DicomPeer, request: Dataset, receiver: _StoreReceiver, listen_address: tuple[str, int]
+    peer: DicomPeer, request: Dataset, receiver: StoreReceiver, listen_address: tuple[str, int]
 ) -> None:
-    """Retrieve a series by C-MOVE to a storage SCP of our own."""
+    """Retrieve a series by C-MOVE to a storage SCP of our own, which listens until the series has arrived.
+
+    It accepts associations from the archive's AE title only, and images from the archive's address only.
+    """
+    store_ae_title = peer.store_ae_title or peer.ae_title
+    gate = StoreGate(store_ae_title, resolve_addresses(peer.store_host or peer.host), receiver)
     ae = AE(ae_title=peer.local_ae_title)
     ae.require_called_aet = True
+    ae.require_calling_aet = [store_ae_title]
     for sop_class in STORAGE_SOP_CLASSES:
         ae.add_supported_context(sop_class, [*UNCOMPRESSED_SYNTAXES, *COMPRESSED_SYNTAXES])
-    handlers: list[Any] = [(evt.EVT_C_STORE, receiver.handle_store)]
+    handlers: list[Any] = [
+        (evt.EVT_REJECTED, gate.handle_rejected),
+        (evt.EVT_C_STORE, gate.handle_store),
+    ]
     try:
         ae.start_server(listen_address, block=False, evt_handlers=handlers)
     except OSError as error:

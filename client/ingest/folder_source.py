@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from client.imaging.readers.dicom_series import is_dicom
 from client.ingest.selection import DicomStudy, StudyFilter
-from client.ingest.study_source import ImageSink
+from client.ingest.study_source import FOREIGN_IMAGE_REASON, ImageSink
 from common.utils.errors import ConsiliumError
 
 HEADER_KEYWORDS = ["StudyInstanceUID", "PatientID", "AccessionNumber", "StudyDate"]
@@ -100,6 +100,11 @@ class FolderSource:
                 raise ConsiliumError("one of its files cannot be read or was moved away") from None
             except Exception:  # a damaged file can fail in any way
                 sink.skip("its file is damaged")
+                continue
+            if (
+                str(dataset.get("StudyInstanceUID", "")) != study.uid
+            ):  # the file was replaced since the search
+                sink.skip(FOREIGN_IMAGE_REASON)
                 continue
             sink.add(dataset)
 

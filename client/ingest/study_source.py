@@ -16,6 +16,9 @@ STUDY_KEYWORDS = ("StudyInstanceUID", "PatientID", "AccessionNumber", "NumberOfS
 SERIES_KEYWORDS = ("SeriesInstanceUID", "Modality", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
 
 
+FOREIGN_IMAGE_REASON = "it belongs to another study or series than was asked for"
+
+
 class ImageSink(Protocol):
     """Where a source puts the images of a study; its methods may be called from another thread."""
 
@@ -81,6 +84,12 @@ def _parse_series_answer(answer: Dataset) -> ArchiveSeries:
 def _read_texts(answer: Dataset, keywords: tuple[str, ...]) -> list[str]:
     """Return the values as text, missing ones as empty text."""
     return [str(answer.get(keyword) or "") for keyword in keywords]
+
+
+def is_of_series(dataset: Dataset, study_uid: str, series_uid: str) -> bool:
+    """Return whether an image belongs to the study and the series that were asked for."""
+    uids = str(dataset.get("StudyInstanceUID", "")), str(dataset.get("SeriesInstanceUID", ""))
+    return uids == (study_uid, series_uid)
 
 
 def check_complete(num_received: int, series: ArchiveSeries) -> None:

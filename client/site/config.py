@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import quote
 
 import torch
 from pydantic import ConfigDict
@@ -168,7 +167,7 @@ def outer_anchor(site: Site, data: Path) -> Path | None:
     """
     if not site.centre:
         return None
-    filename = f".consilium-anchor-{quote(site.centre, safe='')}.json"
+    filename = f".consilium-anchor-{site.centre}.json"
     if site.anchor:
         return Path(site.anchor) / filename
     folder = data if data.is_dir() else data.parent

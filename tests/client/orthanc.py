@@ -51,7 +51,8 @@ class Orthanc:
         requests.post(url, data=data, auth=(USER, PASSWORD), timeout=60).raise_for_status()
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """Return a port that nothing listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -60,7 +61,7 @@ def _find_free_port() -> int:
 @contextmanager
 def run_orthanc(folder: Path) -> Iterator[Orthanc]:
     """Run an archive for a block; raises RuntimeError with its log when it does not start."""
-    archive = Orthanc(_find_free_port(), _find_free_port(), _find_free_port())
+    archive = Orthanc(find_free_port(), find_free_port(), find_free_port())
     config = folder / "orthanc.json"
     config.write_text(json.dumps(_make_config(archive, folder)))
     log_path = folder / "log"

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +65,15 @@ def consilium(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
+    for module, hook in (
+        (sys, "excepthook"),
+        (sys, "unraisablehook"),
+        (threading, "excepthook"),
+        (warnings, "showwarning"),
+    ):
+        monkeypatch.setattr(
+            module, hook, getattr(module, hook)
+        )  # the command sets it: restored after the test
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["consilium-centre", *map(str, words)])

@@ -292,8 +292,8 @@ def test_state_of_a_version_without_anchors_is_adopted_once(account: PrivacyAcco
 
 
 def test_anchor_lies_where_site_yaml_says_or_beside_the_data(tmp_path: Path) -> None:
-    site = Site("Nord/1", str(tmp_path))
-    assert outer_anchor(site, tmp_path) == tmp_path / ".consilium-anchor-Nord%2F1.json"
+    site = Site("north", str(tmp_path))
+    assert outer_anchor(site, tmp_path) == tmp_path / ".consilium-anchor-north.json"
     assert outer_anchor(Site("a", anchor="/other"), tmp_path) == Path("/other/.consilium-anchor-a.json")
     assert outer_anchor(Site(), tmp_path) is None  # in simulation
     in_state = Site("a", state=str(tmp_path))
