@@ -14,15 +14,17 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.config.effects.find import IneffectiveKey, settle_effects
 from common.config.normalise import normalise_config
 from common.config.parse import parse_config
 from common.config.renamed_keys import find_new_override
 from common.config.schema import Config
-from common.config.validate import validate_config
+from common.config.validate import check_contradictions, validate_config
 from common.utils.errors import ConsiliumError, suggest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -42,7 +44,17 @@ def compose_config(overrides: Iterable[str] = (), config_dir: Path = CONFIG_DIR)
     except (HydraException, OmegaConfBaseException) as error:
         summary = " ".join(str(error).split())[:300]
         raise ConsiliumError(f"the configuration cannot be composed: {summary}") from error
-    return prepare_config(parse_config(_merge_stages(values, override_list)))
+    given_keys = _list_given_keys(override_list, config_dir)
+    config = normalise_config(parse_config(_merge_stages(values, given_keys)))
+    check_contradictions(config)
+    _check_played(config, given_keys)
+    own_keys = [key for key in given_keys if not key.startswith("stage.")]
+    for name, stage in (values.get("stages") or {}).items():
+        own_keys += list_leaves(stage or {}, f"stages.{name}")
+    stage_keys = [key.removeprefix("stage.") for key in given_keys if key.startswith("stage.")]
+    config = settle_effects(config, own_keys, stage_keys)
+    validate_config(config)
+    return config
 
 
 def prepare_config(config: Config) -> Config:
@@ -50,6 +62,69 @@ def prepare_config(config: Config) -> Config:
     config = normalise_config(config)
     validate_config(config)
     return config
+
+
+def keep_effective_overrides(overrides: Iterable[str], config_dir: Path = CONFIG_DIR) -> list[str]:
+    """Return the overrides without those that have no effect, for runs that are to be compared.
+
+    Raises:
+        ConsiliumError: what is wrong with the configuration besides.
+    """
+    kept = list(overrides)
+    while True:
+        try:
+            compose_config(kept, config_dir)
+            return kept
+        except IneffectiveKey as error:
+            effective = [override for override in kept if not _sets_key(override, error.key)]
+            if len(effective) == len(kept):
+                raise
+            kept = effective
+
+
+def _sets_key(override: str, key: str) -> bool:
+    """Return whether an override sets a key, or a group that holds it, for one stage or for all."""
+    override_key = override.partition("=")[0].lstrip("+~")
+    names = {key}
+    if key.startswith("stages."):
+        names.add(f"stage.{key.split('.', 2)[2]}")
+    return any(name == override_key or name.startswith(f"{override_key}.") for name in names)
+
+
+def _list_given_keys(overrides: list[str], config_dir: Path) -> list[str]:
+    """Return the dotted keys that overrides set, without the choices of files and what they remove.
+
+    ``stage.optimiser={lr: 0.1}`` gives ``stage.optimiser.lr``.
+    """
+    groups = _list_groups(config_dir)
+    keys: list[str] = []
+    for override in overrides:
+        parsed = OverridesParser.create().parse_override(override)
+        key = parsed.key_or_group
+        if key not in groups and not parsed.is_delete():
+            keys += list_leaves(parsed.value(), key)
+    return list(dict.fromkeys(keys))
+
+
+def list_leaves(value: Any, key: str) -> list[str]:
+    """Return the dotted keys of the values in a mapping; the key itself where it is none, or is empty."""
+    if not isinstance(value, Mapping) or not value:
+        return [key]
+    leaves: list[str] = []
+    for name, entry in value.items():
+        leaves += list_leaves(entry, f"{key}.{name}")
+    return leaves
+
+
+def _check_played(config: Config, given_keys: list[str]) -> None:
+    """Raise IneffectiveKey for an override of a stage that is not played, or of a task that nothing uses."""
+    played = {"stages": config.stages.keys(), "tasks": config.tasks.keys()}
+    reasons = {"stages": "the stage has no rounds", "tasks": "no stage that is played has the task"}
+    for key in given_keys:
+        kind, _, rest = key.partition(".")
+        name, _, setting = rest.partition(".")
+        if kind in played and name not in played[kind] and setting != "rounds":
+            raise IneffectiveKey(key, f"{key} has no effect: {reasons[kind]}; leave it out")
 
 
 def _compose_values(overrides: list[str], config_dir: Path) -> dict[str, Any]:
@@ -125,11 +200,13 @@ def _check_names(overrides: list[str], base: DictConfig) -> None:
             )
 
 
-def _merge_stages(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return the values with ``stage``, what all stages share, merged into each of ``stages``."""
+def _merge_stages(values: Mapping[str, Any], given_keys: list[str]) -> dict[str, Any]:
+    """Return the values with ``stage``, what all stages share, merged into each of ``stages``.
+
+    A stage's own value takes precedence: of the files' over the files', of the command line's over all.
+    """
     shared = OmegaConf.create({"stage": values.get("stage", {})})
-    overridden = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    shared_keys = [key for key in dict.fromkeys(overridden) if key.startswith("stage.")]
+    shared_keys = [key for key in given_keys if key.startswith("stage.")]
     stages = {}
     for name, own_values in (values.get("stages") or {"main": {}}).items():
         merged = OmegaConf.merge(shared, {"stage": own_values or {}})
@@ -137,7 +214,7 @@ def _merge_stages(values: Mapping[str, Any], overrides: list[str]) -> dict[str, 
             if key == "stage.rounds" and OmegaConf.select(merged, key) == 0:
                 continue  # a stage that the recipe skips is switched on by its own name only
             own_key = f"stages.{name}.{key.removeprefix('stage.')}"
-            if own_key not in overridden:
+            if own_key not in given_keys:
                 OmegaConf.update(merged, key, OmegaConf.select(shared, key))
         merged_values = cast(dict[str, Any], OmegaConf.to_container(merged))
         stages[name] = merged_values["stage"]

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from common.config.effects.find import check_effects
 from common.config.normalise import stage_tasks
 from common.config.schema import AggregationConfig, Config, SecureAggregationConfig
 from common.utils.errors import ConsiliumError, suggest
 
+# The metrics by which a task of each type can be selected; the others are measured by their loss alone.
+METRICS_BY_TYPE: dict[str, tuple[str, ...]] = {
+    "binary": ("auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "gmean"),
+    "multiclass": ("f1", "balanced_accuracy", "accuracy", "gmean"),
+    "regression": ("r2",),
+    "segmentation": ("dice", "sensitivity", "spearman"),
+}
 RESERVED_TASK_NAMES = ("backbone", "decoder")  # groups of the model's parameters
 
 
 def validate_config(config: Config) -> None:
-    """Raise ConsiliumError, one sentence, for a normalised configuration that contradicts itself."""
+    """Raise ConsiliumError, one sentence, for a normalised configuration that does not hold.
+
+    It contradicts itself, or sets a key that has no effect given the others. The coordinator checks its
+    configuration by this, and a centre what it is sent.
+    """
+    check_contradictions(config)
+    check_effects(config)
+
+
+def check_contradictions(config: Config) -> None:
+    """Raise ConsiliumError for names that refer to nothing, and for settings that exclude each other."""
     _check_tasks(config)
     _check_stages(config)
     _check_local_layers(config)
@@ -115,6 +133,22 @@ def _check_evaluation(config: Config) -> None:
         )
     if task not in config.tasks:
         raise ConsiliumError(f"evaluation.task '{task}' is not a task{suggest(task, config.tasks)}")
+    if not any(task in stage_tasks(config, stage) for stage in config.stages.values()):
+        raise ConsiliumError(
+            f"evaluation.task '{task}' has no effect: no stage that is played has the task; choose another"
+        )
+    metric = config.evaluation.metric
+    metrics = METRICS_BY_TYPE.get(config.tasks[task].type)
+    if metrics and metric not in metrics:
+        raise ConsiliumError(
+            f"evaluation.metric={metric} has no effect on task '{task}', which is {config.tasks[task].type}; "
+            f"use one of {', '.join(metrics)}"
+        )
+    if metric == "spearman" and not config.tasks[task].severity_column:
+        raise ConsiliumError(
+            f"evaluation.metric=spearman has no effect on task '{task}', which has no severity_column; "
+            "name the column with the known severity, or use dice"
+        )
 
 
 def _count_training_centres(config: Config) -> int:

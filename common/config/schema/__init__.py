@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import field
 
 from common.config.names import require_plain_name, require_short
-from common.config.schema.base import Precision, config_dataclass, require, require_finite
+from common.config.schema.base import (
+    MAX_SEED,
+    Precision,
+    config_dataclass,
+    require,
+    require_bounded,
+    require_range,
+)
 from common.config.schema.data import PhantomConfig, PreprocessConfig
 from common.config.schema.federation import (
     AggregationConfig,
@@ -70,7 +77,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        """Check the names, and that every number is finite."""
+        """Check the names, and that every number is finite and every text short."""
+        require_range("seed", self.seed, 0, MAX_SEED)
         if self.recipe:
             require_plain_name(self.recipe, "a recipe")
         require_short(self.tasks, "tasks")
@@ -82,4 +90,4 @@ class Config:
         require_short(self.stages, "stages")
         for name in self.stages:
             require_plain_name(name, "a stage")
-        require_finite(self)
+        require_bounded(self)

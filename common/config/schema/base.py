@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 T = TypeVar("T")
+MAX_SEED = 2**63 - 1
+MAX_LENGTH = 1000  # of any text, such as a path
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -24,16 +26,24 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def require_finite(settings: Any, key: str = "") -> None:
-    """Raise ValueError for a number in the settings, however deep, that is infinite or not a number."""
+def require_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError when a number is not in [low, high]."""
+    require(low <= value <= high, f"{key} is {value}; it must be {low:g} to {high:g}")
+
+
+def require_bounded(settings: Any, key: str = "") -> None:
+    """Raise ValueError for a number in the settings that is not finite, or a text that is too long."""
     if isinstance(settings, float):
         require(math.isfinite(settings), f"{key} is {settings}; it must be a finite number")
+    elif isinstance(settings, str):
+        length = len(settings)
+        require(length <= MAX_LENGTH, f"{key} has {length} characters; it may have {MAX_LENGTH}")
     elif is_dataclass(settings):
         for setting in fields(settings):
-            require_finite(getattr(settings, setting.name), f"{key}.{setting.name}".lstrip("."))
+            require_bounded(getattr(settings, setting.name), f"{key}.{setting.name}".lstrip("."))
     elif isinstance(settings, Mapping):
         for name, value in settings.items():
-            require_finite(value, f"{key}.{name}")
-    elif isinstance(settings, Sequence) and not isinstance(settings, str):
+            require_bounded(value, f"{key}.{name}")
+    elif isinstance(settings, Sequence):
         for value in settings:
-            require_finite(value, key)
+            require_bounded(value, key)

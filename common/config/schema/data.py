@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from common.config.schema.base import config_dataclass, require
+from common.config.schema.base import MAX_SEED, config_dataclass, require, require_range
 
 
 @config_dataclass
@@ -42,6 +42,8 @@ class PreprocessConfig:
         require(16 <= size <= 1024, f"preprocess.image_size is {size}; it must be 16 to 1024 pixels")
         low, high = self.window
         require(low < high, f"preprocess.window is {self.window}; the first value must be the lower one")
+        require_range("preprocess.window's first value", low, -1e6, 1e6)
+        require_range("preprocess.window's second value", high, -1e6, 1e6)
 
 
 @config_dataclass
@@ -61,5 +63,6 @@ class PhantomConfig:
         require(0 < self.scale <= 1, f"federation.phantom.scale is {self.scale}; it must be in (0, 1]")
         slices = self.num_slices
         size = self.image_size
-        require(slices >= 10, f"federation.phantom.num_slices is {slices}; it must be 10 or more")
-        require(size >= 64, f"federation.phantom.image_size is {size}; it must be 64 or more")
+        require_range("federation.phantom.num_slices", slices, 10, 1000)
+        require_range("federation.phantom.image_size", size, 64, 1024)
+        require_range("federation.phantom.seed", self.seed, 0, MAX_SEED)

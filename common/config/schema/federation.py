@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from common.config.names import require_plain_name, require_short
-from common.config.schema.base import config_dataclass, require
+from common.config.names import MAX_LIST_LENGTH, require_plain_name, require_short
+from common.config.schema.base import config_dataclass, require, require_range
 from common.config.schema.data import PhantomConfig
 
+MAX_SECONDS = 30 * 24 * 3600.0  # of a wait
 TrainingMode = Literal["federated", "central", "local"]
 Compression = Literal["fp32", "fp16", "int8", "int4"]
 MetricName = Literal[
@@ -39,15 +40,17 @@ class AggregationConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(0 <= self.tau <= 2, f"aggregation.tau is {self.tau}; it must be in [0, 2]")
-        require(self.server_lr > 0, f"aggregation.server_lr is {self.server_lr}; it must be above 0")
+        rate = self.server_lr
+        require(0 < rate <= 1000, f"aggregation.server_lr is {rate}; it must be above 0, at most 1000")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"aggregation.{name} is {value}; it must be in [0, 1)")
-        require(self.eps > 0, f"aggregation.eps is {self.eps}; it must be above 0")
+        require(0 < self.eps <= 1, f"aggregation.eps is {self.eps}; it must be in (0, 1]")
         ratio = self.max_norm_ratio
         byzantine = self.num_byzantine
         require(ratio > 1, f"aggregation.max_norm_ratio is {ratio}; it must be above 1")
         require(byzantine >= 1, f"aggregation.num_byzantine is {byzantine}; it must be 1 or more")
+        require_range("aggregation.num_byzantine", byzantine, 1, MAX_LIST_LENGTH)
 
     @property
     def min_contributions(self) -> int:
@@ -100,18 +103,22 @@ class FederationConfig:
         for centre in centres:
             require_plain_name(centre, "a centre")
         require(len(set(centres)) == len(centres), f"federation.centres names a centre twice: {centres}")
-        require(self.folds >= 3, f"federation.folds is {self.folds}; it must be 3 or more")
+        # With many folds, a fold's test split is a handful of patients, or a single one.
+        require(3 <= self.folds <= 20, f"federation.folds is {self.folds}; it must be 3 or more, at most 20")
         in_range = self.fold is None or 0 <= self.fold < self.folds
         require(in_range, f"federation.fold is {self.fold}; it must be 0 to {self.folds - 1}")
         require(
-            set(held_out) < set(centres),
-            f"federation.held_out_centres is {held_out}; it must name some of federation.centres, not all",
+            set(held_out) < set(centres) and len(set(held_out)) == len(held_out),
+            f"federation.held_out_centres is {held_out}; it must name some of federation.centres, not all, "
+            "each once",
         )
         require(0 < self.quorum <= 1, f"federation.quorum is {self.quorum}; it must be in (0, 1]")
         timeout = self.round_timeout
         retries = self.round_retries
         require(timeout > 0, f"federation.round_timeout is {timeout}; it must be above 0 seconds")
-        require(retries >= 0, f"federation.round_retries is {retries}; it must be 0 or more")
+        require_range("federation.round_timeout", timeout, 0, MAX_SECONDS)
+        require_range("federation.round_retries", retries, 0, 1000)
+        require_range("federation.join_timeout", self.join_timeout, 0, MAX_SECONDS)
 
 
 @config_dataclass
@@ -140,3 +147,5 @@ class EvaluationConfig:
         bins = self.histogram_bins
         valid = 8 <= bins <= 4096 and bins % 2 == 0
         require(valid, f"evaluation.histogram_bins is {bins}; it must be even, 8 to 4096")
+        require_range("evaluation.patience", self.patience, 0, 100_000)
+        require_range("evaluation.warmup", self.warmup, 0, 100_000)

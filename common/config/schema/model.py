@@ -63,3 +63,5 @@ class BackboneConfig:
         require(min(self.std) > 0, f"backbone.std is {self.std}; each must be above 0")
         groups = self.num_groups
         require(1 <= groups <= 1024, f"backbone.num_groups is {groups}; it must be 1 to 1024")
+        rate = self.drop_path_rate
+        require(0 <= rate < 1, f"backbone.drop_path_rate is {rate}; it must be in [0, 1)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from common.config.schema.base import config_dataclass, require
+from common.config.schema.base import config_dataclass, require, require_range
 
 
 @config_dataclass
@@ -70,6 +70,7 @@ class PrivacyConfig:
         self._check_statistics_noise()
         max_scans = self.max_scans_per_patient
         require(max_scans >= 1, f"privacy.max_scans_per_patient is {max_scans}; it must be 1 or more")
+        require_range("privacy.max_scans_per_patient", max_scans, 1, 10_000)
         quantile = self.adaptive_clip_quantile
         require(0 <= quantile < 1, f"privacy.adaptive_clip_quantile is {quantile}; it must be in [0, 1)")
         require(

@@ -94,6 +94,8 @@ class Task:
         """Check the names, the ranges, and what depends on the task's type."""
         self._check_names()
         require(self.loss_weight >= 0, f"a task's loss_weight is {self.loss_weight}; it must be 0 or more")
+        rate = self.server_head_lr
+        require(0 < rate <= 10, f"a task's server_head_lr is {rate}; it must be in (0, 10]")
         require(0 <= self.dropout < 1, f"a task's dropout is {self.dropout}; it must be in [0, 1)")
         require(-10 <= self.tau <= 10, f"a task's tau is {self.tau}; it must be in [-10, 10]")
         require(0 < self.threshold < 1, f"a task's threshold is {self.threshold}; it must be in (0, 1)")
@@ -110,6 +112,13 @@ class Task:
         require(
             fewest_clusters >= 2 and most_clusters <= MAX_CLUSTERS,
             f"a task's num_clusters are {self.num_clusters}; each must be 2 to {MAX_CLUSTERS}",
+        )
+        require(
+            len(set(self.label_columns)) == len(self.label_columns),
+            f"a task's label_columns name a column twice: {self.label_columns}",
+        )
+        require(
+            len(set(self.classes)) == len(self.classes), f"a task's classes name one twice: {self.classes}"
         )
         ascending = sorted(set(self.bin_edges))
         require(

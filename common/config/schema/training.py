@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Literal
 
 from common.config.names import require_short
-from common.config.schema.base import Precision, config_dataclass, require
+from common.config.schema.base import Precision, config_dataclass, require, require_range
 
 MAX_EPOCHS = 100_000  # of a round; what is more is a mistake that would keep a centre busy for ever
 MAX_STEPS = 10_000_000
@@ -19,7 +19,8 @@ LabelKind = Literal["masked", "positive", "negative", "unlabelled"]
 
 UNIT_INTERVAL_FIELDS = (
     "p_flip", "p_affine", "p_brightness", "p_hsv_value", "p_cutout", "p_elastic",
-    "translate", "scale", "brightness", "contrast", "cutout_hole_size", "elastic_displacement",
+    "translate", "scale", "brightness", "contrast", "hsv_value_shift", "cutout_hole_size",
+    "elastic_displacement",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class AugmentConfig:
             require(0 <= value <= 1, f"augment.{name} is {value}; it must be in [0, 1]")
         holes = self.cutout_num_holes
         require(0 <= holes <= MAX_HOLES, f"augment.cutout_num_holes is {holes}; it must be 0 to {MAX_HOLES}")
+        require_range("augment.rotate", self.rotate, 0, 180)
 
 
 @config_dataclass
@@ -81,6 +83,8 @@ class OptimiserConfig:
         patience = self.plateau_patience
         require(0 < factor < 1, f"optimiser.plateau_factor is {factor}; it must be in (0, 1)")
         require(patience >= 1, f"optimiser.plateau_patience is {patience}; it must be 1 or more")
+        require_range("optimiser.plateau_patience", patience, 1, 100_000)
+        require(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}; it must be in [0, 1)")
         require(
             self.max_grad_norm >= 0, f"optimiser.max_grad_norm is {self.max_grad_norm}; it must be 0 or more"
         )
@@ -147,6 +151,8 @@ class Stage:
             1 <= self.batch_size <= MAX_BATCH_SIZE,
             f"stage.batch_size is {self.batch_size}; it must be 1 to {MAX_BATCH_SIZE}",
         )
+        layers = self.local_layers
+        require(len(set(layers)) == len(layers), f"stage.local_layers names a group twice: {layers}")
         parts = self.grad_accum_steps
         batch_size = self.batch_size
         require(
