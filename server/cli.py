@@ -13,7 +13,7 @@ import typer
 import yaml
 from rich.table import Table
 
-from common.config.compose import compose_config
+from common.config.compose import compose_config, keep_effective_overrides
 from common.config.parse import config_to_dict
 from common.utils.cli_main import print_plain, run_app
 from common.utils.errors import ConsiliumError, suggest
@@ -70,7 +70,12 @@ def compare(overrides: OverridesArgument = None, recipe: str = "multisource", ru
     """Compare federated, central and local training, with equal numbers of optimiser steps."""
     results = {}
     for mode in ("federated", "central", "local"):
-        run_dir = run_simulation(recipe, [*_split_overrides(overrides), f"federation.mode={mode}"], runs)
+        settings = _split_overrides(overrides)
+        if mode != "federated":  # what concerns the exchange of updates has no effect there
+            settings = keep_effective_overrides(
+                settings, fixed=[f"recipe={recipe}", f"federation.mode={mode}"]
+            )
+        run_dir = run_simulation(recipe, [*settings, f"federation.mode={mode}"], runs)
         results[mode] = _load_result(run_dir)
     rich_console.print(build_comparison_table(results))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config.effects.find import IneffectiveKey, settle_effects
+from common.config.effects.find import IneffectiveKey, check_files, settle_effects
 from common.config.normalise import normalise_config
 from common.config.parse import parse_config
 from common.config.renamed_keys import find_new_override
@@ -28,6 +28,7 @@ from common.config.validate import check_contradictions, validate_config
 from common.utils.errors import ConsiliumError, suggest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+SECTION_GROUPS = ("aggregation", "privacy")  # whose files set the keys of the section of that name
 Groups = dict[str, list[str]]  # {group: its choices}
 
 
@@ -40,19 +41,16 @@ def compose_config(overrides: Iterable[str] = (), config_dir: Path = CONFIG_DIR)
     """
     override_list = list(overrides)
     try:
-        values = _compose_values(override_list, config_dir)
+        composed = _compose_values(override_list, config_dir)
+        given_keys = _list_given_keys(override_list, config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         summary = " ".join(str(error).split())[:300]
         raise ConsiliumError(f"the configuration cannot be composed: {summary}") from error
-    given_keys = _list_given_keys(override_list, config_dir)
-    config = normalise_config(parse_config(_merge_stages(values, given_keys)))
+    _check_files(composed.from_files)
+    config = normalise_config(parse_config(_merge_stages(composed.values, given_keys)))
     check_contradictions(config)
     _check_played(config, given_keys)
-    own_keys = [key for key in given_keys if not key.startswith("stage.")]
-    for name, stage in (values.get("stages") or {}).items():
-        own_keys += list_leaves(stage or {}, f"stages.{name}")
-    stage_keys = [key.removeprefix("stage.") for key in given_keys if key.startswith("stage.")]
-    config = settle_effects(config, own_keys, stage_keys)
+    config = settle_effects(config, given_keys)
     validate_config(config)
     return config
 
@@ -64,8 +62,8 @@ def prepare_config(config: Config) -> Config:
     return config
 
 
-def keep_effective_overrides(overrides: Iterable[str], config_dir: Path = CONFIG_DIR) -> list[str]:
-    """Return the overrides without those that have no effect, for runs that are to be compared.
+def keep_effective_overrides(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
+    """Return the overrides without those that have no effect beside the fixed ones.
 
     Raises:
         ConsiliumError: what is wrong with the configuration besides.
@@ -73,7 +71,7 @@ def keep_effective_overrides(overrides: Iterable[str], config_dir: Path = CONFIG
     kept = list(overrides)
     while True:
         try:
-            compose_config(kept, config_dir)
+            compose_config([*fixed, *kept])
             return kept
         except IneffectiveKey as error:
             effective = [override for override in kept if not _sets_key(override, error.key)]
@@ -92,7 +90,7 @@ def _sets_key(override: str, key: str) -> bool:
 
 
 def _list_given_keys(overrides: list[str], config_dir: Path) -> list[str]:
-    """Return the dotted keys that overrides set, without the choices of files and what they remove.
+    """Return the dotted keys that overrides set, themselves or by choosing a file of a single section.
 
     ``stage.optimiser={lr: 0.1}`` gives ``stage.optimiser.lr``.
     """
@@ -101,18 +99,20 @@ def _list_given_keys(overrides: list[str], config_dir: Path) -> list[str]:
     for override in overrides:
         parsed = OverridesParser.create().parse_override(override)
         key = parsed.key_or_group
-        if key not in groups and not parsed.is_delete():
-            keys += list_leaves(parsed.value(), key)
+        if key in SECTION_GROUPS:
+            keys += _list_leaves(OmegaConf.load(config_dir / key / f"{parsed.value()}.yaml"), key)
+        elif key not in groups and not parsed.is_delete():
+            keys += _list_leaves(parsed.value(), key)
     return list(dict.fromkeys(keys))
 
 
-def list_leaves(value: Any, key: str) -> list[str]:
+def _list_leaves(value: Any, key: str) -> list[str]:
     """Return the dotted keys of the values in a mapping; the key itself where it is none, or is empty."""
     if not isinstance(value, Mapping) or not value:
         return [key]
     leaves: list[str] = []
     for name, entry in value.items():
-        leaves += list_leaves(entry, f"{key}.{name}")
+        leaves += _list_leaves(entry, f"{key}.{name}")
     return leaves
 
 
@@ -127,17 +127,40 @@ def _check_played(config: Config, given_keys: list[str]) -> None:
             raise IneffectiveKey(key, f"{key} has no effect: {reasons[kind]}; leave it out")
 
 
-def _compose_values(overrides: list[str], config_dir: Path) -> dict[str, Any]:
-    """Return what Hydra makes of the files and the overrides, as plain values."""
+class ComposedValues(NamedTuple):
+    """What Hydra makes of the files that the overrides choose, and of all overrides, as plain values."""
+
+    from_files: dict[str, Any]
+    values: dict[str, Any]
+
+
+def _compose_values(overrides: list[str], config_dir: Path) -> ComposedValues:
     groups = _list_groups(config_dir)
     hydra_overrides = [_to_hydra_override(override, groups) for override in overrides]
     group_overrides = [override for override in hydra_overrides if override.partition("=")[0] in groups]
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=os.fspath(config_dir), version_base="1.3"):
-        _check_names(overrides, compose("config", overrides=group_overrides))
+        from_files = compose("config", overrides=group_overrides)
+        _check_names(overrides, from_files)
         composed = compose("config", overrides=hydra_overrides)
+    return ComposedValues(_to_values(from_files), _to_values(composed))
+
+
+def _to_values(composed: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(composed, resolve=False)  # no ${...} is ever filled in
     return cast(dict[str, Any], values)
+
+
+def _check_files(values: Mapping[str, Any]) -> None:
+    """Raise IneffectiveKey where the files that were chosen set a key that has no effect in this recipe."""
+    try:
+        config = normalise_config(parse_config(_merge_stages(values, [])))
+    except ConsiliumError:
+        return  # complete only by the command line, which is checked with it
+    own_keys: list[str] = []
+    for name, stage in (values.get("stages") or {}).items():
+        own_keys += _list_leaves(stage or {}, f"stages.{name}")
+    check_files(config, own_keys)
 
 
 def _list_groups(config_dir: Path) -> Groups:

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 from common.config.effects.find import check_effects
 from common.config.normalise import stage_tasks
+from common.config.recipe_checks import (
+    check_batch_norms_exist,
+    check_classes,
+    check_evaluation,
+    check_server_learning_rate,
+)
 from common.config.schema import AggregationConfig, Config, SecureAggregationConfig
 from common.utils.errors import ConsiliumError, suggest
 
-# The metrics by which a task of each type can be selected; the others are measured by their loss alone.
-METRICS_BY_TYPE: dict[str, tuple[str, ...]] = {
-    "binary": ("auc", "f1", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "gmean"),
-    "multiclass": ("f1", "balanced_accuracy", "accuracy", "gmean"),
-    "regression": ("r2",),
-    "segmentation": ("dice", "sensitivity", "spearman"),
-}
 RESERVED_TASK_NAMES = ("backbone", "decoder")  # groups of the model's parameters
 
 
@@ -32,15 +31,17 @@ def validate_config(config: Config) -> None:
 def check_contradictions(config: Config) -> None:
     """Raise ConsiliumError for names that refer to nothing, and for settings that exclude each other."""
     _check_tasks(config)
+    check_classes(config)
     _check_stages(config)
     _check_local_layers(config)
+    check_server_learning_rate(config)
     _check_robust_rule(config)
     _raise_first("privacy=central", _find_central_dp_conflicts(config))
     if config.privacy.dp_level == "patient":
         check_patient_dp(config)
     if config.privacy.secagg:
         _raise_first("privacy.secagg", _find_secagg_conflicts(config, config.privacy.secagg))
-    _check_evaluation(config)
+    check_evaluation(config)
 
 
 def check_patient_dp(config: Config) -> None:
@@ -82,6 +83,7 @@ def _check_tasks(config: Config) -> None:
 
 def _check_stages(config: Config) -> None:
     for name, stage in config.stages.items():
+        check_batch_norms_exist(config, name)
         server_heads = [
             task for task in stage_tasks(config, stage) if config.tasks[task].head_update != "local"
         ]
@@ -120,34 +122,6 @@ def _check_local_layers(config: Config) -> None:
             f"stages.{first_stage}.local_layers keeps layers at the centres that train, and "
             "federation.evaluation=loco tests a centre that does not train and so has none of its own; "
             "leave one of the two out"
-        )
-
-
-def _check_evaluation(config: Config) -> None:
-    federation = config.federation
-    task = config.evaluation.task
-    if federation.mode == "local" and federation.evaluation == "loco":
-        raise ConsiliumError(
-            "federation.evaluation=loco tests a centre that did not train, which a local model cannot be; "
-            "use federation.mode=federated or central"
-        )
-    if task not in config.tasks:
-        raise ConsiliumError(f"evaluation.task '{task}' is not a task{suggest(task, config.tasks)}")
-    if not any(task in stage_tasks(config, stage) for stage in config.stages.values()):
-        raise ConsiliumError(
-            f"evaluation.task '{task}' has no effect: no stage that is played has the task; choose another"
-        )
-    metric = config.evaluation.metric
-    metrics = METRICS_BY_TYPE.get(config.tasks[task].type)
-    if metrics and metric not in metrics:
-        raise ConsiliumError(
-            f"evaluation.metric={metric} has no effect on task '{task}', which is {config.tasks[task].type}; "
-            f"use one of {', '.join(metrics)}"
-        )
-    if metric == "spearman" and not config.tasks[task].severity_column:
-        raise ConsiliumError(
-            f"evaluation.metric=spearman has no effect on task '{task}', which has no severity_column; "
-            "name the column with the known severity, or use dice"
         )
 
 
@@ -291,6 +265,8 @@ def _find_secagg_conflicts(config: Config, settings: SecureAggregationConfig) ->
     aggregation = config.aggregation
     if federation.mode != "federated":
         yield f"federation.mode={federation.mode} exchanges nothing between centres; use federated"
+    if all("all" in stage.local_layers for stage in config.stages.values()):
+        yield "no stage exchanges weights (local_layers: [all]); use privacy=none"
     if len(federation.centres) - len(federation.held_out_centres) < 3:
         yield "a sum over fewer than 3 centres reveals to each the other's numbers; train with 3 or more"
     if aggregation.max_norm_ratio != AggregationConfig().max_norm_ratio:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import timm
-from timm.layers import BatchNormAct2d, GroupNormAct, freeze_batch_norm_2d  # type: ignore[attr-defined]
+from timm.layers import BatchNormAct2d, DropPath, GroupNormAct, freeze_batch_norm_2d  # type: ignore[attr-defined]
 from torch import nn
 
 from common.config.schema import BackboneConfig
@@ -35,14 +36,28 @@ def make_encoder(backbone: BackboneConfig) -> nn.Module:
     """Return the timm encoder without its classifier, with random weights.
 
     Raises:
-        ConsiliumError: timm does not know the backbone.
+        ConsiliumError: timm does not know the backbone, or the backbone has no drop path to set.
     """
     check_backbone(backbone)
     options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": 3}
     if backbone.drop_path_rate:
-        options["drop_path_rate"] = backbone.drop_path_rate
-    encoder: nn.Module = timm.create_model(backbone.name, **options)
+        encoder = _make_encoder_with_drop_path(backbone, options)
+    else:
+        encoder = timm.create_model(backbone.name, **options)
     return apply_norm_policy(encoder, backbone)
+
+
+def _make_encoder_with_drop_path(backbone: BackboneConfig, options: dict[str, Any]) -> nn.Module:
+    """Return an encoder that drops paths; some of timm's refuse the rate, and some ignore it."""
+    rate = backbone.drop_path_rate
+    with contextlib.suppress(TypeError):
+        encoder: nn.Module = timm.create_model(backbone.name, **options, drop_path_rate=rate)
+        if any(isinstance(module, DropPath) and module.drop_prob for module in encoder.modules()):
+            return encoder
+    raise ConsiliumError(
+        f"backbone.drop_path_rate={rate:g} has no effect on '{backbone.name}', which has no paths to drop; "
+        "leave it out"
+    )
 
 
 def apply_norm_policy(encoder: nn.Module, backbone: BackboneConfig) -> nn.Module:

@@ -142,32 +142,51 @@ def find_keys_without_effect(config: Config) -> Iterator[KeyWithoutEffect]:
                     yield KeyWithoutEffect(path, _read(config, path), default, rule)
 
 
-def settle_effects(config: Config, own_keys: Collection[str], stage_keys: Collection[str]) -> Config:
-    """Refuse what a person set to no effect, and set back what files set for all recipes or stages alike.
+def check_files(config: Config, own_keys: Collection[str]) -> None:
+    """Refuse what the files of ``configs/`` set to no effect by themselves, before any override.
+
+    `own_keys` are the dotted keys that the files set for one stage. What they set for all recipes or for all
+    stages may have no effect in one.
+
+    Raises:
+        IneffectiveKey: a file sets a key that has no effect.
+    """
+    for finding in find_keys_without_effect(config):
+        is_for_all = finding.rule.is_shared or _has_effect_elsewhere(config, finding)
+        if finding.is_set and (not is_for_all or _is_given(finding.key, own_keys)):
+            raise finding.to_error()
+
+
+def settle_effects(config: Config, given_keys: Collection[str]) -> Config:
+    """Refuse what the command line sets to no effect; set back what it takes the effect from.
+
+    Privacy is never set back: whoever reads a file that asks for it must find it, or an error.
 
     Args:
         config: A normalised configuration.
-        own_keys: Dotted keys that were set for this one place: on the command line, or in one stage.
-        stage_keys: Keys below ``stage`` that the command line set for all stages.
+        given_keys: Dotted keys that the command line sets, for all stages as ``stage.``.
 
     Raises:
-        IneffectiveKey: A key of `own_keys` has no effect, whatever its value, or one of `stage_keys` in no stage.
+        IneffectiveKey: One of `given_keys` has no effect, whatever its value; one for all stages in none.
     """
     settled = config
     for finding in find_keys_without_effect(config):
-        is_useful_elsewhere = bool(finding.key_of_stage) and _has_effect_in_a_stage(config, finding.rule)
-        is_meant = _is_given(finding.key, own_keys)
-        if _is_given(finding.key_of_stage, stage_keys) and not is_useful_elsewhere:
-            is_meant = True
-        if is_meant and finding.value not in finding.rule.allowed_anyway:
+        has_effect_elsewhere = _has_effect_elsewhere(config, finding)
+        is_given = _is_given(finding.key, given_keys)
+        if finding.key_of_stage and not has_effect_elsewhere:
+            is_given = is_given or _is_given(f"stage.{finding.key_of_stage}", given_keys)
+        if is_given and finding.value not in finding.rule.allowed_anyway:
             raise finding.to_error()
-        if finding.is_set and (finding.rule.is_shared or is_useful_elsewhere):
+        if finding.is_set and finding.path[0] != "privacy":
             settled = _replace(settled, finding.path, finding.default)
     return settled
 
 
-def _has_effect_in_a_stage(config: Config, rule: EffectRule) -> bool:
-    return any(rule.is_effective(Scope(config, stage=stage)) for stage in config.stages.values())
+def _has_effect_elsewhere(config: Config, finding: KeyWithoutEffect) -> bool:
+    """Return whether a key of a stage has an effect in another one."""
+    if not finding.key_of_stage:
+        return False
+    return any(finding.rule.is_effective(Scope(config, stage=stage)) for stage in config.stages.values())
 
 
 def _is_given(key: str, given_keys: Collection[str]) -> bool:

@@ -30,8 +30,7 @@ class EffectRule:
         remedy: What gives them an effect.
         is_effective: Whether they have one.
         allowed_anyway: Values that only say what is so where the key has no effect.
-        is_shared: Files of ``configs/`` set the key for all recipes, also for one that has no use for it. There
-            it is set back to its default.
+        is_shared: Files of ``configs/`` may set the key for all recipes, also for one that has no use for it.
     """
 
     keys: tuple[str, ...]
