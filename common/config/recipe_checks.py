@@ -1,4 +1,4 @@
-"""Checks of what a recipe learns and how it is scored: classes, metrics, learning rates."""
+"""Checks of what a recipe learns, what stays at the centres, and how it is scored."""
 
 from __future__ import annotations
 
@@ -91,4 +91,28 @@ def check_server_learning_rate(config: Config) -> None:
             f"aggregation.method={settings.method} with aggregation.server_lr={settings.server_lr:g} would "
             f"move every weight by about that much in a round; use aggregation={settings.method}, which sets "
             "0.003, or give aggregation.server_lr"
+        )
+
+
+def check_local_layers(config: Config) -> None:
+    """Raise ConsiliumError where what stays at the centres in one stage is exchanged in a later one."""
+    federation = config.federation
+    kept: set[str] = set()
+    first_stage = ""
+    for name, stage in config.stages.items():
+        missing = sorted(kept - set(stage.local_layers))
+        if missing and "all" not in stage.local_layers:
+            raise ConsiliumError(
+                f"stages.{name}.local_layers lacks '{missing[0]}', which stage '{first_stage}' keeps at the "
+                f"centres; add it to stages.{name}.local_layers"
+            )
+        if stage.local_layers and not kept:
+            first_stage = name
+        kept |= set(stage.local_layers)
+    tests_others = federation.evaluation == "loco" or bool(federation.held_out_centres)
+    if kept and tests_others and federation.mode == "federated":
+        raise ConsiliumError(
+            f"stages.{first_stage}.local_layers keeps layers at the centres that train, and "
+            "federation.evaluation=loco tests a centre that does not train and so has none of its own; "
+            "leave one of the two out"
         )

@@ -10,6 +10,7 @@ from common.config.recipe_checks import (
     check_batch_norms_exist,
     check_classes,
     check_evaluation,
+    check_local_layers,
     check_server_learning_rate,
 )
 from common.config.schema import AggregationConfig, Config, SecureAggregationConfig
@@ -33,7 +34,7 @@ def check_contradictions(config: Config) -> None:
     _check_tasks(config)
     check_classes(config)
     _check_stages(config)
-    _check_local_layers(config)
+    check_local_layers(config)
     check_server_learning_rate(config)
     _check_robust_rule(config)
     _raise_first("privacy=central", _find_central_dp_conflicts(config))
@@ -99,30 +100,6 @@ def _check_stages(config: Config) -> None:
                 f"stages.{name}.local_layers=[all] exchanges nothing, but the server updates the head of "
                 f"task '{server_heads[0]}'; set its head_update: local"
             )
-
-
-def _check_local_layers(config: Config) -> None:
-    """Require that what stays at the centres in one stage stays there in all later ones."""
-    federation = config.federation
-    kept: set[str] = set()
-    first_stage = ""
-    for name, stage in config.stages.items():
-        missing = sorted(kept - set(stage.local_layers))
-        if missing and "all" not in stage.local_layers:
-            raise ConsiliumError(
-                f"stages.{name}.local_layers lacks '{missing[0]}', which stage '{first_stage}' keeps at the "
-                f"centres; add it to stages.{name}.local_layers"
-            )
-        if stage.local_layers and not kept:
-            first_stage = name
-        kept |= set(stage.local_layers)
-    tests_others = federation.evaluation == "loco" or bool(federation.held_out_centres)
-    if kept and tests_others and federation.mode == "federated":
-        raise ConsiliumError(
-            f"stages.{first_stage}.local_layers keeps layers at the centres that train, and "
-            "federation.evaluation=loco tests a centre that does not train and so has none of its own; "
-            "leave one of the two out"
-        )
 
 
 def _count_training_centres(config: Config) -> int:

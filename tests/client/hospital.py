@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from client.phantom.federation import write_centre
 from client.site.config import Site
-from common.config.compose import compose_config
+from common.config.compose import compose_config, keep_effective_overrides
+from common.config.effects.find import IneffectiveKey
 from common.config.parse import config_to_dict
 from common.config.schema import Config, PhantomConfig
 from common.modeling.model import make_model
@@ -33,8 +35,9 @@ def hospital_copy(hospital: Path, tmp_path: Path) -> Path:
     return shutil.copytree(hospital, tmp_path / PATIENT_NAME)
 
 
-def make_config(*overrides: str) -> Config:
-    small = [
+def make_config(*overrides: str, small: Sequence[str] = ()) -> Config:
+    """A small configuration; of what makes it small, whatever has an effect with these overrides."""
+    tiny = [
         "federation=folder",
         "federation.centres=[north,south]",
         "preprocess.image_size=32",
@@ -42,8 +45,12 @@ def make_config(*overrides: str) -> Config:
         "stage.batch_size=4",
         "stage.precision=fp32",
         "aggregation.compression=fp32",
+        *small,
     ]
-    config = compose_config([*small, *overrides])
+    try:
+        config = compose_config([*tiny, *overrides])
+    except IneffectiveKey:
+        config = compose_config([*keep_effective_overrides(tiny, fixed=overrides), *overrides])
     tasks = dict(config.tasks)
     if "source" in tasks:
         tasks["source"] = replace(tasks["source"], classes=["north", "south"])

@@ -207,7 +207,7 @@ def _iterate_scopes(key: str, config: Config) -> Iterator[tuple[str, Scope]]:
         yield "", Scope(config)
 
 
-_DEFAULTS = Config(tasks={"*": Task()}, stages={"*": Stage()})
+_DEFAULTS = {**vars(Config()), "tasks": {"*": Task()}, "stages": {"*": Stage()}}
 
 
 def _read(settings: Any, path: Sequence[str]) -> Any:

@@ -76,16 +76,14 @@ PRIVACY_RULES = (
         _uses_dp,
     ),
     EffectRule(
-        ("privacy.query_noise_multiplier",),
+        (
+            "privacy.query_noise_multiplier",
+            "privacy.count_noise_multiplier",
+            "privacy.max_scans_per_patient",
+        ),
         "without differential privacy of patients",
         "add privacy=patient",
         lambda scope: scope.config.privacy.dp_level == "patient",
-    ),
-    EffectRule(
-        ("privacy.max_scans_per_patient",),
-        "without noise on counts and scores",
-        "add privacy=patient and set privacy.query_noise_multiplier",
-        lambda scope: scope.config.privacy.query_noise_multiplier > 0,
     ),
     EffectRule(
         ("privacy.adaptive_clip_quantile",),

@@ -159,7 +159,7 @@ def test_centre_with_one_class_is_trained_and_scored(hospital_copy: Path) -> Non
 
 
 def make_recipe(*overrides: str) -> Config:
-    return make_config("preprocess.num_slices=1", "backbone.decoder.channels=[8,8,8,8,4]", *overrides)
+    return make_config(*overrides, small=["preprocess.num_slices=1", "backbone.decoder.channels=[8,8,8,8,4]"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ import pytest
 
 from common.config.compose import CONFIG_DIR, compose_config, keep_effective_overrides, prepare_config
 from common.config.effects.find import ALWAYS_EFFECTIVE, EFFECT_RULES, IneffectiveKey
-from common.config.schema import AggregationConfig, Config, EvaluationConfig, PrivacyConfig, Stage, Task
+from common.config.schema import (
+    AggregationConfig,
+    Config,
+    EvaluationConfig,
+    OptimiserConfig,
+    PrivacyConfig,
+    Stage,
+    Task,
+)
 from common.config.validate import validate_config
 from common.utils.errors import ConsiliumError
 
@@ -28,8 +36,8 @@ from common.utils.errors import ConsiliumError
             "privacy.noise_multiplier=1 has no effect without differential privacy",
         ),
         ("privacy.clip_norm=2", "privacy.clip_norm=2 has no effect without differential privacy"),
-        ("privacy=patient privacy.dp_level=none", "privacy.epsilon=8 has no effect"),
-        ("privacy=patient privacy.max_scans_per_patient=3", "without noise on counts and scores"),
+        ("privacy=central privacy.dp_level=none", "privacy.epsilon=8 has no effect"),
+        ("privacy.max_scans_per_patient=3", "without differential privacy of patients"),
         ("privacy=patient privacy.adaptive_clip_quantile=0.5", "without central differential privacy"),
         (
             "privacy=secagg stage.local_layers=[all] tasks.source.head_update=local",
@@ -162,10 +170,8 @@ def test_no_key_has_two_rules() -> None:
 
 
 def test_names_with_dots_do_not_confuse_the_rules() -> None:
-    config = Config(
-        tasks={"a.b": Task(tau=2.0)}, stages={"c.d": Stage()}, evaluation=EvaluationConfig(task="a.b")
-    )
-    with pytest.raises(IneffectiveKey, match=r"tasks.a.b.tau=2 has no effect"):
+    config = Config(tasks={"covid": Task()}, stages={"a.b": Stage(optimiser=OptimiserConfig(momentum=0.5))})
+    with pytest.raises(IneffectiveKey, match=r"stages.a.b.optimiser.momentum=0.5 has no effect"):
         prepare_config(config)
 
 

@@ -38,6 +38,7 @@ from server.run.records import (
 from tests.in_process_federation import InProcess, phantom_config, sites
 
 CENTRES = ["north", "south", "west"]
+BRIXIA = ["stage.tasks=[brixia]", "evaluation.task=brixia", "evaluation.metric=accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_command_to_one_fold_applies_to_all(phantom: Path, tmp_path: Path) -> No
     A stop during a test is for the next fold.
     """
     ledger = open_ledger(tmp_path)
-    kfold = config(phantom, "federation.evaluation=kfold", "federation.folds=3", "stage.tasks=[brixia]")
+    kfold = config(phantom, "federation.evaluation=kfold", "federation.folds=3", *BRIXIA)
 
     class Commanded(Observed):
         def observe(self, centre: str, request: Request, reply: Reply) -> Reply:
