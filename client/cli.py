@@ -157,12 +157,14 @@ def phantom(
     from client.imaging.slice_store import SliceStore
     from client.phantom.federation import write_federation
     from client.site.config import resolve_data_root
-    from common.config.compose import compose_config
+    from common.config.compose import compose_config, keep_effective_overrides
 
     overrides = list(settings or [])
     if root:
         overrides.append(f"federation.data_root={root.resolve()}")
-    config = compose_config(overrides)
+    # Of a run's overrides only those that matter to its data are given here; without the others, some of them
+    # may have no effect.
+    config = compose_config(keep_effective_overrides(overrides))
     federation = config.federation
     if federation.phantom is None:
         raise ConsiliumError(f"federation '{federation.name}' is not made up; use federation=phantom")
