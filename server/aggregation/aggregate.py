@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,7 @@ def aggregate_round(
         mean_delta = dequantize_mean(secure_result.values, secure_result.sums, run.model.layout, secagg)
         group_weights = secure_sum_weights(run, stage, sorted(updates))
     else:
-        group_weights = _weigh_centres(run, stage, updates)
+        group_weights = weigh_centres(run, stage, updates)
         error = find_quorum_error(group_weights, run.config.aggregation)
         if error:
             raise RunPaused(f"stage '{stage_name}' round {round_number}: {error}")
@@ -146,11 +146,10 @@ def _leave_out_krum_outliers(
         del updates[centre]
 
 
-def _weigh_centres(
-    run: Run, stage: Stage, updates: Mapping[str, StoredUpdate]
-) -> dict[str, dict[str, float]]:
+def weigh_centres(run: Run, stage: Stage, centres: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return {parameter group: {centre: its weight among these}}, from the labels that they hold."""
     counts = {}
-    for centre in updates:
+    for centre in centres:
         counts[centre] = {task: count_labels(run, centre, task) for task in run.config.tasks}
     tasks = {task: run.config.tasks[task] for task in stage_tasks(run.config, stage)}
     return compute_group_weights(counts, run.config.aggregation, tasks)

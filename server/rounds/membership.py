@@ -152,7 +152,7 @@ def fit_to_centres(run: Run) -> None:
     config = fill_source_classes(run.config, _list_sources(run))
     run.set_config(fit_clusters(run, config))
     collect_counts(run, list(run.membership.members))
-    _check_labelled_scans(run)
+    check_labelled_scans(run)
     counts = run.membership.label_counts
     run.result = create_result(run.run_id, run.config, run.membership.members, counts)
     for name, task in run.config.tasks.items():
@@ -206,14 +206,15 @@ def _describe_member(run: Run, member: JoinReply) -> dict[str, Any]:
     }
 
 
-def _check_labelled_scans(run: Run) -> None:
+def check_labelled_scans(run: Run) -> None:
+    """Raise NoLabelledScans where a task of a stage has no labelled training scan at any centre."""
+    if count_noise_std(run.config):  # noisy counts do not tell, and `_check_label_columns` has asked already
+        return
     labelled_tasks = set()
     for text, array in run.membership.label_counts.items():
         key = LabelCountKey.parse(text)
         if key.split == "train" and array[:-1].sum():
             labelled_tasks.add(key.task)
-    if count_noise_std(run.config):  # noise says nothing; `_check_label_columns` knows who has labels
-        return
     for stage in run.config.stages.values():
         if not stage.rounds:
             continue
