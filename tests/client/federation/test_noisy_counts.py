@@ -26,6 +26,7 @@ from client.federation.query_context import QueryContext
 from common.config.compose import compose_config
 from common.config.schema import Config
 from common.privacy.accountant import Charge, solve_noise_multiplier
+from common.privacy.count_noise import count_noise_std
 from common.utils.errors import ConsiliumError
 from server.rounds.run_lifecycle import open_ledger, start_run
 from server.run.records import RunStatus
@@ -89,6 +90,32 @@ def test_every_cell_gets_noise_of_the_right_scale() -> None:
     noisy_scores = add_score_noise(scores, PRIVATE)
     assert (noisy_scores["north/covid/hist"] - 1e6).std() == pytest.approx(4 * scale, rel=0.05)
     assert noisy_scores["north/covid/loss"].tolist() == [0, 0]
+
+
+def test_every_row_and_cell_has_noise_of_its_own_and_is_a_whole_number() -> None:
+    exact = np.full((3, 5000), 1e6)
+    noisy = add_score_noise({"north/source/confusion": exact}, PRIVATE)["north/source/confusion"] - exact
+    assert np.array_equal(noisy, np.rint(noisy))
+    assert min(row.std() for row in noisy) > 0.9 * 4 * 2 * math.sqrt(len(PRIVATE.tasks))
+    assert np.abs(np.corrcoef(noisy) - np.eye(3)).max() < 0.1
+    counts = add_count_noise({f"north/{s}/covid": np.full(5000, 1e6) for s in ("train", "val")}, PRIVATE, 1)
+    train, val = (cells - 1e6 for cells in counts.values())
+    assert np.array_equal(train, np.rint(train))
+    assert abs(np.corrcoef(train, val)[0, 1]) < 0.1
+
+
+def test_counts_have_the_noise_of_scores_where_that_is_larger() -> None:
+    louder_scores = replace(PRIVATE, privacy=replace(PRIVATE.privacy, query_noise_multiplier=20.0))
+    bound = 2 * math.sqrt(len(PRIVATE.tasks))
+    assert count_noise_std(louder_scores) == pytest.approx(20 * bound)
+    assert count_noise_std(PRIVATE) == pytest.approx(5 * bound)
+    assert count_noise_std(compose_config([])) == 0
+
+
+def test_only_the_first_scans_of_a_patient_count() -> None:
+    dataset = make_dataset([(1, 0), (2, 0), (1, 1), (1, 0), (1, 1), (2, 1)])
+    assert cap_scans_per_patient(dataset, 2).patient_ids == ["1", "2", "1", "2"]
+    assert cap_scans_per_patient(dataset, 1).patient_ids == ["1", "2"]
 
 
 def test_small_noisy_counts_are_raised_to_the_smallest_reportable_one() -> None:

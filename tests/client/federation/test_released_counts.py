@@ -16,11 +16,19 @@ from client.site.policy import Policy
 from common.config.parse import config_to_dict
 from common.learning.class_imbalance import unnormalised_weight
 from common.privacy.count_noise import count_noise_std, estimate_counts
-from common.protocol.messages import JoinReply, JoinRequest, Refusal, StatisticsReply, Sums
+from common.protocol.messages import (
+    JoinReply,
+    JoinRequest,
+    Refusal,
+    StatisticsReply,
+    StatisticsRequest,
+    Sums,
+)
 from tests.client.federation.private_hospital import (
     copy_hospital,
     make_config,
     make_site,
+    make_weights,
     query,
     read_charges,
     train,
@@ -121,3 +129,32 @@ def test_refusal_without_labels_tells_no_count(hospital: Path) -> None:
     assert isinstance(reply, Refusal)
     assert reply.permanent
     assert reply.reason == "no training scan is labelled for covid"
+
+
+def test_query_that_fails_is_not_charged(hospital: Path) -> None:
+    config = make_config("privacy.query_noise_multiplier=20")
+    unbounded = config_to_dict(config)
+    unbounded["tasks"]["covid"] |= {"type": "regression", "label_column": "severity"}
+    values = config_to_dict(config)
+    weights = make_weights(config)
+    requests = [
+        StatisticsRequest("run", unbounded, "scores", "main", "test", weights=weights),
+        StatisticsRequest("run", values, "scores", "main", "test"),  # without weights
+        StatisticsRequest("run", values, "scores", "main", "everything", weights=weights),
+        StatisticsRequest("run", values, "scores", "other", "test", weights=weights),
+        StatisticsRequest("run", values, "moments", "main", "train", "covid", weights=weights),
+    ]
+    for request in requests:
+        reply = handle_request(make_site(hospital), request)
+        assert isinstance(reply, Refusal), reply
+        assert "Error" not in reply.reason
+    assert read_charges(hospital) == []
+    paid = handle_request(
+        make_site(hospital), StatisticsRequest("run", values, "scores", "main", "test", weights=weights)
+    )
+    assert isinstance(paid, StatisticsReply)
+    assert set(paid.sums) == {"north/covid/hist", "north/covid/loss"}
+    assert paid.sums["north/covid/loss"].tolist() == [0.0, 0.0]
+    assert [(charge["noise"], charge["odds"], charge["steps"]) for charge in read_charges(hospital)] == [
+        (20.0, 1.0, 1)
+    ]
