@@ -134,10 +134,12 @@ def unpack_kit(kit: Path, hospitals: Path, data: Path) -> Path:
     local_settings = {
         "data": str(data),
         "state": str(folder / "state"),
+        "anchor": str(folder / "anchor"),
         "device": "cpu",
         "policy": str(folder / "policy.yaml"),
         "threads": 1,
     }
+    (folder / "anchor").mkdir(exist_ok=True)
     (folder / "site.yaml").write_text(yaml.safe_dump(site | local_settings))
     return folder
 
