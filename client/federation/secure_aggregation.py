@@ -16,10 +16,17 @@ from pathlib import Path
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from numpy.typing import NDArray
 
 from client.federation import secure_sum_store
+from client.federation.secure_sum_checks import (
+    compute_shares_of_weight,
+    require_cover_of_all,
+    require_own_cover,
+)
 from client.federation.secure_sum_store import (
-    SEED_BYTES,
+    HeldShares,
+    StoredNumbers,
     SumId,
     SumKind,
     SumState,
@@ -45,6 +52,7 @@ from common.protocol.messages import (
     ShareKeysRequest,
     StatisticsReply,
     StatisticsRequest,
+    Sums,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -64,16 +72,13 @@ def mask_update(
     """Store an update as the numbers of a secure sum, and return the reply with public keys instead.
 
     `label_weights` is {task: this centre's weight}, which is divided by the total in the request. Raises
-    Refused for an update that is not finite.
+    Refused for an update that is not finite, or weights that would let one centre's update show.
     """
     settings = secure_aggregation.require_secagg_config(config)
     layout = parameter_layout(config)
     if not np.isfinite(reply.delta).all():
         raise Refused("the update is not finite", RefusalCode.ERROR)
-    weights = {}
-    for task, total in request.total_label_weight.items():
-        if total > 0:
-            weights[task] = label_weights[task] / total
+    weights = compute_shares_of_weight(config, request, label_weights)
     group_weights = dict.fromkeys(layout.group_slices(), 0.0) | weights_by_group(weights, config.tasks)
     values, sums = secure_aggregation.quantize_weighted_update(reply.delta, group_weights, layout, settings)
     reply = replace(reply, delta=EMPTY_PARAMS, sum_id=compute_sum_id(request))
@@ -81,7 +86,9 @@ def mask_update(
         int_buffers = request.weights.int_buffers
         reply = replace(reply, int_buffers=int_buffers, scans=0, steps=0, losses={}, epsilon=None)
     work_dir = sum_dir(folder, request.run_id, SumKind.TRAIN)
-    secure_sum_store.store_numbers(work_dir, config, values, sums, reply)
+    pieces = secure_aggregation.measure_update(values, sums, layout)
+    fixed_point_sums = _to_fixed_point(config, sums)
+    secure_sum_store.store_numbers(work_dir, StoredNumbers(values, fixed_point_sums, pieces), reply)
     return replace(reply, public_keys=secure_sum_store.start_sum(work_dir, reply.sum_id))
 
 
@@ -102,8 +109,16 @@ def mask_statistics(
     sums = anonymise_keys(reply.sums, empty_sums(request, config, parameter_layout(config)))
     reply = replace(reply, sums={}, sum_id=compute_sum_id(request))
     work_dir = sum_dir(folder, request.run_id, SumKind.QUERY)
-    secure_sum_store.store_numbers(work_dir, config, np.empty(0, np.int32), sums, None)
+    pieces = secure_aggregation.measure_sums(sums)
+    numbers = StoredNumbers(np.empty(0, np.int32), _to_fixed_point(config, sums), pieces)
+    secure_sum_store.store_numbers(work_dir, numbers, None)
     return replace(reply, public_keys=secure_sum_store.start_sum(work_dir, reply.sum_id))
+
+
+def _to_fixed_point(config: Config, sums: Sums) -> NDArray[np.int64]:
+    """Return all sums [R] as integers. Raises Refused for numbers that cannot be added."""
+    flat_sums = secure_aggregation.flatten_sums(sums)
+    return secure_aggregation.to_fixed_point(flat_sums, len(config.federation.centres))
 
 
 # --- steps 2 to 4 ---------------------------------------------------------------------------------
@@ -146,7 +161,10 @@ def handle_step(
 
 
 def share_keys(participant: SumParticipant, request: ShareKeysRequest) -> ShareKeysReply:
-    """Split both secrets into a share for every centre of the roster, and encrypt each for its receiver."""
+    """Split both secrets into a share for every centre of the roster, and encrypt each for its receiver.
+
+    With the shares goes how large this centre's part of the sum is.
+    """
     state = participant.state
     roster = {centre: secure_aggregation.parse_public_keys(keys) for centre, keys in request.roster.items()}
     _require_first_time(state.roster is not None)
@@ -155,16 +173,18 @@ def share_keys(participant: SumParticipant, request: ShareKeysRequest) -> ShareK
     threshold = secure_aggregation.compute_min_survivors(participant.config, len(roster))
     seed_shares = secure_aggregation.shamir_split(state.secrets.seed, threshold, len(roster))
     key_shares = secure_aggregation.shamir_split(state.secrets.mask_key, threshold, len(roster))
+    magnitudes = secure_sum_store.load_numbers(participant.work_dir).pieces.magnitudes
     own_shares = b""
     encrypted: dict[str, ByteArray] = {}
     for peer, seed_share, key_share in zip(sorted(roster), seed_shares, key_shares, strict=True):
+        shares = HeldShares(seed_share, key_share, magnitudes).pack()
         if peer == participant.centre:
-            own_shares = seed_share + key_share
+            own_shares = shares
             continue
         cipher = _share_cipher(state, roster[peer], request.sum_id)
         nonce = os.urandom(NONCE_BYTES)
         direction = f"{participant.centre} to {peer}".encode()
-        encrypted[peer] = to_byte_array(nonce + cipher.encrypt(nonce, seed_share + key_share, direction))
+        encrypted[peer] = to_byte_array(nonce + cipher.encrypt(nonce, shares, direction))
     public_keys = {centre: keys.tobytes() for centre, keys in request.roster.items()}
     secure_sum_store.save_state(
         participant.work_dir, replace(state, roster=public_keys, own_shares=own_shares)
@@ -185,7 +205,7 @@ def _check_roster(participant: SumParticipant, roster: Mapping[str, PublicKeys])
 
 
 def mask_input(participant: SumParticipant, request: MaskedInputRequest) -> MaskedInputReply:
-    """Mask the numbers towards every centre that sent a share."""
+    """Mask the numbers towards every centre that sent a share, if those cover them."""
     state = participant.state
     roster = {centre: to_byte_array(keys) for centre, keys in (state.roster or {}).items()}
     _require_first_time(state.shares is not None)
@@ -196,8 +216,11 @@ def mask_input(participant: SumParticipant, request: MaskedInputRequest) -> Mask
             raise Refused("the request has a share from a centre that is not part of this sum")
         shares[peer] = _decrypt_shares(participant, peer, roster[peer], encrypted)
 
-    width = secure_aggregation.bytes_per_parameter(participant.config)
     numbers = secure_sum_store.load_numbers(participant.work_dir)
+    held = {centre: HeldShares.unpack(data) for centre, data in shares.items()}
+    min_centres = max(secure_aggregation.MIN_CENTRES, participant.policy.min_centres)
+    require_own_cover(held, participant.centre, numbers.pieces.names, min_centres)
+    width = secure_aggregation.bytes_per_parameter(participant.config)
     values = numbers.values.astype(secure_aggregation.ring_dtype(width))
     fixed_point_sums = numbers.fixed_point_sums.view(np.uint64)
     own_mask = secure_aggregation.expand_seed(state.secrets.seed)
@@ -239,25 +262,29 @@ def _share_cipher(state: SumState, peer_keys: PublicKeys, sum_id: str) -> ChaCha
 def reveal_shares(participant: SumParticipant, request: UnmaskRequest) -> UnmaskReply:
     """Return a share of each survivor's seed and of each drop-out's key, and delete this centre's secrets."""
     state = participant.state
-    shares = state.shares or {}
+    held = {centre: HeldShares.unpack(data) for centre, data in (state.shares or {}).items()}
     survivors = sorted(set(request.survivors))
-    if participant.centre not in survivors or not set(survivors) <= shares.keys():
+    if participant.centre not in survivors or not set(survivors) <= held.keys():
         raise Refused("the survivors of the sum are not among the centres that masked their numbers for it")
     participant.require_quorum(len(state.roster or {}), len(survivors))
+    require_cover_of_all(held, survivors)
     sum_id = SumId.parse(state.sum_id)
-    first_survivors = secure_sum_store.record_opening(participant.work_dir, sum_id, survivors)
-    if first_survivors != survivors:
+    first = secure_sum_store.record_opening(participant.work_dir, sum_id, survivors)
+    if first.survivors != survivors:
         raise Refused(
-            f"this sum was opened before, with {', '.join(first_survivors)}, and may be repeated with the "
+            f"this sum was opened before, with {', '.join(first.survivors)}, and may be repeated with the "
             "same centres only, because the difference would show single centres; "
             "wait for those missing, then resume"
         )
+    if first.digest != sum_id.digest:
+        raise Refused(
+            "this round was opened before with another request, and may be repeated with the same only, "
+            "because the difference would show single centres; begin a new run"
+        )
     secure_sum_store.delete_secrets(participant.work_dir, sum_id.kind)
     revealed: dict[str, ByteArray] = {}
-    for centre, both_shares in shares.items():
-        seed_share = both_shares[:SEED_BYTES]
-        key_share = both_shares[SEED_BYTES:]
-        revealed[centre] = to_byte_array(seed_share if centre in survivors else key_share)
+    for centre, shares in held.items():
+        revealed[centre] = to_byte_array(shares.seed_share if centre in survivors else shares.key_share)
     return UnmaskReply(participant.centre, revealed)
 
 

@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.site.config import safe_filename
-from common.config.schema import Config
 from common.modeling.parameters import EMPTY_PARAMS
 from common.privacy import secure_aggregation
-from common.privacy.secure_aggregation import ByteArray, PublicKeys
+from common.privacy.secure_aggregation import ByteArray, Magnitudes, PublicKeys, SumPieces
 from common.protocol.message_packing import MESSAGE_TYPE_KEY, metadata_to_json, pack_message
-from common.protocol.messages import StatisticsRequest, Sums, TrainReply, TrainRequest
+from common.protocol.messages import StatisticsRequest, TrainReply, TrainRequest
 from common.utils.atomic_files import atomic_write
 
 SEED_BYTES = 16
@@ -99,22 +98,23 @@ class StoredNumbers(NamedTuple):
 
     values: NDArray[np.int32]  # [V] parameters on their grid
     fixed_point_sums: NDArray[np.int64]  # [R]
+    pieces: SumPieces
 
 
-def store_numbers(
-    work_dir: Path, config: Config, values: NDArray[np.int32], sums: Sums, reply: TrainReply | None
-) -> None:
-    """Replace the numbers of the last sum by those of a new one, and keep the reply that goes with them.
-
-    Raises Refused for numbers that cannot be added.
-    """
-    flat_sums = secure_aggregation.flatten_sums(sums)
-    fixed_point_sums = secure_aggregation.to_fixed_point(flat_sums, len(config.federation.centres))
+def store_numbers(work_dir: Path, numbers: StoredNumbers, reply: TrainReply | None) -> None:
+    """Replace the numbers of the last sum by those of a new one, and keep the reply that goes with them."""
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True, mode=0o700)
     int_buffers = np.empty(0, np.int64) if reply is None else reply.int_buffers
     data = io.BytesIO()
-    np.savez(data, values=values, exact=fixed_point_sums, integers=int_buffers)
+    np.savez(
+        data,
+        values=numbers.values,
+        exact=numbers.fixed_point_sums,
+        integers=int_buffers,
+        pieces=np.array(numbers.pieces.names),
+        magnitudes=numbers.pieces.magnitudes,
+    )
     atomic_write(work_dir / NUMBERS_FILENAME, data.getvalue(), OWNER_ONLY)
     if reply is not None:
         _, metadata = pack_message(reply)
@@ -126,7 +126,8 @@ def store_numbers(
 def load_numbers(work_dir: Path) -> StoredNumbers:
     """Return the numbers of the present sum."""
     with np.load(work_dir / NUMBERS_FILENAME) as numbers:
-        return StoredNumbers(numbers["values"], numbers["exact"])
+        pieces = SumPieces(numbers["pieces"].tolist(), numbers["magnitudes"])
+        return StoredNumbers(numbers["values"], numbers["exact"], pieces)
 
 
 def load_reply(work_dir: Path) -> TrainReply | None:
@@ -169,6 +170,24 @@ class SumSecrets:
         )
 
 
+class HeldShares(NamedTuple):
+    """What a centre holds of a peer, or of itself: shares of both secrets, and the size of its part."""
+
+    seed_share: bytes
+    key_share: bytes
+    magnitudes: Magnitudes
+
+    def pack(self) -> bytes:
+        """Return the bytes that are encrypted for the holder."""
+        return self.seed_share + self.key_share + self.magnitudes.tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> HeldShares:
+        """Read what `pack` wrote."""
+        magnitudes = np.frombuffer(data[SEED_BYTES + KEY_BYTES :], np.uint8)
+        return cls(data[:SEED_BYTES], data[SEED_BYTES : SEED_BYTES + KEY_BYTES], magnitudes)
+
+
 @dataclass(frozen=True)
 class SumState:
     """How far a centre is in the present sum."""
@@ -176,8 +195,8 @@ class SumState:
     sum_id: str
     secrets: SumSecrets
     roster: Mapping[str, bytes] | None = None  # after step 2: {centre: its public keys}
-    own_shares: bytes = b""  # after step 2: this centre's shares of its own secrets
-    shares: Mapping[str, bytes] | None = None  # after step 3: {centre: the shares of its secrets held here}
+    own_shares: bytes = b""  # after step 2: this centre's own HeldShares, packed
+    shares: Mapping[str, bytes] | None = None  # after step 3: {centre: its HeldShares, packed}
 
     def to_json(self) -> str:
         """Return the text of the state file."""
@@ -244,16 +263,26 @@ def delete_secrets(work_dir: Path, kind: SumKind) -> None:
         shutil.rmtree(work_dir)
 
 
-def record_opening(work_dir: Path, sum_id: SumId, survivors: list[str]) -> list[str]:
-    """Note with whom a sum is opened, unless it was opened before. Returns with whom it was opened first."""
+class Opening(NamedTuple):
+    """Which sum was opened on an occasion, and with whom."""
+
+    digest: str  # of its request
+    survivors: list[str]
+
+
+def record_opening(work_dir: Path, sum_id: SumId, survivors: list[str]) -> Opening:
+    """Note that a sum is opened, unless one was on the same occasion. Returns the first opening."""
     path = work_dir.parent / OPENED_FILENAME
-    opened: dict[str, list[str]] = {}
+    opened: dict[str, Any] = {}
     if path.exists():
         opened = json.loads(path.read_text())
-    first_survivors = opened.setdefault(sum_id.repetition_key, survivors)
-    if first_survivors == survivors:
+    now = Opening(sum_id.digest, survivors)
+    first = opened.setdefault(sum_id.repetition_key, now._asdict())
+    if isinstance(first, list):  # of version 0.1.0: the survivors
+        return Opening(sum_id.digest, first)
+    if Opening(**first) == now:
         atomic_write(path, json.dumps(opened).encode(), OWNER_ONLY)
-    return first_survivors
+    return Opening(**first)
 
 
 def to_byte_array(data: bytes) -> ByteArray:

@@ -7,7 +7,7 @@ sparser graph of Bell et al., CCS 2020, would pay off beyond a hundred centres. 
 1. TrainRequest or StatisticsRequest: the centre computes its values, stores them, and replies with public
    keys generated for this sum (client/federation/secure_aggregation.py).
 2. ShareKeysRequest: it splits its two secrets (the seed of its own mask, and the private key of its pairwise
-   masks) into shares and encrypts one share for every other centre.
+   masks) into shares and encrypts one share for every other centre, with the magnitudes of its part.
 3. MaskedInputRequest: it sends its values plus its own mask, plus or minus a mask for each other centre. The
    pairwise masks cancel in the sum.
 4. UnmaskRequest: for each centre in the sum it reveals a share of the seed of that centre's own mask; for
@@ -25,8 +25,21 @@ seed to the 32 bits of a Mersenne Twister, few enough for a server to try them a
 Masks depend on everything that was sent: the settings, weights and centroids, and the participants with their
 keys. Centres that received different requests (another model for one of them: Pasquini et al., CCS 2022)
 derive different masks, and the sum is noise.
+
+A sum hides its terms only where several are of like size, and the coordinator chooses what is summed: tasks,
+weights, what is frozen, how values are rounded. Each centre therefore encrypts for the others, with their
+shares, how large its part of each piece of the sum is. It sends no masked values where fewer than two others
+add to a piece in like measure, and no secret for a set of survivors that leaves any of them so uncovered
+(cover.py). A round is opened once: not again with another request, whose difference could show more.
 """
 
+from common.privacy.secure_aggregation.cover import (
+    Magnitudes,
+    SumPieces,
+    find_uncovered,
+    measure_sums,
+    measure_update,
+)
 from common.privacy.secure_aggregation.fixed_point import (
     RingValues,
     bytes_per_parameter,
@@ -71,9 +84,11 @@ __all__ = [
     "COMBINED_COHORT",
     "MIN_CENTRES",
     "ByteArray",
+    "Magnitudes",
     "MaskableUpdate",
     "PublicKeys",
     "RingValues",
+    "SumPieces",
     "add_mask",
     "bytes_per_parameter",
     "compute_min_survivors",
@@ -83,10 +98,13 @@ __all__ = [
     "derive_shared_key",
     "empty_update_sums",
     "expand_seed",
+    "find_uncovered",
     "flatten_sums",
     "from_fixed_point",
     "hash_mask_context",
     "hides_statistics",
+    "measure_sums",
+    "measure_update",
     "pack_ring_values",
     "parse_public_keys",
     "quantization_step",

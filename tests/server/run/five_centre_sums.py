@@ -28,7 +28,8 @@ def make_config(*overrides: str) -> Config:
     )
     tasks = dict(config.tasks)
     tasks["source"] = replace(tasks["source"], classes=NAMES)
-    return replace(config, tasks=tasks)
+    stages = {"main": replace(config.stages["main"], tasks=["covid"])}
+    return replace(config, tasks=tasks, stages=stages)
 
 
 MODEL_SCOPE = make_config()
