@@ -173,7 +173,7 @@ def share_keys(participant: SumParticipant, request: ShareKeysRequest) -> ShareK
     threshold = secure_aggregation.compute_min_survivors(participant.config, len(roster))
     seed_shares = secure_aggregation.shamir_split(state.secrets.seed, threshold, len(roster))
     key_shares = secure_aggregation.shamir_split(state.secrets.mask_key, threshold, len(roster))
-    magnitudes = secure_sum_store.load_numbers(participant.work_dir).pieces.magnitudes
+    magnitudes = secure_sum_store.load_magnitudes(participant.work_dir)
     own_shares = b""
     encrypted: dict[str, ByteArray] = {}
     for peer, seed_share, key_share in zip(sorted(roster), seed_shares, key_shares, strict=True):

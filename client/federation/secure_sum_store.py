@@ -130,6 +130,12 @@ def load_numbers(work_dir: Path) -> StoredNumbers:
         return StoredNumbers(numbers["values"], numbers["exact"], pieces)
 
 
+def load_magnitudes(work_dir: Path) -> Magnitudes:
+    """Return how large the numbers of the present sum are, piece by piece."""
+    with np.load(work_dir / NUMBERS_FILENAME) as numbers:
+        return np.asarray(numbers["magnitudes"])
+
+
 def load_reply(work_dir: Path) -> TrainReply | None:
     """Return the reply that goes with the numbers of a round, without public keys; None: no round."""
     try:

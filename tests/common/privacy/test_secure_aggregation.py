@@ -51,7 +51,8 @@ def test_quantization_error_is_at_most_half_a_step(
     values = fractions * (config.clip_value - step)
     quantized, num_clipped = secagg.quantize(values, config)
     assert not num_clipped
-    max_error = config.clip_value / 2**config.quantization_bits * (1 + 1e-9)
+    rounding = config.clip_value * 2.0**-50  # of the values themselves, as floats
+    max_error = config.clip_value / 2**config.quantization_bits * (1 + 1e-9) + rounding
     assert np.abs(quantized * step - values).max() <= max_error
     clipped, num_clipped = secagg.quantize(np.array([-3 * config.clip_value, np.inf, 0]), config)
     assert num_clipped == 2

@@ -273,5 +273,5 @@ def test_search_also_opens_sums(tmp_path: Path) -> None:
     honest = Request([1.0, 1.0], [1.0, 1.0], [[2.0, 1.0]] * 3, [[1.0] * 4] * 3, 4.0, 26)
     updates, total = sum_up(honest, 1)
     step = 2 * 4.0 / 2**26
-    mean = sum(updates.values()) / 3
+    mean = np.mean(list(updates.values()), axis=0)
     np.testing.assert_allclose(total[:SLOT_SIZE] * step, mean[:SLOT_SIZE], atol=3 * step)
