@@ -6,6 +6,8 @@ A healthy centre has no fault, and what is broken is named.
 from __future__ import annotations
 
 import http.server
+import json
+import shutil
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +19,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client.site.config import outer_anchor, parse_site
+from client.site.egress_log import record_reply
 from client.tools.doctor import run_checks
+from common.protocol.messages import JoinRequest, Refusal
 from server.operations.provision import provision_federation
 from tests.deploy.process_group import find_free_port
 from tests.deploy.processes import unpack_kit
@@ -119,6 +124,35 @@ def write_broken_egress_log(hospital: Path) -> None:
     (hospital / "state" / "egress.jsonl").write_text('{"hash": "0"}\n')
 
 
+def record_messages(hospital: Path) -> None:
+    """Write two lines into the egress log, besides the one that says that it has anchors."""
+    site = parse_site({"site": str(hospital / "site.yaml")})
+    anchor = outer_anchor(site, Path(site.data))
+    for _ in range(2):
+        record_reply(Path(site.state), JoinRequest("run", {}), Refusal("north", "no"), anchor)
+
+
+def cut_egress_log(hospital: Path) -> None:
+    record_messages(hospital)
+    log = hospital / "state" / "egress.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def delete_state_folder(hospital: Path) -> None:
+    record_messages(hospital)
+    shutil.rmtree(hospital / "state")
+
+
+def test_end_of_the_egress_log_is_shown(coordinator: Coordinator, hospital: Path) -> None:
+    record_messages(hospital)
+    last_line = (hospital / "state" / "egress.jsonl").read_text().splitlines()[-1]
+    results = run_checks(hospital / "site.yaml", coordinator.address, hospital / "ca.crt", hospital / "key")
+    (result,) = [result for result in results if result.message.startswith("egress log")]
+    last_hash = json.loads(last_line)["hash"]
+    assert result.message == f"egress log: 3 lines, the chain is intact and ends with {last_hash}"
+    assert result.level == "ok"
+
+
 @pytest.mark.parametrize(
     ("break_hospital", "subject", "level"),
     [
@@ -132,8 +166,23 @@ def write_broken_egress_log(hospital: Path) -> None:
         (edit_yaml("policy.yaml", min_cell_cuont=5), "policy", "fault"),
         (lambda hospital: (hospital.parent / "data" / "b.png").unlink(), "data", "warning"),
         (write_broken_egress_log, "egress", "fault"),
+        (cut_egress_log, "egress", "fault"),
+        (delete_state_folder, "egress", "fault"),
     ],
-    ids=["key", "key mode", "device", "data", "state", "site", "code", "policy", "a scan", "egress"],
+    ids=[
+        "key",
+        "key mode",
+        "device",
+        "data",
+        "state",
+        "site",
+        "code",
+        "policy",
+        "a scan",
+        "egress",
+        "tail",
+        "state folder",
+    ],
 )
 def test_broken_part_is_named(
     break_hospital: Callable[[Path], None],

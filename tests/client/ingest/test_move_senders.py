@@ -6,6 +6,10 @@ The archive and the strangers are pynetdicom's own, in real associations over TC
 from __future__ import annotations
 
 import copy
+import http.server
+import io
+import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +22,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
+from client.ingest.dicomweb_source import open_dicomweb_source
 from client.ingest.dimse_source import FIND_SOP_CLASS, MOVE_SOP_CLASS, open_dimse_source
 from client.ingest.folder_source import open_folder_source
 from client.ingest.selection import DicomStudy, StudyFilter
@@ -163,6 +168,40 @@ def test_archive_that_stores_under_another_title_is_named_with_the_setting(archi
         fetch(archive)
     assert fetch(archive, "&from=STORE").uids == [archive.image.SOPInstanceUID]
     assert fetch(archive, "&from=STORE@*").uids == [archive.image.SOPInstanceUID]
+
+
+def test_foreign_image_in_an_answer_of_dicomweb_is_not_taken(hospital: Path) -> None:
+    image = pydicom.dcmread(hospital / "PLANTED^ct3" / "001.dcm")
+    body = b""
+    for dataset in (image, changed(image, SeriesInstanceUID="1.2.3.4")):
+        file = io.BytesIO()
+        dataset.save_as(file)
+        body += b"--part\r\nContent-Type: application/dicom\r\n\r\n" + file.getvalue() + b"\r\n"
+    series = {"0020000E": {"vr": "UI", "Value": [image.SeriesInstanceUID]}}
+    series["00080060"] = {"vr": "CS", "Value": ["CT"]}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_search = self.path.partition("?")[0].endswith("/series")
+            content = json.dumps([series]).encode() if is_search else body + b"--part--"
+            images = 'multipart/related; type="application/dicom"; boundary=part'
+            self.send_response(200)
+            self.send_header("Content-Type", "application/dicom+json" if is_search else images)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    images = Images()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = open_dicomweb_source(f"http://127.0.0.1:{server.server_port}/dicom-web")
+        study = DicomStudy(str(image.StudyInstanceUID), "", "", "")
+        source.fetch_study(study, StudyFilter(), images)
+        server.shutdown()
+    assert (images.uids, images.skipped) == ([image.SOPInstanceUID], {FOREIGN_IMAGE_REASON: 1})
 
 
 def test_file_of_a_folder_that_became_another_study_is_not_taken(hospital: Path, tmp_path: Path) -> None:

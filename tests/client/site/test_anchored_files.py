@@ -108,6 +108,8 @@ def test_cut_log_is_refused_at_the_next_message(account: PrivacyAccount, has_out
         record_message(account)
     with pytest.raises(ConsiliumError, match=f"was cut: 1 of {len(lines)} lines are missing"):
         list(egress_log.read_entries(state_dir(account), account.outer_anchor))
+    shown = CliRunner().invoke(app, ["egress", str(state_dir(account)), "--verify"])
+    assert "was cut: 1 of" in str(shown.exception)
     (state_dir(account) / "anchor.json").unlink()
     reason = "was cut: the last of its"
     if not has_outer:
