@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from client.site.yaml_records import check_keys, field_names, parse_record, read_yaml_mapping
 from common.config.names import MAX_NAME_LENGTH, NAME_RULE, is_plain_name, require_plain_name
 from common.config.schema import Config
-from common.utils.errors import RefusalCode, Refused
+from common.utils.errors import ConsiliumError, RefusalCode, Refused
 
 FLOWER_KEYS = (
     "site",
@@ -93,6 +93,11 @@ def parse_site(values: Mapping[str, Any]) -> Site:
     for key, value in values.items():
         if key in valid_keys:
             settings[key] = value
+    if "site" in values and not settings.get("centre"):
+        raise ConsiliumError(
+            f'site file {values["site"]} names no centre; write centre: "NAME", in quotes '
+            "(a simulation has no site file)"
+        )
     if "partition-id" in values:
         settings["index"] = values["partition-id"]
     return parse_record(Site, settings, "site settings")
@@ -102,6 +107,11 @@ def _read_site_file(path: Path, valid_keys: list[str]) -> dict[str, Any]:
     remedy = f"write it as YAML with the keys {', '.join(valid_keys)}"
     settings = read_yaml_mapping(path, "site file", remedy)
     check_keys(settings, valid_keys, f"site file {path}", RENAMED_SITE_KEYS)
+    centre = settings.get("centre")
+    if centre is not None and not isinstance(centre, str):
+        raise ConsiliumError(
+            f"site file {path}: centre is {centre!r} to YAML, and no text; put the name in quotes"
+        )
     return {key: value for key, value in settings.items() if value is not None}  # `data:` alone sets nothing
 
 

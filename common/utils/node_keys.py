@@ -6,33 +6,30 @@ Flower's SuperNode authentication uses elliptic-curve signatures. Keys are store
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.utils.atomic_files import atomic_write
 from common.utils.errors import ConsiliumError
 
 CREATE_KEY_HINT = "create one with `consilium-centre key`"
 
 
 def write_secret_file(path: Path, content: bytes) -> None:
-    """Create a file that only its owner can ever read.
+    """Create a file that only its owner can ever read, whole or not at all.
 
     Raises:
         ConsiliumError: The file exists; a secret is never overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
+    if path.exists() or path.is_symlink():
         raise ConsiliumError(
             f"{path} exists, and a secret is never overwritten; move it away first, or use another path"
-        ) from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+        )
+    atomic_write(path, content, mode=0o600)
 
 
 def generate_key(path: Path) -> None:

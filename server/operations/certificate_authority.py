@@ -7,10 +7,12 @@ import ipaddress
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common.utils.atomic_files import atomic_write
 from common.utils.checks import CheckResult
 from common.utils.errors import ConsiliumError
 from common.utils.node_keys import write_secret_file
@@ -21,26 +23,27 @@ AUTHORITY_VALIDITY_YEARS = 10
 
 
 def make_authority(folder: Path, name: str) -> None:
-    """Write ca.key (0600) and ca.crt.
+    """Write ca.key (0600), or take the one that is there without a certificate, and ca.crt.
 
     Raises:
-        ConsiliumError: ca.key exists.
+        ConsiliumError: ca.key cannot be read.
     """
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = _load_or_make_key(folder / "ca.key")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} certificate authority")])
     validity_days = 365 * AUTHORITY_VALIDITY_YEARS
     builder = _certificate_builder(subject, subject, key.public_key(), key.public_key(), validity_days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    write_secret_file(folder / "ca.key", _encode_private_key(key))
     certificate = _add_key_usage(builder, signs_certificates=True).sign(key, hashes.SHA384())
-    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    atomic_write(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], days: int) -> None:
     """Write server.key (0600) and server.crt, for `host`, `sans` and the names used inside the coordinator.
 
+    A key that is there is taken: an earlier attempt was interrupted before the certificate.
+
     Raises:
-        ConsiliumError: server.key exists, or the authority's key cannot be read.
+        ConsiliumError: one of the keys cannot be read.
     """
     try:
         ca_key = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), None)
@@ -51,7 +54,7 @@ def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], 
         ) from error
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     ca = read_certificate(authority / "ca.crt")
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = _load_or_make_key(folder / "server.key")
     days_left = (ca.not_valid_after_utc - dt.datetime.now(dt.UTC)).days
     builder = _certificate_builder(
         _common_name(host), ca.subject, key.public_key(), ca_key.public_key(), min(days, days_left)
@@ -60,9 +63,45 @@ def make_certificate(folder: Path, authority: Path, host: str, sans: list[str], 
     alternative_names = [_to_general_name(name) for name in list_certificate_names(host, sans)]
     builder = builder.add_extension(x509.SubjectAlternativeName(alternative_names), critical=False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    write_secret_file(folder / "server.key", _encode_private_key(key))
     certificate = _add_key_usage(builder, signs_certificates=False).sign(ca_key, hashes.SHA384())
-    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    atomic_write(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def _load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the private key in a file, which is made (0600) where it is missing."""
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        write_secret_file(path, _encode_private_key(key))
+        return key
+    loaded_key = _load_private_key(path)
+    if loaded_key is None:
+        raise ConsiliumError(
+            f"{path} is not a private key on an elliptic curve; move it away, and repeat this"
+        )
+    return loaded_key
+
+
+def _load_private_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    """Return the private key in a file; None where there is none."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
+
+
+def has_private_key(certificate: x509.Certificate, path: Path) -> bool:
+    """Return whether a file holds the private key of a certificate."""
+    key = _load_private_key(path)
+    return key is not None and key.public_key() == certificate.public_key()
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    """Return whether a certificate may sign others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
 
 
 def list_certificate_names(host: str, sans: list[str]) -> list[str]:

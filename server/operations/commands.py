@@ -84,7 +84,8 @@ def provision(
     ] = False,
 ) -> None:
     """Make certificates, keys, secrets and one archive per hospital, offline. Existing files are kept."""
-    from server.operations.provision import check_provisioning, provision_federation, revoke_centre
+    from server.operations.provision import provision_federation, revoke_centre
+    from server.operations.provision_checks import check_provisioning
 
     if check:
         print_results(check_provisioning(federation, out))

@@ -51,6 +51,15 @@ class FederationFile:
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ADDRESS_PATTERN = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
+IMAGE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
+# {field of CentreEntry: ...}. They become lines of settings.env, where a shell and compose read them.
+_PATH_PATTERN = re.compile(r"/[A-Za-z0-9._/@+:, -]*")
+_PATH_RULE = "an absolute path of letters, digits, spaces and . _ / @ + : , -"
+ENTRY_PATTERNS = {
+    "device": (re.compile("auto|cpu|cuda(:[0-9]+)?"), "auto, cpu, cuda or cuda:1"),
+    "data": (_PATH_PATTERN, _PATH_RULE),
+    "state": (_PATH_PATTERN, _PATH_RULE),
+}
 _FILE_ADAPTER: TypeAdapter[FederationFile] = TypeAdapter(FederationFile)
 
 
@@ -75,6 +84,8 @@ def load_federation_file(path: Path) -> FederationFile:
 def _explain(details: Any) -> str:
     """Return what pydantic found, naming the key and the nearest valid one."""
     key = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "string_type":
+        return f"{key}: {details['input']!r} is no text to YAML; put it in quotes"
     if details["type"] != "unexpected_keyword_argument":
         return f"{key or 'the file'}: {details['msg']}"
     record = CentreEntry if key.startswith("centres.") else FederationFile
@@ -91,6 +102,13 @@ def _find_problem(federation: FederationFile) -> str:
                 f"'{name}' cannot be a name; use letters, digits, '.', '_' and '-', at most 63, "
                 "and not 'coordinator'"
             )
+    for name, centre in federation.centres.items():
+        for field_name, (pattern, rule) in ENTRY_PATTERNS.items():
+            value = getattr(centre, field_name)
+            if not pattern.fullmatch(value):
+                return f"centres.{name}.{field_name} is {value!r}; it must be {rule}"
+    if not IMAGE_PATTERN.fullmatch(federation.image):
+        return f"image is {federation.image!r}; it must be a container image, e.g. consilium-centre:0.2.0"
     if not federation.centres:
         return "it names no centre; write centres: {north: {}}"
     if federation.days < 1:

@@ -21,9 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-
-from common.utils.checks import CheckResult
+from common.utils.atomic_files import atomic_write
 from common.utils.errors import ConsiliumError, suggest
 from common.utils.node_keys import (
     extract_public_key,
@@ -32,18 +30,12 @@ from common.utils.node_keys import (
     read_public_key,
     write_secret_file,
 )
-from server.operations.certificate_authority import (
-    check_certificate_expiry,
-    list_certificate_names,
-    make_authority,
-    make_certificate,
-    read_certificate,
-    read_certificate_names,
-)
+from server.operations.certificate_authority import list_certificate_names, make_authority, make_certificate
 from server.operations.federation_file import FederationFile, load_federation_file
 from server.operations.site_kits import build_coordinator_files, write_kit
 
 REISSUE_COMMAND = "consilium-server provision ... --reissue coordinator"
+REVOKED_SUFFIX = ".revoked"  # of a public key in coordinator/centres that is no longer admitted
 SECRET_FILES = ("superexec.secret", "postgres.password")
 
 
@@ -114,23 +106,12 @@ def revoke_centre(folder: Path, centre: str) -> str:
         raise ConsiliumError(f"no centre '{centre}' is enrolled in {folder}{suggest(centre, enrolled)}")
     (folder / "revoked" / centre).mkdir(parents=True, exist_ok=True)
     fingerprint = key_fingerprint(public.read_text())
+    # Tells `admit` that a folder without any key is meant so, when the last centre is revoked.
+    shutil.copyfile(public, public.with_name(f"{fingerprint}{REVOKED_SUFFIX}"))
     public.replace(folder / "revoked" / centre / fingerprint)
     (folder / "keys" / centre).unlink(missing_ok=True)
     (folder / "kits" / f"{centre}.tar.gz").unlink(missing_ok=True)
     return f"{centre}: key {fingerprint} revoked; run `consilium-server admit`, and the SuperLink refuses it"
-
-
-def check_provisioning(federation_file: Path, folder: Path) -> Iterator[CheckResult]:
-    """Check what is there, what expires, and what does not fit."""
-    site = Provisioning(load_federation_file(federation_file), federation_file, folder)
-    yield check_certificate_expiry(
-        folder / "ca.crt", 365, "plan a new federation: every hospital needs the new ca.crt"
-    )
-    yield check_certificate_expiry(site.coordinator / "server.crt", site.federation.warn, REISSUE_COMMAND)
-    yield from _check_certificate(site)
-    yield from _check_file_modes(site)
-    for centre in site.federation.centres:
-        yield _check_enrolment(site, centre)
 
 
 def _make_missing_certificates(site: Provisioning) -> Iterator[str]:
@@ -175,12 +156,26 @@ def _enrol_centre(site: Provisioning, centre: str, reissued: bool) -> Iterator[s
         raise ConsiliumError(
             f"{own_key} is a revoked key of {centre}; make a new one there with `consilium-centre key`"
         )
-    public.write_text(f"{line} {centre}\n")
+    other_centre = find_key_owner(site.coordinator / "centres", line)
+    if other_centre:
+        raise ConsiliumError(
+            f"{own_key} is the key of {other_centre}, and the SuperLink could not tell the two apart; make "
+            f"another at {centre} with `consilium-centre key`"
+        )
+    atomic_write(public, f"{line} {centre}\n".encode())
     origin = "its own" if own_key else "a new"
     yield (
         f"{centre}: {origin} key {fingerprint}; run `consilium-server admit` to register it with the "
         "SuperLink"
     )
+
+
+def find_key_owner(centres: Path, public_key: str) -> str:
+    """Return the centre that is enrolled with a public key; nothing if there is none."""
+    for path in sorted(centres.glob("*.pub")):
+        if read_public_key(path) == public_key:
+            return path.stem
+    return ""
 
 
 def _make_public_key(private_key: Path) -> str:
@@ -234,41 +229,6 @@ def _replace_server_certificate(site: Provisioning) -> None:
         make_certificate(Path(temporary), site.folder, federation.host, federation.sans, federation.days)
         for file in ("server.key", "server.crt"):
             (Path(temporary) / file).replace(site.coordinator / file)
-
-
-def _check_certificate(site: Provisioning) -> Iterator[CheckResult]:
-    """Check who signed the coordinator's certificate, and for which names."""
-    certificate = read_certificate(site.coordinator / "server.crt")
-    authority = read_certificate(site.folder / "ca.crt")
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        yield CheckResult("fault", "server.crt was not signed by ca.crt", REISSUE_COMMAND)
-    needed = set(list_certificate_names(site.federation.host, site.federation.sans))
-    missing = needed - read_certificate_names(certificate)
-    if missing:
-        names = ", ".join(sorted(missing))
-        message = f"server.crt is not for {names}, which {site.federation_path.name} names"
-        yield CheckResult("fault", message, REISSUE_COMMAND)
-
-
-def _check_file_modes(site: Provisioning) -> Iterator[CheckResult]:
-    private_files = [site.folder / "ca.key"]
-    private_files += [site.coordinator / name for name in ("server.key", *SECRET_FILES, "pgpass")]
-    private_files += [*(site.folder / "keys").glob("*"), *(site.folder / "kits").glob("*")]
-    for path in private_files:
-        if path.exists() and path.stat().st_mode & 0o077:
-            yield CheckResult("fault", f"{path} can be read by others", f"chmod 600 {path}")
-
-
-def _check_enrolment(site: Provisioning, centre: str) -> CheckResult:
-    public = site.public_key_path(centre)
-    if not public.exists():
-        remedy = f"consilium-server provision, or --reissue {centre} if it was revoked"
-        return CheckResult("warning", f"{centre}: not enrolled", remedy)
-    has_kit = (site.folder / "kits" / f"{centre}.tar.gz").exists()
-    kit = "kit ready" if has_kit else "no kit here"
-    return CheckResult("ok", f"{centre}: enrolled with key {key_fingerprint(public.read_text())}, {kit}")
 
 
 def _write_or_offer(path: Path, content: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from common.utils.node_keys import read_public_key, to_pem
 from common.utils.tls_checks import https_client, read_certificate_expiry
 from server.monitoring.health import SuperLinkNode
 from server.operations.local_superlink import QUIET_ENVIRONMENT, SuperLinkAccess, tool_search_path
+from server.operations.provision import REVOKED_SUFFIX
 from server.operations.submission import Submission, submit_run
 from server.run.outcome import record_failure
 
@@ -30,14 +31,9 @@ def sync_nodes(centres: Path, address: str, authority: Path) -> Iterator[str]:
     """Make the SuperLink admit exactly the public keys in the folder `centres`; yields what was changed.
 
     Raises:
-        ConsiliumError: there is no key, or the SuperLink cannot be reached.
+        ConsiliumError: there is no key, two centres have one, or the SuperLink cannot be reached.
     """
-    enrolled = {to_pem(read_public_key(path)): path.stem for path in sorted(centres.glob("*.pub"))}
-    if not enrolled:
-        raise ConsiliumError(
-            f"{centres} holds no centre's public key; `consilium-server provision` writes them to "
-            "coordinator/centres"
-        )
+    enrolled = read_enrolled_keys(centres)
     with connect_control_api(address, authority) as client:
         registered = {node.public_key: node for node in list_node_infos(client)}
         for public_key, centre in enrolled.items():
@@ -48,6 +44,29 @@ def sync_nodes(centres: Path, address: str, authority: Path) -> Iterator[str]:
             if public_key not in enrolled:
                 client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
                 yield f"{node.name or node.node_id}: access revoked"
+
+
+def read_enrolled_keys(centres: Path) -> dict[bytes, str]:
+    """Return {public key: centre} of a folder; {} where all its keys were revoked.
+
+    Raises:
+        ConsiliumError: two centres have one key, or the folder holds no key and none was ever revoked in it:
+        it is the wrong one, and all centres would lose their access.
+    """
+    enrolled: dict[bytes, str] = {}
+    for path in sorted(centres.glob("*.pub")):
+        public_key = to_pem(read_public_key(path))
+        if public_key in enrolled:
+            raise ConsiliumError(
+                f"{enrolled[public_key]} and {path.stem} have one key; revoke both, and give each a new one"
+            )
+        enrolled[public_key] = path.stem
+    if not enrolled and not any(centres.glob(f"*{REVOKED_SUFFIX}")):
+        raise ConsiliumError(
+            f"{centres} holds no centre's public key; `consilium-server provision` writes them to "
+            "coordinator/centres"
+        )
+    return enrolled
 
 
 @contextlib.contextmanager

@@ -79,11 +79,25 @@ def test_node_configuration_takes_precedence_over_the_site_file(tmp_path: Path) 
 
 def test_key_without_a_value_has_its_default(tmp_path: Path) -> None:
     assert parse_site(write_site_file(tmp_path, "centre: north\ndata:\nstate:\n")) == Site(centre="north")
-    assert parse_site(write_site_file(tmp_path, "")) == Site()
 
 
-def test_number_is_accepted_as_a_name(tmp_path: Path) -> None:
-    assert parse_site(write_site_file(tmp_path, "centre: 7\n")) == Site(centre="7")
+@pytest.mark.parametrize("text", ["7", "012", "1.10", "no", "2026-01-01", "[north]"])
+def test_name_that_is_no_text_to_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    """012 would be centre 10, and `no` centre False; in quotes they are names."""
+    with pytest.raises(ConsiliumError, match="no text; put the name in quotes"):
+        parse_site(write_site_file(tmp_path, f"centre: {text}\n"))
+    if text != "[north]":
+        assert parse_site(write_site_file(tmp_path, f'centre: "{text}"\n')).centre == text
+
+
+@pytest.mark.parametrize("text", ["", "data: /data\n", "centre:\n", "centre: null\n", "centre: ''\n"])
+def test_site_file_without_a_name_is_no_simulation(tmp_path: Path, text: str) -> None:
+    """The coordinator would choose the data; a simulation has no site file."""
+    node_config = write_site_file(tmp_path, text)
+    with pytest.raises(ConsiliumError, match="names no centre"):
+        parse_site(node_config)
+    assert parse_site(node_config | {"centre": "north"}).centre == "north"
+    assert parse_site({"partition-id": "2"}) == Site(index=2)
 
 
 @pytest.mark.parametrize(

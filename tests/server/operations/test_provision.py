@@ -20,7 +20,8 @@ from common.utils.errors import ConsiliumError
 from common.utils.node_keys import extract_public_key, generate_key
 from server.operations.certificate_authority import check_certificate_expiry, make_authority, make_certificate
 from server.operations.federation_file import load_federation_file
-from server.operations.provision import check_provisioning, provision_federation, revoke_centre
+from server.operations.provision import provision_federation, revoke_centre
+from server.operations.provision_checks import check_provisioning
 
 YAML = "address: consilium.example.org:443\nsans: [10.0.0.5]\ncentres: {north: {}, south: {device: cpu}}\n"
 
