@@ -107,6 +107,12 @@ def aggregate_round(
         if error:
             raise RunPaused(f"stage '{stage_name}' round {round_number}: {error}")
         mean_delta = _combine_updates(run, stage, updates, group_weights, centre_rounds)
+    if not np.isfinite(mean_delta).all():
+        centres = ", ".join(sorted(updates))
+        raise RunPaused(
+            f"stage '{stage_name}' round {round_number}: the aggregated change is not finite, so one of "
+            f"{centres} sent wrong numbers; find it by excluding one at a time, then resume"
+        )
     model = run.model
     next_weights = server_step(
         model.weights,

@@ -6,7 +6,6 @@ the sum is a secure one (server/run/secure_aggregation.py) and no centre's own r
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 
 from common.learning.metrics import Array
@@ -15,10 +14,10 @@ from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.messages import Request, StatisticsReply, StatisticsRequest, Sums, add_sums
 from common.protocol.sum_key import SumKey
 from server.run.broadcast import send_requests
-from server.run.run_state import Run, RunPaused, record_exclusion, to_refusal
-from server.run.secure_aggregation import NotEnoughCentres, secure_sum
-
-PLAIN_KEY_QUERIES = ("moments", "clusters")  # their sums belong to no cohort: their keys are plain names
+from server.run.expected_sums import require_possible_values
+from server.run.reply_fields import BadReply
+from server.run.run_state import NoCentreReplied, Run, RunPaused, record_exclusion, to_refusal
+from server.run.secure_aggregation import NotEnoughCentres, SecureSumResult, secure_sum
 
 
 def query_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sums:
@@ -35,12 +34,11 @@ def query_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sums:
         return query_secure_sum(run, requests)
     replies = query_replies(run, requests)
     if not replies:
-        raise RunPaused("no centre replied; the ledger has each one's reason: remedy it, then resume")
+        raise NoCentreReplied("no centre replied; the ledger has each one's reason: remedy it, then resume")
     total: Sums = {}
     for centre in sorted(replies):  # in this order, the sum has the same bits whatever the order of arrival
         add_sums(total, replies[centre].sums)
-    request = next(iter(requests.values()))
-    return total if request.name in PLAIN_KEY_QUERIES else drop_malformed_keys(total)
+    return total
 
 
 def query_secure_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sums:
@@ -60,8 +58,21 @@ def query_secure_sum(run: Run, requests: Mapping[str, StatisticsRequest]) -> Sum
         else:
             for centre, refusal in result.dropouts.items():
                 record_exclusion(run, "", 0, centre, refusal)
+            _require_possible_sum(request, result)
             return result.sums
     raise AssertionError("the loop returns or raises in its last pass")
+
+
+def _require_possible_sum(request: StatisticsRequest, result: SecureSumResult) -> None:
+    """Raise RunPaused for values that sums over scans cannot have; nobody can see whose part is wrong."""
+    try:
+        require_possible_values(request, result.sums)
+    except BadReply as fault:
+        centres = ", ".join(result.survivors)
+        raise RunPaused(
+            f"query '{request.name}': {fault} in the secure sum, so one of {centres} sent wrong numbers; "
+            "find it by excluding one at a time, then resume"
+        ) from None
 
 
 def query_per_centre(run: Run, requests: Mapping[str, StatisticsRequest], subject: str) -> Sums:
@@ -73,7 +84,7 @@ def query_per_centre(run: Run, requests: Mapping[str, StatisticsRequest], subjec
     sums: Sums = {}
     for received in send_requests(run, requests):
         if isinstance(received.reply, StatisticsReply):
-            sums |= drop_malformed_keys(received.reply.sums)
+            sums |= received.reply.sums
         else:
             refusal = to_refusal(received.centre, received.reply)
             detail = f"{subject}: {refusal.reason}"
@@ -90,16 +101,6 @@ def query_replies(run: Run, requests: Mapping[str, Request]) -> dict[str, Statis
         else:
             record_exclusion(run, "", 0, received.centre, to_refusal(received.centre, received.reply))
     return replies
-
-
-def drop_malformed_keys(sums: Sums) -> Sums:
-    """Return the sums whose key has the form of a `SumKey`; a faulty or hostile centre may send others."""
-    well_formed = {}
-    for text, array in sums.items():
-        with contextlib.suppress(ValueError):
-            SumKey.parse(text)
-            well_formed[text] = array
-    return well_formed
 
 
 def select_by_cohort(sums: Sums, task: str, statistic: str) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from common.learning.losses import task_label_columns
 from common.privacy.count_noise import count_noise_std
 from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.code_fingerprint import fingerprint_code
-from common.protocol.messages import JoinReply, JoinRequest, Refusal, StatisticsRequest
+from common.protocol.messages import JoinReply, JoinRequest, Refusal, Reply, StatisticsRequest
 from common.protocol.sum_key import LabelCountKey
 from common.utils.errors import ConsiliumError, RefusalCode
 from server.analysis.additive_queries import query_sum
@@ -26,8 +26,9 @@ from server.analysis.federated_clustering import fit_clusters
 from server.analysis.score_tables import create_result
 from server.run.operator_commands import apply_pending_commands
 from server.run.records import FittedTask
-from server.run.run_state import NoLabelledScans, Run, RunPaused, group_by_reason, to_refusal
-from server.run.transport import ReceivedReply
+from server.run.reply_fields import MAX_NAME_LENGTH, make_plain
+from server.run.reply_validation import validate_reply
+from server.run.run_state import NoCentreReplied, NoLabelledScans, Run, RunPaused, group_by_reason, to_refusal
 
 log = logging.getLogger("consilium.server")
 
@@ -47,34 +48,44 @@ def admit_centres(run: Run) -> None:
 
 
 def readmit_centres(run: Run) -> None:
-    """Admit centres that were away and are back."""
+    """Admit centres that were away and are back; not those whose labels cannot be counted."""
     absent = _absent_centres(run)
     if not absent:
         return
     handshake(run, absent, 0.0)
     returned = [centre for centre in absent if centre in run.membership.members]
-    if returned:
+    if not returned:
+        return
+    try:
         collect_counts(run, returned)
+    except NoCentreReplied:  # the others go on; these are asked again before the next round
+        for centre in returned:
+            del run.membership.members[centre]
 
 
 def handshake(run: Run, centres: list[str], timeout: float) -> dict[str, Refusal]:
     """Ask who is there, for up to `timeout` seconds, and return the refusals by centre.
 
-    A centre that runs other code than the coordinator is refused.
+    A centre is refused that runs other code than the coordinator, or whose reply is not valid.
     """
     refusals: dict[str, Refusal] = {}
     started = time.monotonic()
     run.ledger.log_progress(run.run_id, *run.position, "handshake", asked_centres=centres)
-    for received in run.transport.discover(JoinRequest(run.run_id, run.config_values), centres, timeout):
+    request = JoinRequest(run.run_id, run.config_values)
+    for received in run.transport.discover(request, centres, timeout):
         if received is None:
             apply_pending_commands(run)
             continue
-        refusal = _check_join(received)
-        if refusal:
-            refusals[received.centre] = refusal
-        elif received.centre in centres and isinstance(received.reply, JoinReply):
-            run.membership.members[received.centre] = received.reply
-        _log_handshake(run, received.centre, refusals.get(received.centre), time.monotonic() - started)
+        centre = make_plain(received.centre, MAX_NAME_LENGTH)
+        reply = _check_join(run, centre, request, received.reply)
+        if isinstance(reply, JoinReply):
+            if centre not in centres:
+                log.info("%s takes no part in this run", centre)
+                continue
+            run.membership.members[centre] = reply
+        else:
+            refusals[centre] = reply
+        _log_handshake(run, centre, refusals.get(centre), time.monotonic() - started)
     run.membership.refusals |= refusals
     for centre, refusal in refusals.items():
         run.ledger.log_event(run.run_id, "refused", refusal.reason, centre, refusal.code)
@@ -82,16 +93,19 @@ def handshake(run: Run, centres: list[str], timeout: float) -> dict[str, Refusal
     return refusals
 
 
-def _check_join(received: ReceivedReply) -> Refusal | None:
-    """Return why a node cannot take part; None where it can."""
-    reply = received.reply
+def _check_join(run: Run, centre: str, request: JoinRequest, reply: Reply) -> JoinReply | Refusal:
+    """Return the reply with which a centre joins; a refusal where it cannot take part."""
+    reply = validate_reply(run, centre, request, reply)
     if not isinstance(reply, JoinReply):
-        return to_refusal(received.centre, reply)
+        return to_refusal(centre, reply)
+    if centre in run.membership.members:
+        reason = "a second node says that it is this centre; the first one remains"
+        return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
     here = fingerprint_code()
     if reply.fingerprint == here:
-        return None
+        return reply
     reason = f"runs other code ({reply.fingerprint}, here {here}); install the same version"
-    return Refusal(received.centre, reason, code=RefusalCode.BAD_REPLY)
+    return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
 
 
 def _log_handshake(run: Run, centre: str, refusal: Refusal | None, seconds: float) -> None:

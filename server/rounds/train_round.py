@@ -183,8 +183,8 @@ def process_reply(
     try:
         reply = decode_reply(reply, layout, select_codec(run.config))
         record.reason = _find_update_error(run, stage, reply)
-    except (KeyError, ValueError) as error:
-        record.reason = f"cannot be decoded: {error}"
+    except ValueError:
+        record.reason = "bad reply: encoded_delta codes cannot be unpacked"
     if record.reason:
         record.accepted = False
         record.code = RefusalCode.BAD_REPLY
@@ -204,9 +204,8 @@ def process_reply(
 
 def _find_update_error(run: Run, stage: ActiveStage, reply: TrainReply) -> str:
     """Return why a decoded update cannot be used, or ""."""
-    layout = run.model.layout
-    error = find_validation_error(reply, layout, expect_empty=stage.local_only or uses_secure_sum(run, stage))
-    return error or find_leaked_layers(reply, run.model.weights, layout, stage.settings.local_layers)
+    leaked = find_leaked_layers(reply, run.model.weights, run.model.layout, stage.settings.local_layers)
+    return find_validation_error(reply) or leaked
 
 
 def _mean_loss(reply: TrainReply) -> float | None:

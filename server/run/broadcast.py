@@ -31,6 +31,7 @@ from common.protocol.messages import (
 from common.protocol.update_codec import apply_update, encode_update, select_codec
 from common.utils.errors import RefusalCode
 from server.run.operator_commands import apply_pending_commands
+from server.run.reply_validation import validate_reply
 from server.run.run_state import Run, ServerStep
 from server.run.transport import ReceivedReply
 
@@ -144,7 +145,7 @@ def _note_held_weights(run: Run, received: ReceivedReply, request: Request, dige
 
 
 def collect_replies(run: Run, requests: Mapping[str, Request], is_retry: bool) -> Iterator[ReceivedReply]:
-    """Send requests and yield the replies, each written to the ledger as it arrives.
+    """Send requests and yield the replies, each validated and written to the ledger as it arrives.
 
     Operators' commands take effect in the meantime: a stop ends the run, an excluded centre is no longer
     waited for.
@@ -167,6 +168,9 @@ def collect_replies(run: Run, requests: Mapping[str, Request], is_retry: bool) -
                 break
             continue
         waiting.discard(received.centre)
+        reply = validate_reply(run, received.centre, requests[received.centre], received.reply)
+        received = replace(received, reply=reply)
+        del reply
         if received.centre in excluded:
             received = replace(received, reply=_exclusion_refusal(run, received.centre))
         _log_reply(run, activity, received, time.monotonic() - started)

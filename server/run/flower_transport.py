@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
@@ -16,9 +15,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
 from common.protocol.flower_records import from_records, to_records
-from common.protocol.message_packing import pack_message
-from common.protocol.messages import JoinReply, JoinRequest, Refusal, Reply, Request, TrainRequest
+from common.protocol.message_packing import MalformedMessageError, pack_message
+from common.protocol.messages import JoinReply, Refusal, Reply, Request, TrainRequest
 from common.utils.errors import RefusalCode
+from server.run.node_directory import NodeDirectory, WrongSender
 from server.run.run_state import RunPaused
 from server.run.stop_signal import StopSignal
 from server.run.transport import ReceivedReply
@@ -45,30 +45,6 @@ FLOWER_ERRORS = {  # by Flower's error code
     3: FlowerError("the node's message was lost", RefusalCode.OFFLINE),
     5: FlowerError("the centre's connection was lost", RefusalCode.OFFLINE),
 }
-
-
-@dataclass
-class NodeDirectory:
-    """Which node is which centre, as far as a run has found out."""
-
-    run_id: str = ""  # every run of a cross-validation asks the nodes anew
-    node_ids: dict[str, int] = field(default_factory=dict)  # by centre
-    ineligible: set[int] = field(default_factory=set)  # nodes that have no part in this run
-
-    def forget_expected(self, expected: list[str]) -> None:
-        """Ask again who was refused or is expected again: the fault may have been remedied since."""
-        self.ineligible.clear()
-        for centre in expected:
-            self.node_ids.pop(centre, None)
-
-    def has_all(self, expected: list[str]) -> bool:
-        """Return whether every expected centre has a node."""
-        return all(centre in self.node_ids for centre in expected)
-
-    def is_exhausted(self, expected: list[str]) -> bool:
-        """Return whether as many nodes have replied as are expected, some of which decline."""
-        num_replied = len(self.node_ids) + len(self.ineligible)
-        return bool(self.ineligible) and num_replied >= len(expected)
 
 
 class FlowerTransport:
@@ -117,24 +93,28 @@ class FlowerTransport:
             time.sleep(DISCOVERY_INTERVAL)
 
     def _ask_new_nodes(self, request: Request, pending: dict[str, int]) -> None:
-        known_node_ids = {*self.directory.node_ids.values(), *pending.values(), *self.directory.ineligible}
-        for node in self._online_nodes():
-            if node not in known_node_ids:
-                pending[self._push_message(request, node, JOIN_MESSAGE_TTL)] = node
+        for node in self._online_nodes() - self.directory.known_node_ids - set(pending.values()):
+            pending[self._push_message(request, node, JOIN_MESSAGE_TTL)] = node
 
     def _receive_joins(self, pending: dict[str, int]) -> Iterator[ReceivedReply]:
         """Yield the replies to join requests that have arrived, and remove them from `pending`."""
         for message_id in list(pending):
             for message in self._pull_messages(message_id):
                 node = pending.pop(message_id)
-                reply = _to_reply(message)
-                if isinstance(reply, JoinReply) and reply.centre:
-                    self.directory.node_ids[reply.centre] = node
-                    yield ReceivedReply(reply.centre, reply)
-                    continue
-                self.directory.ineligible.add(node)
-                if isinstance(reply, Refusal):
-                    yield ReceivedReply(reply.centre or f"node {node}", reply)
+                yield self._identify_sender(node, to_reply(message))
+
+    def _identify_sender(self, node: int, reply: Reply) -> ReceivedReply:
+        """Return a reply to a join request under the name of the centre that the node is."""
+        try:
+            centre = self.directory.identify(node, reply.centre)
+        except WrongSender as error:
+            self.directory.impostors.add(node)
+            return ReceivedReply(error.centre, Refusal(error.centre, str(error), code=RefusalCode.BAD_REPLY))
+        if isinstance(reply, JoinReply):
+            self.directory.node_ids[centre] = node
+        else:
+            self.directory.ineligible.add(node)
+        return ReceivedReply(centre, reply)
 
     # --- requests and replies
 
@@ -183,7 +163,7 @@ class FlowerTransport:
     def _poll_reply(self, message_id: str, centre: str, bytes_down: int) -> ReceivedReply | None:
         """Return the reply to a message if it has arrived."""
         for message in self._pull_messages(message_id):
-            reply = _to_reply(message)
+            reply = to_reply(message)
             return ReceivedReply(centre, reply, _count_bytes(reply), bytes_down)
         return None
 
@@ -198,7 +178,10 @@ class FlowerTransport:
         return self._call_superlink(lambda: list(self.grid.pull_messages([message_id])))
 
     def _online_nodes(self) -> set[int]:
-        return self._call_superlink(lambda: set(self.grid.get_node_ids()))
+        """Return the nodes that are connected, and note under which names their keys are registered."""
+        nodes = self._call_superlink(lambda: list(self.grid.get_nodes()))
+        self.directory.note_registrations({node.node_id: node.name for node in nodes})
+        return {node.node_id for node in nodes}
 
     def _call_superlink(self, call: Callable[[], T]) -> T:
         """Return what the call returns.
@@ -252,7 +235,7 @@ def _count_bytes(message: Request | Reply) -> int:
     return sum(array.nbytes for array in pack_message(message)[0].values())
 
 
-def _to_reply(message: Message) -> Reply:
+def to_reply(message: Message) -> Reply:
     """Return a message's reply; a Refusal for Flower's own errors and for anything malformed."""
     if message.has_error():
         unknown = FlowerError(f"Flower error {message.error.code}", RefusalCode.ERROR)
@@ -260,9 +243,8 @@ def _to_reply(message: Message) -> Reply:
         return Refusal("", error.reason, code=error.code)
     try:
         reply = from_records(message.content)
-    except (KeyError, TypeError, ValueError) as exception:
-        reason = f"malformed reply ({type(exception).__name__}: {exception})"
-        return Refusal("", reason, code=RefusalCode.BAD_REPLY)
-    if isinstance(reply, JoinRequest | TrainRequest):
-        return Refusal("", "a request instead of a reply", code=RefusalCode.BAD_REPLY)
-    return reply  # type: ignore[return-value]
+    except MalformedMessageError as malformed:
+        return Refusal("", f"bad reply: {malformed}", code=RefusalCode.BAD_REPLY)
+    if not isinstance(reply, Reply):
+        return Refusal("", "bad reply: it is a request", code=RefusalCode.BAD_REPLY)
+    return reply

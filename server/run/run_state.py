@@ -34,6 +34,10 @@ class RunStopped(RunPaused):
     """An operator stopped the run; it can be resumed like a paused one."""
 
 
+class NoCentreReplied(RunPaused):
+    """None of the centres that were asked has sent a usable reply."""
+
+
 class NoLabelledScans(ConsiliumError):
     """No centre that may train has a label for a task."""
 

@@ -35,11 +35,9 @@ from common.protocol.messages import (
 )
 from common.utils.errors import ConsiliumError, RefusalCode
 from server.run.broadcast import send_requests
-from server.run.run_state import Run, RunPaused, group_by_reason, to_refusal
-
-PUBLIC_KEYS_SHAPE = (96,)  # bytes: two X25519 keys and a digest
-SEED_BYTES = 16  # of a survivor's own mask
-PRIVATE_KEY_BYTES = 32  # of a dropout's key to the masks that it shares with others
+from server.run.reply_fields import BadReply, require_array
+from server.run.reply_validation import bad_reply
+from server.run.run_state import Run, RunPaused, group_by_reason
 
 
 class NotEnoughCentres(ConsiliumError):
@@ -156,8 +154,7 @@ def select_roster(
     roster: dict[str, ByteArray] = {}
     for centre, reply in sorted(key_replies.items()):
         keys = reply.public_keys
-        is_valid = keys is not None and keys.dtype == np.uint8 and keys.shape == PUBLIC_KEYS_SHAPE
-        if keys is None or not is_valid or reply.sum_id != sum_id:
+        if keys is None or reply.sum_id != sum_id:
             dropouts[centre] = Refusal(
                 centre,
                 "means another sum than the others: it received other settings or weights, "
@@ -175,10 +172,8 @@ def _exchange_shares(secure: SumInProgress) -> None:
     request = ShareKeysRequest(run.run_id, run.config_values, secure.sum_id, secure.roster)
     requests = dict.fromkeys(secure.roster, request)
     for centre, reply in collect_step_replies(run, requests, secure.dropouts):
-        if isinstance(reply, ShareKeysReply) and reply.shares.keys() == secure.roster.keys() - {centre}:
+        if isinstance(reply, ShareKeysReply):
             secure.encrypted_shares[centre] = reply.shares
-        else:
-            secure.dropouts[centre] = to_refusal(centre, reply)
 
 
 def _add_masked_inputs(secure: SumInProgress) -> None:
@@ -189,10 +184,13 @@ def _add_masked_inputs(secure: SumInProgress) -> None:
         shares = _shares_for(secure, centre)
         requests[centre] = MaskedInputRequest(run.run_id, run.config_values, secure.sum_id, shares)
     for centre, reply in collect_step_replies(run, requests, secure.dropouts):
-        refusal = _check_masked_input(secure, centre, reply)
-        if refusal:
-            secure.dropouts[centre] = refusal
-        elif isinstance(reply, MaskedInputReply):
+        if not isinstance(reply, MaskedInputReply):
+            continue
+        try:
+            _require_masked_input(secure, reply)
+        except BadReply as fault:
+            secure.dropouts[centre] = bad_reply(centre, str(fault))
+        else:
             secure.values += secure_aggregation.unpack_ring_values(reply.values, secure.bytes_per_value)
             secure.fixed_point_sums += reply.fixed_point_sums
             secure.survivors.append(centre)
@@ -205,19 +203,11 @@ def _shares_for(secure: SumInProgress, receiver: str) -> dict[str, ByteArray]:
     return {sender: shares[sender][receiver] for sender in shares if sender != receiver}
 
 
-def _check_masked_input(secure: SumInProgress, centre: str, reply: Reply) -> Refusal | None:
-    """Return why a reply cannot be added to the sum; None where it can."""
-    if not isinstance(reply, MaskedInputReply):
-        return to_refusal(centre, reply)
+def _require_masked_input(secure: SumInProgress, reply: MaskedInputReply) -> None:
+    """Require as many masked numbers as the sum has. Raises BadReply."""
     num_bytes = secure.values.size * secure.bytes_per_value
-    if reply.values.shape != (num_bytes,) or reply.values.dtype != np.uint8:
-        reason = f"wrong shape: {reply.values.size} bytes instead of {num_bytes}"
-        return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
-    sums = reply.fixed_point_sums
-    if sums.shape != secure.fixed_point_sums.shape or sums.dtype != np.uint64:
-        reason = f"wrong shape: {sums.size} sums instead of {secure.fixed_point_sums.size}"
-        return Refusal(centre, reason, code=RefusalCode.BAD_REPLY)
-    return None
+    require_array("values", reply.values, "uint8", (num_bytes,))
+    require_array("fixed_point_sums", reply.fixed_point_sums, "uint64", secure.fixed_point_sums.shape)
 
 
 def _collect_revealed_shares(secure: SumInProgress) -> None:
@@ -226,10 +216,12 @@ def _collect_revealed_shares(secure: SumInProgress) -> None:
     request = UnmaskRequest(run.run_id, run.config_values, secure.sum_id, secure.survivors)
     requests = dict.fromkeys(secure.survivors, request)
     for centre, reply in collect_step_replies(run, requests, secure.dropouts):
-        if isinstance(reply, UnmaskReply) and reply.shares.keys() == secure.encrypted_shares.keys():
+        if not isinstance(reply, UnmaskReply):
+            continue
+        if reply.shares.keys() == secure.encrypted_shares.keys():
             secure.revealed[centre] = reply
         else:
-            secure.dropouts[centre] = to_refusal(centre, reply)
+            secure.dropouts[centre] = bad_reply(centre, "shares are not of the centres that began the sum")
 
 
 def _remove_all_masks(secure: SumInProgress) -> None:
@@ -247,7 +239,7 @@ def _remove_all_masks(secure: SumInProgress) -> None:
 
 def _remove_own_mask(secure: SumInProgress, survivor: str, helpers: Mapping[str, UnmaskReply]) -> None:
     """Subtract the mask that a survivor added to its numbers."""
-    seed = _combine_shares(secure, survivor, helpers, SEED_BYTES)
+    seed = _combine_shares(secure, survivor, helpers)
     keys = secure_aggregation.parse_public_keys(secure.roster[survivor])
     if hashlib.sha256(seed).digest() != keys.seed_digest:
         raise _inconsistent_shares(survivor, helpers)
@@ -257,9 +249,9 @@ def _remove_own_mask(secure: SumInProgress, survivor: str, helpers: Mapping[str,
 
 def _remove_pairwise_masks(secure: SumInProgress, dropout: str, helpers: Mapping[str, UnmaskReply]) -> None:
     """Subtract the masks that the survivors share with a dropout, which its own would have cancelled."""
-    private_key = _combine_shares(secure, dropout, helpers, PRIVATE_KEY_BYTES)
+    private_key = _combine_shares(secure, dropout, helpers)
     keys = secure_aggregation.parse_public_keys(secure.roster[dropout])
-    if not private_key or secure_aggregation.derive_public_key(private_key) != keys.mask_key:
+    if secure_aggregation.derive_public_key(private_key) != keys.mask_key:
         raise _inconsistent_shares(dropout, helpers)
     context = secure_aggregation.hash_mask_context(
         secure.sum_id, secure.roster, sorted(secure.encrypted_shares)
@@ -271,14 +263,10 @@ def _remove_pairwise_masks(secure: SumInProgress, dropout: str, helpers: Mapping
         secure_aggregation.add_mask(seed, sign, secure.fixed_point_sums, secure.values)
 
 
-def _combine_shares(
-    secure: SumInProgress, centre: str, helpers: Mapping[str, UnmaskReply], num_bytes: int
-) -> bytes:
-    """Return a centre's secret from the helpers' shares of it; empty where a share has another length."""
+def _combine_shares(secure: SumInProgress, centre: str, helpers: Mapping[str, UnmaskReply]) -> bytes:
+    """Return a centre's secret from the helpers' shares of it."""
     share_numbers = {name: number for number, name in enumerate(sorted(secure.roster), 1)}
     shares = {share_numbers[name]: reply.shares[centre].tobytes() for name, reply in helpers.items()}
-    if any(len(share) != num_bytes for share in shares.values()):
-        return b""
     return secure_aggregation.shamir_combine(shares)
 
 

@@ -47,7 +47,7 @@ def make_reply(layout: Layout, number: int, delta: np.ndarray) -> TrainReply:
 
 def receive(reply: TrainReply, layout: Layout, folder: Path, updates: list[StoredUpdate]) -> None:
     """Validate and store a reply, as the coordinator does."""
-    find_validation_error(reply, layout, False)
+    find_validation_error(reply)
     updates.append(store_update(reply, layout, folder))
 
 

@@ -86,7 +86,7 @@ def answer(index: int, request: Request) -> Reply:
     for name, task in config.tasks.items():
         if request.name == "counts":
             sums |= count_labels(centre, name, task)
-        else:
+        elif request.name == "scores":
             sums |= score_task(centre, name, task, config.evaluation.histogram_bins)
     return StatisticsReply(centre, sums)
 
@@ -120,7 +120,7 @@ def score_task(centre: str, task_name: str, task: Task, histogram_bins: int) -> 
     loss = np.array([40.0, 80.0])
     if task.type == "binary":
         histogram_key = str(SumKey(centre, task_name, "hist"))
-        return {histogram_key: np.full((2, histogram_bins), 0.25), loss_key: loss}
+        return {histogram_key: np.ones((2, histogram_bins)), loss_key: loss}
     confusion_key = str(SumKey(centre, task_name, "confusion"))
     return {confusion_key: np.eye(len(class_names(task_name, task))) * 10, loss_key: loss}
 

@@ -11,11 +11,12 @@ import time
 from typing import Any
 
 import pytest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.protocol.flower_records import from_records, to_records
 from common.protocol.messages import JoinReply, JoinRequest, Refusal
-from common.utils.errors import ConsiliumError
+from common.utils.errors import ConsiliumError, RefusalCode
 from server.app import drop_traceback
 from server.run import flower_transport
 from server.run.flower_transport import FlowerTransport
@@ -40,8 +41,8 @@ class FakeGrid:
     def __init__(self) -> None:
         self.sent: dict[str, FakeMessage] = {}
 
-    def get_node_ids(self) -> list[int]:
-        return [1, 2]
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=1), NodeInfo(node_id=2)]
 
     def push_messages(self, messages: list[FakeMessage]) -> list[str]:
         names = [str(len(self.sent) + k) for k in range(len(messages))]
@@ -59,10 +60,23 @@ class FakeGrid:
         return replies
 
 
+class RegisteredGrid(FakeGrid):
+    """Three nodes that all say they are north; their keys are registered, or are not, under these names."""
+
+    names = ("", "", "")
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=number, name=name) for number, name in enumerate(self.names, 1)]
+
+    def pull_messages(self, ids: list[str]) -> list[FakeMessage]:
+        reply = JoinReply("north", ["north"], "f", [], [], {}, {}, {}, "cpu")
+        return [FakeMessage(to_records(reply)) for _ in ids]
+
+
 class SilentGrid(FakeGrid):
     """A SuperLink that is away: no call returns."""
 
-    def get_node_ids(self) -> list[int]:
+    def get_nodes(self) -> list[NodeInfo]:
         time.sleep(60)
         return []
 
@@ -79,6 +93,29 @@ def test_every_run_of_a_cross_validation_asks_the_nodes_anew(monkeypatch: pytest
         # Within a run, a centre that has joined is not asked again; one that was refused is.
         again = [r for r in transport.discover(JoinRequest(run_id, {}), ["south"], 0.0) if r]
         assert [received.centre for received in again] == ["node 2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("", "", ""), {"north": 1, "node 2": 0, "node 3": 0}),  # a simulation: the first remains
+        (("", "north", "south"), {"node 1": 0, "north": 2, "south": 0}),  # the key decides
+    ],
+)
+def test_no_node_takes_the_name_of_another_centre(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str], expected: dict[str, int]
+) -> None:
+    monkeypatch.setattr(flower_transport, "Message", FakeMessage)
+    grid = RegisteredGrid()
+    grid.names = names
+    transport = FlowerTransport(grid)  # type: ignore[arg-type]
+    received = [r for r in transport.discover(JoinRequest("r", {}), ["north", "south"], 0.0) if r]
+    assert [reply.centre for reply in received] == list(expected)
+    joined = [reply.centre for reply in received if isinstance(reply.reply, JoinReply)]
+    assert transport.directory.node_ids == {"north": expected["north"]}
+    assert joined == ["north"]
+    refused = [reply.reply for reply in received if isinstance(reply.reply, Refusal)]
+    assert {refusal.code for refusal in refused} == {RefusalCode.BAD_REPLY}
 
 
 def test_unreachable_superlink_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

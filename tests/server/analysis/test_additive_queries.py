@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.analysis.additive_queries import drop_malformed_keys, select_by_cohort
-
-
-def test_sums_with_malformed_keys_are_dropped() -> None:
-    sums = {text: np.ones(1) for text in ("north/covid/hist", "hist", "north/covid", "a/b/c/hist", "")}
-    assert drop_malformed_keys(sums).keys() == {"north/covid/hist"}
+from server.analysis.additive_queries import select_by_cohort
 
 
 def test_a_statistic_is_selected_in_the_order_of_the_keys() -> None:

@@ -96,7 +96,7 @@ def test_unusable_updates_are_left_out_with_the_reason(phantom: Path, tmp_path: 
     assert reasons[1, "north"] == "not finite"
     assert "times the others' median" in reasons[1, "east"]
     assert "no reply within" in reasons[2, "south"]
-    assert "cannot be decoded" in reasons[2, "west"]
+    assert "encoded_delta does not have the arrays codes" in reasons[2, "west"]
     codes = {(left.round, left.centre): left.code for left in result.left_out}
     assert codes == {
         (1, "north"): RefusalCode.BAD_REPLY,

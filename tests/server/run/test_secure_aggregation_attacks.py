@@ -36,6 +36,7 @@ from tests.server.run.five_centre_sums import (
     LAYOUT,
     MODEL_SCOPE,
     NAMES,
+    add_counts,
     make_counts,
     make_updates,
     mask_updates,
@@ -222,19 +223,30 @@ def cut_off(share: np.ndarray) -> np.ndarray:
     return share[:5]
 
 
-@pytest.mark.parametrize("corrupt", [flip_bits, cut_off])
-def test_corrupt_shares_are_detected(tmp_path: Path, corrupt: Callable[[np.ndarray], np.ndarray]) -> None:
-    class CorruptWire(Wire):
-        def send_and_receive(
-            self, requests: Mapping[str, Request], timeout: float
-        ) -> Iterator[ReceivedReply]:
-            for received in super().send_and_receive(requests, timeout):
-                if isinstance(received.reply, UnmaskReply) and received.centre == "north":
-                    received.reply.shares["west"] = corrupt(received.reply.shares["west"])
-                yield received
+class CorruptWire(Wire):
+    """A federation in which north reveals a wrong share of west's secret."""
 
+    corrupt: Callable[[np.ndarray], np.ndarray] = staticmethod(flip_bits)
+
+    def send_and_receive(self, requests: Mapping[str, Request], timeout: float) -> Iterator[ReceivedReply]:
+        for received in super().send_and_receive(requests, timeout):
+            if isinstance(received.reply, UnmaskReply) and received.centre == "north":
+                received.reply.shares["west"] = self.corrupt(received.reply.shares["west"])
+            yield received
+
+
+def test_corrupt_shares_are_detected(tmp_path: Path) -> None:
     with pytest.raises(RunPaused, match="the shares of west's secret do not fit together"):
         sum_counts(CorruptWire(tmp_path, ALL_SCOPE), make_counts(1))
+
+
+def test_shares_of_another_length_are_left_out_and_the_others_open_the_sum(tmp_path: Path) -> None:
+    wire = CorruptWire(tmp_path, ALL_SCOPE)
+    wire.corrupt = cut_off
+    counts = make_counts(1)
+    result = sum_counts(wire, counts)
+    assert result.survivors == sorted(NAMES)
+    np.testing.assert_array_equal(result.sums["all/train/covid"], add_counts(counts, NAMES))
 
 
 def test_numbers_that_cannot_be_summed_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
