@@ -63,6 +63,7 @@ def collect_run_alerts(
         *check_round_timeout(status),
         *check_epsilon_limits(ledger, row, centres),
         *check_score_drop(status, history),
+        *check_reports(centres),
     ]
 
 
@@ -149,6 +150,17 @@ def check_score_drop(status: CurrentStatus, history: ScoreHistory) -> list[Alert
     drop = format_number_or_dash(-change)
     metric = label_metric(history.metric)
     return [Alert(AlertLevel.WARNING, f"The worst centre's {metric} fell by {drop} in the last rounds")]
+
+
+def check_reports(centres: Sequence[CentreHealth]) -> list[Alert]:
+    """Report each centre that said something of itself that cannot be shown."""
+    alerts = []
+    for centre in centres:
+        if centre.report and centre.report.unusable_fields:
+            fields = ", ".join(centre.report.unusable_fields)
+            text = f"{centre.centre} reported values that are not valid and are not shown: {fields}"
+            alerts.append(Alert(AlertLevel.WARNING, text))
+    return alerts
 
 
 def check_certificates(expiries: Mapping[str, datetime]) -> list[Alert]:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 RECONNECT_TIMEOUT = 300.0  # seconds to wait for a database that was reachable before
 RECONNECT_INTERVAL = 2.0  # seconds between two attempts
+UNSTORABLE_IN_JSON = re.compile(r"\\u(0000|d[89a-f])")  # also in pairs of surrogates, which are kept
 log = logging.getLogger("consilium.server")
 
 
@@ -228,20 +230,30 @@ def insert_batches(
     return count
 
 
-def replace_non_finite(value: Any) -> Any:
-    """Return the value with None for NaN and infinity, which SQL and JSON lack, also in nested dicts."""
+def make_storable(value: Any) -> Any:
+    """Return a value as SQL and JSON can hold it, also inside dicts and lists.
+
+    NaN and infinity become None, and characters that are no text are replaced (`PlainText`).
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return tables.replace_unstorable(value)
     if isinstance(value, dict):
-        return {key: replace_non_finite(item) for key, item in value.items()}
+        return {make_storable(key): make_storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_storable(item) for item in value]
     return value
 
 
 def _dump_json(value: Any) -> str:
     try:
-        return json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False)
     except ValueError:
-        return json.dumps(replace_non_finite(value))
+        return json.dumps(make_storable(value))
+    if UNSTORABLE_IN_JSON.search(text):
+        return json.dumps(make_storable(value))
+    return text
 
 
 def _first_line(error: SQLAlchemyError) -> str:

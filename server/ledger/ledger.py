@@ -24,6 +24,7 @@ from server.ledger.database import (
     exclusive_lock,
     insert_batches,
     iterate_batches,
+    make_storable,
     read_as_of_now,
     retry_once,
 )
@@ -192,7 +193,8 @@ class Ledger(LedgerReader):
                 "centre": centre,
                 "reason": reason,
             }
-            connection.execute(tables.audit.insert(), seal_entry(entry, last_hash or GENESIS_HASH))
+            sealed = seal_entry(make_storable(entry), last_hash or GENESIS_HASH)
+            connection.execute(tables.audit.insert(), sealed)
 
     @retry_once
     def add_account(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from server.ledger import tables
-from server.ledger.database import replace_non_finite
+from server.ledger.database import make_storable
 from server.ledger.reader import Row
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def make_contribution_rows(keys: Row, closed_round: ClosedRound) -> list[Row]:
     rows = []
     for centre, contribution in closed_round.centres.items():
         values = dataclasses.asdict(contribution)
-        fields = {name: replace_non_finite(values[name]) for name in CONTRIBUTION_FIELDS}
+        fields = {name: make_storable(values[name]) for name in CONTRIBUTION_FIELDS}
         rows.append({**keys, "centre": centre, **fields})
     return rows
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from common.config.names import MAX_LIST_LENGTH, MAX_TEXT_LENGTH
 from common.config.schema import Config
 from common.learning.losses import class_names
 from common.protocol.sum_key import LabelCountKey
 from server.ledger.ledger import Ledger
+from server.run.reply_fields import (
+    MAX_ENTRIES,
+    MAX_SENTENCE_LENGTH,
+    BadReply,
+    require_counts_by_name,
+    require_number,
+    require_settings,
+    require_text,
+    require_texts,
+)
 
 
 @dataclass
@@ -29,6 +38,7 @@ class CentreReport:
     device: str = ""
     policy: dict[str, Any] = field(default_factory=dict)  # as in policy.yaml; {}: everything is allowed
     joined_at: datetime | None = None
+    unusable_fields: list[str] = field(default_factory=list)  # what it reported, and cannot be shown
 
     @property
     def num_skipped(self) -> int:
@@ -38,8 +48,10 @@ class CentreReport:
     @property
     def epsilon_limit(self) -> float | None:
         """Return the privacy loss that the policy allows each patient over all runs; None: no limit."""
-        limit: float | None = self.policy.get("epsilon")
-        return limit
+        limit = self.policy.get("epsilon")
+        if isinstance(limit, bool) or not isinstance(limit, int | float):
+            return None
+        return float(limit)
 
     def task_counts(self, task: str) -> dict[LabelCountKey, list[float]]:
         """Return the label counts of one task, by cohort and split."""
@@ -51,15 +63,70 @@ class CentreReport:
         return counts
 
 
-_report = TypeAdapter(CentreReport)
+def _require_label_counts(field_name: str, counts: object) -> None:
+    """Require {LabelCountKey as text: numbers of scans}, as many for each key of a task."""
+    if not isinstance(counts, dict):
+        raise BadReply(f"{field_name} is not a dict")
+    lengths: dict[str, int] = {}
+    for text, scans in counts.items():
+        if not isinstance(text, str) or text.count("/") != 2 or not isinstance(scans, list):
+            raise BadReply(f"{field_name} has an entry of another form")
+        for number in scans:
+            require_number(field_name, number)
+        if lengths.setdefault(LabelCountKey.parse(text).task, len(scans)) != len(scans):
+            raise BadReply(f"{field_name} has entries of different lengths")
+
+
+def _require_named_counts(field_name: str, counts: object) -> None:
+    require_counts_by_name(field_name, counts, MAX_ENTRIES, MAX_SENTENCE_LENGTH)
+
+
+def _require_sources(field_name: str, sources: object) -> None:
+    require_texts(field_name, sources, MAX_LIST_LENGTH, MAX_TEXT_LENGTH)
+
+
+def _require_dict_of_settings(field_name: str, settings: object) -> None:
+    if not isinstance(settings, dict):
+        raise BadReply(f"{field_name} is not a dict")
+    require_settings(field_name, settings)
+
+
+FIELD_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "counts": _require_label_counts,
+    "scans": _require_named_counts,
+    "skipped": _require_named_counts,
+    "sources": _require_sources,
+    "versions": _require_dict_of_settings,
+    "device": require_text,
+    "policy": _require_dict_of_settings,
+}
 
 
 def load_centre_reports(ledger: Ledger, run_id: str) -> dict[str, CentreReport]:
     """Return {centre: what it reported when it last joined}."""
     reports = {}
     for row in ledger.read_centres(run_id):
-        reports[row["centre"]] = _report.validate_python({**row["metadata"], "joined_at": row["time"]})
+        reports[row["centre"]] = parse_report(row["metadata"], row["time"])
     return reports
+
+
+def parse_report(metadata: Mapping[str, object], joined_at: datetime) -> CentreReport:
+    """Return a centre's report without the fields whose values cannot be shown.
+
+    The coordinator validates replies since 0.2.0 (server/run/reply_validation.py); an older ledger may hold
+    anything.
+    """
+    report = CentreReport(joined_at=joined_at)
+    for name, check in FIELD_CHECKS.items():
+        if name not in metadata:
+            continue
+        try:
+            check(name, metadata[name])
+        except BadReply:
+            report.unusable_fields.append(name)
+        else:
+            setattr(report, name, metadata[name])
+    return report
 
 
 def list_sources(reports: Iterable[CentreReport]) -> set[str]:

@@ -16,6 +16,7 @@ MAX_COUNT = 10**12  # of anything that is counted; products of two such counts a
 MAX_NUMBER = 1e30  # of any other number; its square is finite
 MAX_NAME_LENGTH = 100  # characters of a name, a version or a device
 MAX_SENTENCE_LENGTH = 500  # characters of a reason or a note
+MAX_ENTRIES = 64  # of a dict or list that people read
 REPLACEMENT = "\ufffd"
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from common.config.names import MAX_LIST_LENGTH, MAX_TEXT_LENGTH, is_plain_text
 from common.config.normalise import stage_tasks
 from common.config.schema import Config
 from common.learning.losses import task_label_columns
@@ -52,6 +53,7 @@ from common.utils.errors import RefusalCode
 from server.run.expected_sums import expected_sums, require_expected_sums
 from server.run.reply_fields import (
     MAX_COUNT,
+    MAX_ENTRIES,
     MAX_SENTENCE_LENGTH,
     BadReply,
     make_plain,
@@ -76,8 +78,6 @@ REPLY_TYPES: dict[type, type] = {
     MaskedInputRequest: MaskedInputReply,
     UnmaskRequest: UnmaskReply,
 }
-MAX_SOURCES = 256  # of one centre; each is a class of a task that tells sources apart
-MAX_ENTRIES = 64  # of a dict or list that people read
 SUM_ID_LENGTH = 200  # characters
 SEED_SHARE_BYTES = 16  # of a survivor's own mask
 KEY_SHARE_BYTES = 32  # of a dropout's key to the masks that it shares with others
@@ -140,7 +140,7 @@ def _require_join(config: Config, reply: JoinReply) -> None:
     if not reply.cohorts:
         raise BadReply("cohorts is empty")
     require_text("fingerprint", reply.fingerprint)
-    require_texts("sources", reply.sources, MAX_SOURCES)
+    _require_sources(config, reply.sources, len(own_cohorts))
     requested_columns: list[str] = []
     for name, task in config.tasks.items():
         requested_columns += task_label_columns(name, task)
@@ -155,6 +155,14 @@ def _require_join(config: Config, reply: JoinReply) -> None:
     require_text("device", reply.device)
     require_texts("notes", reply.notes, MAX_ENTRIES, MAX_SENTENCE_LENGTH)
     require_settings("policy", reply.policy)
+
+
+def _require_sources(config: Config, sources: list[str], num_cohorts: int) -> None:
+    """Require names that can be classes; those of all centres together are the classes of one task."""
+    most = max(1, min(MAX_ENTRIES, MAX_LIST_LENGTH // len(config.federation.centres)))
+    require_texts("sources", sources, most * num_cohorts, MAX_TEXT_LENGTH)
+    if not all(map(is_plain_text, sources)):
+        raise BadReply("sources has a name that cannot be the name of a class")
 
 
 # --- sums over scans --------------------------------------------------------------------------------------

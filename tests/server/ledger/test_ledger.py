@@ -8,6 +8,7 @@ import math
 import pytest
 
 from common.utils.errors import RefusalCode
+from server.ledger.audit_trail import first_broken_link
 from server.ledger.ledger import Ledger
 from server.run.records import CentreScores, TaskScores, parse_task_scores
 from tests.server.ledger.ledger_rows import ACCEPTED, SCORES, START, close_round, start_run
@@ -114,3 +115,19 @@ def test_the_status_is_the_last_status_event(address: str) -> None:
 def test_a_fold_names_its_cross_validation(address: str) -> None:
     ledger = start_run(address, "study-fold-0", parent_run_id="study")
     assert [run["parent_run_id"] for run in ledger.read_runs()] == ["study"]
+
+
+def test_what_no_database_can_hold_is_replaced(address: str) -> None:
+    ledger = start_run(address)
+    text = "a\0b\ud800c"
+    ledger.log_event("r1", "left_out", text, centre=text)
+    ledger.log_progress("r1", "main", 1, "train", centre=text, reason=text)
+    ledger.add_centre(
+        "r1", text, {text: [text, math.nan, (math.inf, {"device": text})], "pair": "\U0001f600"}
+    )
+    ledger.log_audit(text, "exclude", text, "r1")
+    assert ledger.read_events("r1")[-1]["detail"] == "a�b�c"
+    metadata = {"a�b�c": ["a�b�c", None, [None, {"device": "a�b�c"}]], "pair": "\U0001f600"}
+    (row,) = ledger.read_centres("r1")
+    assert (row["centre"], row["metadata"]) == ("a�b�c", metadata)
+    assert first_broken_link(ledger.read_audit()) is None
