@@ -82,6 +82,7 @@ SUM_ID_LENGTH = 200  # characters
 SEED_SHARE_BYTES = 16  # of a survivor's own mask
 KEY_SHARE_BYTES = 32  # of a dropout's key to the masks that it shares with others
 ENCRYPTED_SHARE_BYTES = 12 + SEED_SHARE_BYTES + KEY_SHARE_BYTES + 16  # nonce, both shares, tag
+MAX_PIECES = 100_000  # of a sum; a byte for the size of each is encrypted with the shares
 
 
 def validate_reply(run: Run, centre: str, request: Request, reply: Reply) -> Reply:
@@ -105,7 +106,7 @@ def validate_reply(run: Run, centre: str, request: Request, reply: Reply) -> Rep
             case TrainReply() if isinstance(request, TrainRequest):
                 _require_training(run, request, reply)
             case ShareKeysReply() if isinstance(request, ShareKeysRequest):
-                _require_shares(reply.shares, request.roster.keys() - {centre}, ENCRYPTED_SHARE_BYTES)
+                _require_shares(reply.shares, request.roster.keys() - {centre})
             case UnmaskReply() if isinstance(request, UnmaskRequest):
                 _require_revealed_shares(run.config, request, reply)
     except BadReply as fault:
@@ -272,11 +273,14 @@ def _require_public_keys(is_masked: bool, sum_id: str, public_keys: ByteArray | 
         raise BadReply("public_keys has the same key twice")
 
 
-def _require_shares(shares: dict[str, ByteArray], receivers: Collection[str], num_bytes: int) -> None:
+def _require_shares(shares: dict[str, ByteArray], receivers: Collection[str]) -> None:
     if shares.keys() != set(receivers):
         raise BadReply("shares are not for the other centres of the sum")
+    sizes = {share.size for share in shares.values()}
     for share in shares.values():
-        require_array("shares", share, "uint8", (num_bytes,))
+        require_array("shares", share, "uint8", (max(sizes),))
+        if not 0 <= share.size - ENCRYPTED_SHARE_BYTES <= MAX_PIECES:
+            raise BadReply("shares cannot be of two secrets and the sizes of a sum's pieces")
 
 
 def _require_revealed_shares(config: Config, request: UnmaskRequest, reply: UnmaskReply) -> None:

@@ -124,7 +124,7 @@ def make_exchanges() -> dict[str, Exchange]:
 
 def _make_secure_steps(config: dict[str, Any]) -> dict[str, Exchange]:
     roster = dict.fromkeys(CENTRES, make_public_keys())
-    encrypted = dict.fromkeys(["north", "east", "south"], np.zeros(76, np.uint8))
+    encrypted = dict.fromkeys(["north", "east", "south"], np.zeros(85, np.uint8))
     revealed = dict.fromkeys(CENTRES, np.zeros(16, np.uint8)) | {"east": np.zeros(32, np.uint8)}
     masked = MaskedInputReply("west", np.zeros(64, np.uint8), np.zeros(3, np.uint64))
     survivors = ["north", "south", "west"]

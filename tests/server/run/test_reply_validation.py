@@ -55,6 +55,11 @@ def drop(path: str) -> Change:
     return apply
 
 
+def put_all_shares(num_bytes: int) -> Change:
+    """Return a change that gives all shares another length."""
+    return put("shares", dict.fromkeys(["north", "east", "south"], np.zeros(num_bytes, np.uint8)))
+
+
 HIST, LOSS, COUNTS = "sums.west/covid/hist", "sums.west/covid/loss", "sums.west/train/covid"
 CASES: list[tuple[str, Change, str]] = [
     ("join", put("centre", "east"), "names another centre as its sender"),
@@ -143,8 +148,10 @@ CASES: list[tuple[str, Change, str]] = [
     ("train masked", put("delta", np.zeros(3, np.float32)), "delta has the wrong shape: 3 instead of 0"),
     ("train masked", put("public_keys", None), "public_keys is not an array of uint8"),
     ("share keys", drop("shares.east"), "shares are not for the other centres of the sum"),
-    ("share keys", put("shares.west", np.zeros(76, np.uint8)), "shares are not for the other centres"),
-    ("share keys", put("shares.east", np.zeros(75, np.uint8)), "shares has the wrong shape"),
+    ("share keys", put("shares.west", np.zeros(85, np.uint8)), "shares are not for the other centres"),
+    ("share keys", put("shares.east", np.zeros(75, np.uint8)), "wrong shape: 75 instead of 85"),
+    ("share keys", put_all_shares(75), "shares cannot be of two secrets"),
+    ("share keys", put_all_shares(200_000), "shares cannot be of two secrets"),
     ("unmask", put("shares.other", np.zeros(16, np.uint8)), "shares has an entry"),
     ("unmask", put("shares.north", np.zeros(32, np.uint8)), "wrong shape: 32 instead of 16"),
     ("unmask", put("shares.east", np.zeros(16, np.uint8)), "wrong shape: 16 instead of 32"),
