@@ -61,8 +61,8 @@ def test_the_same_question_gets_the_same_noisy_counts_and_is_charged_once(hospit
     assert [(charge["noise"], charge["odds"], charge["steps"]) for charge in read_charges(hospital)] == [
         (5.0, 1.0, 1)
     ]
-    different = ask_counts(hospital, "stage.rounds=3")  # what it counts could differ: it is drawn anew
-    assert any(not np.array_equal(first[key], different[key]) for key in first)
+    ask_counts(hospital, "stage.rounds=3")  # what it counts could differ: it is drawn and paid anew
+    assert len(read_charges(hospital)) == 2
     ask_counts(hospital, run_id="another")
     assert len(read_charges(hospital)) == 3
 

@@ -184,10 +184,11 @@ def test_noise_is_normal_and_does_not_follow_a_seed() -> None:
     assert not torch.equal(z, secure_gaussian(400_001))
     assert z.shape == (400_001,)
     moments = [float((z.double() ** k).mean()) for k in (1, 2, 3, 4)]
-    assert np.allclose(moments, [0, 1, 0, 3], atol=0.05)
-    assert float((z.abs() > 1.96).float().mean()) == pytest.approx(0.05, abs=0.002)
+    # Each bound is at least 6.4 standard errors wide: the test fails by chance once in 10^9 times.
+    np.testing.assert_array_less(np.abs(np.array(moments) - [0, 1, 0, 3]), [0.02, 0.02, 0.05, 0.1])
+    assert float((z.abs() > 1.96).float().mean()) == pytest.approx(0.05, abs=0.0025)
     product = z[:200_000] * z[200_000:400_000]  # both halves come from the same radius
-    assert abs(float(product.mean())) < 0.01
+    assert abs(float(product.mean())) < 0.016
 
 
 def test_every_weight_gets_noise_of_the_right_scale_even_when_nobody_is_drawn() -> None:
@@ -203,7 +204,7 @@ def test_every_weight_gets_noise_of_the_right_scale_even_when_nobody_is_drawn() 
     assert float(z.std()) == pytest.approx(1, abs=0.01)
     assert float(z.mean()) == pytest.approx(0, abs=0.01)
     assert float(z.std(0).min()) > 0.1
-    assert abs(float((z[0] * z[1]).mean())) < 0.02  # steps are independent
+    assert abs(float((z[0] * z[1]).mean())) < 7 / z.shape[1] ** 0.5  # steps are independent
     noiseless = replace(dp_params, draw_normals=torch.zeros)
     privatise_gradient(model, objective(), four_patients(), parameters, noiseless, 3)
     gradient = flat([p.grad for p in parameters if p.grad is not None])
@@ -229,7 +230,7 @@ def test_patients_are_drawn_independently_with_all_their_scans() -> None:
     assert all(batch.slices[:, 0, 0, 0].tolist() == [0, 2, 4] for batch in of_a)
     sizes = np.bincount([len(step) for step in steps], minlength=5) / 4000
     # binomial: some steps draw nobody
-    np.testing.assert_allclose(sizes, np.array([1, 4, 6, 4, 1]) / 16, atol=0.03)
+    np.testing.assert_allclose(sizes, np.array([1, 4, 6, 4, 1]) / 16, atol=0.055)
     first, second = (
         [list(step) for step in poisson_batches(scans, {"covid": Task()}, 0.5, 40, 1)] for _ in range(2)
     )

@@ -240,6 +240,11 @@ def test_privacy_replaces_batch_norm_by_group_norm() -> None:
         (["federation.mode=local"], "exchanges no weights"),
         (["stage.precision=fp16"], "precision=fp16"),
         (["stage.autotune=true"], "autotune=true trains on patients without protection"),
+        (["federation.evaluation=loco"], "sends exact scores of patients that another fold trains on"),
+        (["federation.evaluation=kfold"], "sends exact scores of patients that another fold trains on"),
+        (["federation.fold=2"], "sends exact scores of patients that another fold trains on"),
+        (["privacy.count_noise_multiplier=0"], "exact counts reveal patients"),
+        (["privacy.count_noise_multiplier=0.1"], "it must be 0.3 to 1000"),
     ],
 )
 def test_patient_dp_refuses_what_would_reveal_more(overrides: list[str], sentence: str) -> None:

@@ -97,7 +97,7 @@ def test_noise_is_added_to_what_can_move_and_to_nothing_else(tmp_path: Path) -> 
     }
     update = sum_deltas(tmp_path, [np.zeros(LAYOUT.size)] * 3, weights, 2.0, 1.5)
     parameters = np.concatenate([update[:SIZE], update[SIZE + 8 : SIZE + 58]])
-    assert parameters.std() == pytest.approx(1.5 * 2.0 * 0.9, rel=0.05)  # the largest weight of any group
+    assert parameters.std() == pytest.approx(1.5 * 2.0 * 0.9, rel=0.08)  # the largest weight of any group
     assert (update[SIZE : SIZE + 8] == 0).all()
     assert (update[SIZE + 58 :] == 0).all()
 
