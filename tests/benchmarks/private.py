@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from client.data.batch import Batch
-from client.federation.noisy_counts import add_noise
+from client.federation.noisy_counts import add_score_noise
 from client.training.dp_sgd import DPParams
 from client.training.trainer import TrainSpec, train
 from common.config.compose import compose_config
@@ -118,7 +118,7 @@ def draw_aucs(
     for _ in range(50):
         scores = rng.normal(1.8 * labels, 1.0) - 0.9
         histogram = compute_score_histogram(scores, labels.astype(float), num_bins)
-        noisy_histogram = add_noise({key: histogram}, config, "scores", 1)[key]
+        noisy_histogram = add_score_noise({key: histogram}, config)[key]
         exact_aucs.append(compute_binary_metrics(histogram)["auc"] or np.nan)
         noisy_aucs.append(compute_binary_metrics(noisy_histogram)["auc"] or np.nan)
     return exact_aucs, noisy_aucs
