@@ -15,6 +15,7 @@ from rich.table import Table
 
 from client.ingest.cli import ingest
 from client.tools import commands
+from client.tools.approve import approve
 from common.utils.cli_main import print_plain, run_app
 from common.utils.errors import ConsiliumError
 from common.utils.hash_chain import GENESIS_HASH
@@ -212,15 +213,19 @@ def show_egress(
 
 @app.command("policy")
 def show_policy(path: Annotated[Path, typer.Argument(help="policy.yaml")]) -> None:
-    """Check a policy, and print its rules and the fingerprint of the code installed here."""
-    from client.site.policy import describe_policy, load_policy
+    """Check a policy, and print its rules, what it leaves open, and the fingerprint of the code here."""
+    from client.site.policy import describe_policy, list_open_rules, load_policy
     from common.protocol.code_fingerprint import fingerprint_code
 
-    for rule, value in describe_policy(load_policy(str(path))).items():
+    rules = load_policy(str(path))
+    for rule, value in describe_policy(rules).items():
         print_plain(console, f"{rule}: {value}")
+    for sentence in list_open_rules(rules):
+        print_plain(console, f"WARNING: {sentence}")
     print_plain(console, f"code installed here: {fingerprint_code()}")
 
 
+app.command()(approve)
 app.command()(commands.key)
 app.command()(commands.doctor)
 app.command()(commands.metrics)

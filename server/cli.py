@@ -15,6 +15,7 @@ from rich.table import Table
 
 from common.config.compose import compose_config, keep_effective_overrides
 from common.config.parse import config_to_dict
+from common.config.recipe_digest import compute_recipe_digest
 from common.utils.cli_main import print_plain, run_app
 from common.utils.errors import ConsiliumError, suggest
 from server.command_options import (
@@ -99,9 +100,10 @@ def run_deployed(
 
 @app.command()
 def config(overrides: OverridesArgument = None, recipe: str = "multisource") -> None:
-    """Print the resolved configuration without running anything."""
+    """Print the resolved configuration and its digest, by which hospitals approve it; run nothing."""
     resolved = compose_config([f"recipe={recipe}", *_split_overrides(overrides)])
     typer.echo(yaml.safe_dump(config_to_dict(resolved), sort_keys=False), nl=False)
+    typer.echo(f"# digest for `consilium-centre approve`: {compute_recipe_digest(resolved)}")
 
 
 @app.command()

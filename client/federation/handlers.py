@@ -26,7 +26,7 @@ from client.federation.request_fields import check_fields
 from client.federation.request_validation import validate_request
 from client.federation.run_context import RunContext, parse_run_config
 from client.federation.statistics import handle_query
-from client.site import egress_log
+from client.site import approvals, egress_log
 from client.site.config import Site, cohort_state_dir, local_cohorts, outer_anchor, reply_name, state_dir
 from client.site.policy import authorise, load_policy
 from client.site.release import ReleaseRules, filter_reply
@@ -102,11 +102,17 @@ def _answer(site: Site, request: Request) -> Reply:
 
 
 def _check_policy(site: Site, config: Config, request: Request) -> RunContext:
-    """Return the run that the request belongs to. Raises Refused for a request that the policy forbids."""
+    """Return the run that the request belongs to.
+
+    Raises Refused for a request that the policy forbids, and for a recipe that is not approved.
+    """
     if not local_cohorts(site, config) and not isinstance(request, JoinRequest):
         raise Refused(f"node {site.index} takes no part in this run", RefusalCode.NO_DATA)
     policy = load_policy(site.policy)
-    authorise(policy, request, config, datetime.now())
+    now = datetime.now()
+    authorise(policy, request, config, now)
+    if policy.require_approval and local_cohorts(site, config):
+        approvals.require_approval(state_dir(site, config), config, now.date())
     limit_gpu_memory(policy.gpu_memory, site)
     min_cell_count = max(site.min_cell_count, policy.min_cell_count)
     return RunContext(replace(site, min_cell_count=min_cell_count), config, policy, request.run_id)

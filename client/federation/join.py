@@ -15,12 +15,14 @@ from client.data.loading import clear_dataset_cache, load_centre_cohort, load_da
 from client.federation.released_data import load_released_datasets
 from client.federation.run_context import RunContext
 from client.site.config import local_cohorts
-from client.site.policy import describe_policy
+from client.site.policy import describe_policy, list_open_rules, may_disclose_sources
+from common.config.names import MAX_TEXT_LENGTH, TEXT_RULE, is_plain_text
 from common.config.schema import Config
 from common.learning.losses import task_label_columns
 from common.privacy.secure_aggregation import hides_statistics
 from common.protocol.code_fingerprint import fingerprint_code
 from common.protocol.messages import JoinReply, JoinRequest
+from common.utils.errors import RefusalCode, Refused
 
 REPORTED_PACKAGES = ("torch", "timm", "flwr")
 
@@ -31,6 +33,9 @@ def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
     """Read the cohort anew, preprocess its scans, and describe it as far as the run's privacy allows."""
     site = context.site
     config = context.config
+    if site.centre:  # no hospital in a simulation
+        for sentence in list_open_rules(context.policy):
+            log.warning("policy: %s", sentence)
     clear_dataset_cache()
     cohorts = local_cohorts(site, config)
     hides_counts = hides_statistics(config) or config.privacy.dp_level == "patient"
@@ -49,7 +54,7 @@ def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
         centre=context.centre,
         cohorts=list(cohorts),
         fingerprint=fingerprint_code(),
-        sources=_list_sources(tables, site.min_cell_count),
+        sources=_list_sources(context, tables),
         columns=columns,
         scans=scans,
         skipped={} if hides_counts else round_skipped(skipped, tables, site.min_cell_count),
@@ -59,12 +64,23 @@ def handle_join(context: RunContext, request: JoinRequest) -> JoinReply:
     )
 
 
-def _list_sources(tables: list[pd.DataFrame], min_patients: int) -> list[str]:
-    """Return the sources that have enough patients."""
+def _list_sources(context: RunContext, tables: list[pd.DataFrame]) -> list[str]:
+    """Return the sources that have enough patients; only the centre's name where the policy keeps them here.
+
+    Raises Refused where such a source is no plain text.
+    """
+    if tables and not may_disclose_sources(context.policy):
+        return [context.centre]
     sources: set[str] = set()
     for table in tables:
         num_patients = table["patient"].groupby(table["source"], dropna=False).nunique()
-        sources.update(str(source) for source in num_patients.index[num_patients >= min_patients])
+        reportable = num_patients.index[num_patients >= context.site.min_cell_count]
+        sources.update(str(source) for source in reportable)
+    if not all(map(is_plain_text, sources)):
+        raise Refused(
+            f"the cohort has a source whose name cannot be sent; {TEXT_RULE.format(MAX_TEXT_LENGTH)}",
+            RefusalCode.NO_DATA,
+        )
     return sorted(sources)
 
 

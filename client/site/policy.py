@@ -13,17 +13,19 @@ from pathlib import Path
 
 from pydantic import StrictBool, StrictFloat, StrictInt
 
-from client.site.yaml_records import load_yaml
+from client.site.yaml_records import load_yaml, read_yaml_mapping
 from common.config.schema import Config
-from common.learning.losses import task_label_columns
+from common.learning.losses import list_read_columns
 from common.protocol.code_fingerprint import fingerprint_code
 from common.protocol.messages import (
+    JoinRequest,
     Request,
     StatisticsRequest,
     TrainRequest,
 )
-from common.utils.errors import RefusalCode, Refused
+from common.utils.errors import ConsiliumError, RefusalCode, Refused
 
+SOURCE_COLUMN = "source"
 RENAMED_POLICY_KEYS = {  # {key of 0.1.0: its name now}
     "smallest_cell": "min_cell_count",
     "labels": "allowed_labels",
@@ -39,17 +41,22 @@ RENAMED_POLICY_KEYS = {  # {key of 0.1.0: its name now}
 class Policy:
     """The rules of `policy.yaml`. An empty list or text allows everything; 0 sets no limit."""
 
-    recipes: list[str] = field(default_factory=list)
+    # Only recipes that `consilium-centre approve` has approved by their content (client/site/approvals.py).
+    require_approval: StrictBool = False
     fingerprints: list[str] = field(
         default_factory=list
     )  # of the code that may run (`consilium-centre policy`)
-    allowed_labels: list[str] = field(default_factory=list)  # columns of the cohort that a run may use
+    # Columns of the cohort that a run may read: labels, masks, severity, the label of a clustered task. Where
+    # the list does not have `source`, the names of the scans' sources do not leave either.
+    allowed_labels: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)  # counts, scores, moments, clusters, quality
     min_cell_count: StrictInt = (
         1  # a sum over fewer scans does not leave; a smaller count is reported as this
     )
     max_message_bytes: StrictInt = 0
-    allowed_hours: str = ""  # local time in which the centre computes: 19:00-07:00
+    # Local time in which the centre reads scans and computes: 19:00-07:00. What it began it finishes, and so
+    # are secure sums: their later steps compute nothing on scans.
+    allowed_hours: str = ""
     gpu_memory: StrictFloat = 0.0  # GiB that training may use
     require_secure_aggregation: StrictBool = False
     min_centres: StrictInt = 0  # centres that a run, and a secure sum, must have
@@ -92,7 +99,37 @@ def load_policy(path: str) -> Policy:
     if not path:
         return Policy()
     remedy = "nothing leaves until it can be read"
+    if "recipes" in read_yaml_mapping(Path(path), "policy", remedy):
+        raise ConsiliumError(
+            f"policy {path}: 'recipes' protects nothing, because the coordinator writes a recipe's name; "
+            "remove it, set require_approval: true, and approve each recipe with `consilium-centre approve`"
+        )
     return load_yaml(Policy, Path(path), "policy", remedy, RENAMED_POLICY_KEYS)
+
+
+def list_open_rules(policy: Policy) -> list[str]:
+    """Return what a policy allows that a hospital may not have meant to, a sentence each; none: nothing."""
+    sentences = []
+    if not policy.require_approval:
+        sentences.append(
+            "any recipe is allowed, whatever it computes and sends, because require_approval is not true: "
+            "set it, and approve recipes with `consilium-centre approve`"
+        )
+    if not policy.allowed_labels:
+        sentences.append("any column of the cohort may be asked about, because allowed_labels is empty")
+    if policy.min_cell_count <= 1:
+        sentences.append("numbers about a single scan may leave, because min_cell_count is 1")
+    if not policy.epsilon and not policy.require_secure_aggregation:
+        sentences.append(
+            "this hospital's own change of the weights may leave unprotected, because neither epsilon nor "
+            "require_secure_aggregation is set"
+        )
+    return sentences
+
+
+def may_disclose_sources(policy: Policy) -> bool:
+    """Return whether the names of the scans' sources may leave."""
+    return not policy.allowed_labels or SOURCE_COLUMN in policy.allowed_labels
 
 
 def describe_policy(policy: Policy) -> Mapping[str, object]:
@@ -108,13 +145,12 @@ def describe_policy(policy: Policy) -> Mapping[str, object]:
 
 def authorise(policy: Policy, request: Request, config: Config, now: datetime) -> None:
     """Check a request and its run against the policy. Raises Refused, naming the rule."""
-    _require_allowed(policy.recipes, config.recipe, "recipe")
     _require_allowed(policy.fingerprints, fingerprint_code(), "code")
     _check_labels(policy, config)
     if isinstance(request, StatisticsRequest):
         _require_allowed(policy.queries, request.name, "query")
     _check_protection(policy, config)
-    if policy.allowed_hours and isinstance(request, TrainRequest | StatisticsRequest):
+    if policy.allowed_hours and isinstance(request, JoinRequest | TrainRequest | StatisticsRequest):
         _check_hours(policy.allowed_hours, now)
 
 
@@ -125,10 +161,7 @@ def _require_allowed(allowed: list[str], value: str, rule: str) -> None:
 
 def _check_labels(policy: Policy, config: Config) -> None:
     for name, task in config.tasks.items():
-        columns = task_label_columns(name, task)
-        if task.severity_column:
-            columns = [*columns, task.severity_column]
-        for column in columns:
+        for column in list_read_columns(name, task):
             _require_allowed(policy.allowed_labels, column, "label")
 
 
@@ -163,7 +196,8 @@ def _check_hours(allowed_hours: str, now: datetime) -> None:
         is_allowed = clock >= begin or clock < end
     if not is_allowed:
         raise forbidden(
-            f"allows computation in the hours {allowed_hours} only; the time there is {clock:%H:%M}"
+            f"allows computation in the hours {allowed_hours} only; the time there is {clock:%H:%M}, and it "
+            f"takes part again from {begin:%H:%M} on"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,10 @@ import torch
 from client.data.cohort import load_cohort
 from client.site import egress_log
 from client.site.anchored_files import list_losses
+from client.site.approvals import read_approvals
 from client.site.config import Site, cohort_state_dir, outer_anchor, parse_site
 from client.site.egress_anchor import has_records
-from client.site.policy import describe_policy, load_policy
+from client.site.policy import describe_policy, list_open_rules, load_policy
 from common.protocol.code_fingerprint import fingerprint_code
 from common.utils.checks import CheckLevel, CheckResult
 from common.utils.errors import ConsiliumError
@@ -56,7 +57,7 @@ def run_checks(site_file: Path, coordinator: str, ca_file: Path, key_file: Path)
         yield CheckResult("fault", str(error))
         return
     yield _check_device(site)
-    yield _check_policy(site)
+    yield from _check_policy(site)
     yield from _check_data(site)
     yield from _check_state(site)
 
@@ -123,20 +124,44 @@ def _check_device(site: Site) -> CheckResult:
     return CheckResult(level, f"device: {torch.cuda.get_device_name(device)}, {memory}")
 
 
-def _check_policy(site: Site) -> CheckResult:
+def _check_policy(site: Site) -> Iterator[CheckResult]:
     try:
         policy = load_policy(site.policy)
     except ConsiliumError as error:
-        return CheckResult("fault", f"policy: {error}")
+        yield CheckResult("fault", f"policy: {error}")
+        return
     rules = ", ".join(f"{rule} {value}" for rule, value in describe_policy(policy).items())
-    if not rules:
-        remedy = "set `policy` in site.yaml, and in that file what may leave"
-        return CheckResult("warning", "policy: it allows everything", remedy)
     fingerprint = fingerprint_code()
-    if policy.fingerprints and fingerprint not in policy.fingerprints:
+    if not site.policy:
+        yield CheckResult(
+            "warning", "policy: there is none", "set `policy` in site.yaml, and write what may leave"
+        )
+    elif policy.fingerprints and fingerprint not in policy.fingerprints:
         message = f"policy: it does not allow the code installed here, {fingerprint}"
-        return CheckResult("fault", message, "approve it, or install what is approved")
-    return CheckResult("ok", f"policy: {rules}")
+        yield CheckResult("fault", message, "approve it, or install what is approved")
+    else:
+        yield CheckResult("ok", f"policy: {rules}")
+    for sentence in list_open_rules(policy):
+        yield CheckResult("warning", f"policy: {sentence}")
+    if policy.require_approval:
+        yield _check_approvals(site)
+
+
+def _check_approvals(site: Site) -> CheckResult:
+    today = date.today()
+    try:
+        approvals = read_approvals(cohort_state_dir(site, Path(site.data)))
+    except ConsiliumError as error:
+        return CheckResult("fault", f"approvals: {error}")
+    states = []
+    for approval in approvals.values():
+        states.append(f"{approval.recipe} ({approval.digest[:12]}) {approval.describe_state(today)}")
+    if not any(approval.is_valid(today) for approval in approvals.values()):
+        message = f"approvals: none holds, so no run is taken part in {'; '.join(states)}".rstrip()
+        return CheckResult(
+            "warning", message, "look at the recipe and approve it: `consilium-centre approve`"
+        )
+    return CheckResult("ok", f"approvals: {'; '.join(states)}")
 
 
 def _check_data(site: Site) -> Iterator[CheckResult]:

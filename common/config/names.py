@@ -18,7 +18,7 @@ MAX_TEXT_LENGTH = 200  # of a class's, source's or column's name
 MAX_LIST_LENGTH = 1000  # of anything that a configuration lists
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 NAME_RULE = "use letters, digits, '.', '_' and '-', the first not '.' or '-', at most {}"
-TEXT_RULE = "use at most {} printable characters, not '..' and no '/' at the start"
+TEXT_RULE = "use at most {} printable characters, not '..' and no slash at the start"
 
 
 def is_plain_name(name: object, max_length: int = MAX_NAME_LENGTH) -> bool:

@@ -48,6 +48,23 @@ def task_label_columns(name: str, task: Task) -> list[str]:
     return task.label_columns or [task.label_column or name]
 
 
+def list_read_columns(name: str, task: Task) -> list[str]:
+    """Return every column of the cohort that a run reads for a task: also masks, severity, who is clustered.
+
+    A task that needs no labels reads none.
+    """
+    if task.type in UNSUPERVISED_TYPES:
+        return []
+    columns = list(task.label_columns)
+    if task.label_column:
+        columns.append(task.label_column)
+    elif not task.num_clusters and (not columns or task.type == "segmentation"):
+        columns.append(name)
+    if task.severity_column:
+        columns.append(task.severity_column)
+    return list(dict.fromkeys(columns))
+
+
 def class_names(name: str, task: Task) -> list[str]:
     """Return the names of the groups in which a task's labelled scans are counted.
 

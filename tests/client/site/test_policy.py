@@ -14,7 +14,13 @@ from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
 from client.site import egress_log
 from client.site.config import Site
-from client.site.policy import Policy, authorise, describe_policy, load_policy
+from client.site.policy import (
+    Policy,
+    authorise,
+    describe_policy,
+    list_open_rules,
+    load_policy,
+)
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
 from common.config.schema import PhantomConfig
@@ -27,6 +33,7 @@ from common.protocol.messages import (
     StatisticsReply,
     StatisticsRequest,
     TrainRequest,
+    UnmaskRequest,
 )
 from common.utils.errors import ConsiliumError, RefusalCode, Refused
 
@@ -39,7 +46,6 @@ TRAIN = TrainRequest("run", {}, "main", 1, NO_WEIGHTS)
 @pytest.mark.parametrize(
     ("policy", "sentence"),
     [
-        (Policy(recipes=["multisource"]), "does not allow the recipe 'triage' (allowed: multisource)"),
         (Policy(fingerprints=["abc"]), f"does not allow the code '{fingerprint_code()}' (allowed: abc)"),
         (
             Policy(allowed_labels=["covid", "lesion"]),
@@ -73,7 +79,6 @@ def test_limit_on_epsilon_requires_a_private_run() -> None:
 
 def test_allowed_request_passes() -> None:
     policy = Policy(
-        recipes=["triage"],
         fingerprints=[fingerprint_code()],
         allowed_labels=["covid", "lesion", "severity"],
         queries=["counts"],
@@ -82,18 +87,57 @@ def test_allowed_request_passes() -> None:
     authorise(policy, StatisticsRequest("run", {}, "counts", ""), CONFIG, NOON)
     authorise(policy, TRAIN, CONFIG, NOON)
     at_night = replace(policy, allowed_hours="19:00-07:00")
-    authorise(at_night, JoinRequest("run", {}), CONFIG, NOON)  # joining needs little computation
+    for request in (JoinRequest("run", {}), TRAIN, StatisticsRequest("run", {}, "counts", "")):
+        with pytest.raises(
+            Refused, match="takes part again from 19:00 on"
+        ):  # joining preprocesses every scan
+            authorise(at_night, request, CONFIG, NOON)
+    authorise(at_night, UnmaskRequest("run", {}, "sum", []), CONFIG, NOON)  # a sum that was begun is finished
     for hour, minute in ((19, 0), (23, 59), (6, 59)):
         authorise(at_night, TRAIN, CONFIG, NOON.replace(hour=hour, minute=minute))
 
 
 @pytest.mark.parametrize(
+    ("overrides", "column"),
+    [
+        (["recipe=transfer", "stages.transition.tasks=[soft]", "tasks.soft.label_column=hiv"], "hiv"),
+        (["recipe=triage", "tasks.lesion.severity_column=hiv"], "hiv"),
+        (["recipe=triage", "tasks.lesion.label_columns=[covid]", "tasks.lesion.label_column=hiv"], "hiv"),
+        (["recipe=prognosis"], "brixia_f"),
+        (["recipe=multisource"], "source"),
+    ],
+)
+def test_every_column_that_a_run_reads_must_be_allowed(overrides: list[str], column: str) -> None:
+    """Also the column that says who is clustered, severity, and a mask's beside the label columns."""
+    config = compose_config(overrides)
+    others = ["covid", "severity", "lesion", "outcome", *(f"brixia_{letter}" for letter in "abcde")]
+    others += ["target", "transition"]
+    with pytest.raises(Refused, match=f"does not allow the label '{column}'"):
+        authorise(Policy(allowed_labels=others), TRAIN, config, NOON)
+    authorise(Policy(allowed_labels=[*others, column]), TRAIN, config, NOON)
+
+
+def test_policy_says_what_it_leaves_open() -> None:
+    sentences = list_open_rules(Policy())
+    keys = ("require_approval", "allowed_labels", "min_cell_count", "epsilon")
+    for key, sentence in zip(keys, sentences, strict=True):
+        assert key in sentence
+    closed = Policy(require_approval=True, allowed_labels=["covid"], min_cell_count=5, epsilon=3)
+    assert not list_open_rules(closed)
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("recipe: [a]", "unknown key 'recipe'; did you mean 'recipes'"),
-        ("recipes: multisource", "recipes is 'multisource'; it should be a valid list"),
-        ("recipes: [1]", "recipes.0 is 1; it should be a valid string"),
-        ("recipes:", "recipes is None; it should be a valid list"),
+        ("query: [a]", "unknown key 'query'; did you mean 'queries'"),
+        ("queries: counts", "queries is 'counts'; it should be a valid list"),
+        ("queries: [1]", "queries.0 is 1; it should be a valid string"),
+        ("queries:", "queries is None; it should be a valid list"),
+        (
+            "recipes: [multisource]",
+            "'recipes' protects nothing, because the coordinator writes a recipe's name",
+        ),
+        ("recipes: []", "remove it, set require_approval: true, and approve each recipe"),
         ("min_cell_count: 0", "min_cell_count must be 1 or more"),
         ("min_cell_count: yes", "min_cell_count is True; it should be a valid integer"),
         ("epsilon: yes", "epsilon is True; it should be a valid number"),
@@ -139,9 +183,8 @@ def test_whole_number_is_accepted_for_a_decimal(tmp_path: Path) -> None:
 
 def test_hospital_enforces_its_policy_and_records_what_leaves(tmp_path: Path) -> None:
     folder = write_centre(tmp_path, "north", PhantomConfig(scale=0.02, num_slices=12, image_size=64))
-    (tmp_path / "policy.yaml").write_text("recipes: [multisource]\nqueries: [counts]\nmin_cell_count: 5\n")
+    (tmp_path / "policy.yaml").write_text("queries: [counts]\nmin_cell_count: 5\n")
     assert describe_policy(load_policy(str(tmp_path / "policy.yaml"))) == {
-        "recipes": ["multisource"],
         "queries": ["counts"],
         "min_cell_count": 5,
     }

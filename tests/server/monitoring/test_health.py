@@ -44,7 +44,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
         return reply
 
     policy = folder / "policy.yaml"
-    policy.write_text("min_cell_count: 2\nrecipes: [multisource]\n")
+    policy.write_text("min_cell_count: 2\nallowed_labels: [covid, source]\n")
     config = phantom_config(folder / "data", "federation.quorum=0.5")
     ledger = open_ledger(folder)
     nodes = [replace(site, policy=str(policy)) for site in sites()]
@@ -69,7 +69,7 @@ def test_report_holds_what_a_centre_said_when_it_joined(ledger: Ledger) -> None:
     health = {centre.centre: centre for centre in centre_health(ledger, "r")}
     report = health["east"].report
     assert report is not None
-    assert report.policy == {"min_cell_count": 2, "recipes": ["multisource"]}
+    assert report.policy == {"min_cell_count": 2, "allowed_labels": ["covid", "source"]}
     assert report.scans["train"] > 0
 
 
