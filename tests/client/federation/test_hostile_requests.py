@@ -23,6 +23,7 @@ from common.config.parse import config_to_dict
 from common.protocol.flower_records import from_records, to_records
 from common.protocol.message_packing import metadata_to_json, pack_message
 from common.protocol.messages import (
+    ArraysByName,
     JoinReply,
     JoinRequest,
     MaskedInputRequest,
@@ -179,7 +180,7 @@ JSON_VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-ARRAYS = st.sampled_from(
+ARRAYS: st.SearchStrategy[Any] = st.sampled_from(
     [
         np.zeros(0, np.float32),
         np.full(7, np.nan, np.float32),
@@ -197,7 +198,7 @@ ARRAYS = st.sampled_from(
 def list_requests() -> list[Request]:
     """Return a valid request of every kind; the steps of a secure sum have none that was begun."""
     values = config_to_dict(CONFIG)
-    keys = {"north": np.zeros(96, np.uint8)}
+    keys: ArraysByName = {"north": np.zeros(96, np.uint8)}
     weights = initial_weights(CONFIG)
     training = train_request(make_config("stage.local_steps=1"))
     return [
