@@ -135,10 +135,10 @@ def _describe_privacy(config: Config) -> str:
                 f"noise of {privacy.noise_multiplier:g} times the clip norm; its epsilon follows from "
                 "the number of patients here"
             )
-        exact = "counts and scores get noise too"
+        scores = "counts and scores get noise too"
         if not privacy.query_noise_multiplier:
-            exact = "counts and scores get no noise"
-        return f"patients are protected by {cost} at delta {privacy.delta:g}{runs}; {exact}"
+            scores = "counts get noise too, and scores are exact, of patients who are never trained on"
+        return f"patients are protected by {cost} at delta {privacy.delta:g}{runs}; {scores}"
     if privacy.dp_level == "central":
         return "noise is added by the coordinator, who sees this hospital's change without it"
     return "no differential privacy: nothing limits what can be read out of what leaves"

@@ -135,9 +135,7 @@ def test_training_request_must_fit_the_run(training: TrainRequest) -> None:
         "has no stage ''": replace(training, stage=""),
         "has 3 rounds, and not 4": replace(training, round=4),
         "has no weights": replace(training, weights=None),  # type: ignore[arg-type]
-        "weights and 0 counters": replace(
-            training, weights=Weights(weights.floats[1:], np.zeros(0, np.int64))
-        ),
+        "weights and 0 counters": replace(training, weights=too_few),
         "neither complete nor a change": replace(training, base_digest=DIGEST),
         "no task 'age'": replace(training, global_counts={"age": [1.0]}),
         "not one for each of its classes": replace(training, global_counts={"covid": [1.0]}),
@@ -209,7 +207,7 @@ def test_configuration_is_validated_in_full_in_every_message(
     values = config_to_dict(CONFIG)
     contradiction = {**values, "evaluation": {**values["evaluation"], "task": "nothing"}}
     unprepared = {**values, "stages": values["stages"] | {"empty": {**values["stages"]["main"], "rounds": 0}}}
-    requests = {
+    requests: dict[type, Any] = {
         JoinRequest: JoinRequest("run", values),
         TrainRequest: training,
         StatisticsRequest: query(CONFIG, "counts"),
