@@ -23,7 +23,8 @@ from client.site.policy import (
 )
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
-from common.config.schema import PhantomConfig
+from common.config.schema import PhantomConfig, Task
+from common.learning.losses import list_read_columns
 from common.modeling.parameters import Weights
 from common.protocol.code_fingerprint import fingerprint_code
 from common.protocol.messages import (
@@ -102,7 +103,6 @@ def test_allowed_request_passes() -> None:
     [
         (["recipe=transfer", "stages.transition.tasks=[soft]", "tasks.soft.label_column=hiv"], "hiv"),
         (["recipe=triage", "tasks.lesion.severity_column=hiv"], "hiv"),
-        (["recipe=triage", "tasks.lesion.label_columns=[covid]", "tasks.lesion.label_column=hiv"], "hiv"),
         (["recipe=prognosis"], "brixia_f"),
         (["recipe=multisource"], "source"),
     ],
@@ -115,6 +115,15 @@ def test_every_column_that_a_run_reads_must_be_allowed(overrides: list[str], col
     with pytest.raises(Refused, match=f"does not allow the label '{column}'"):
         authorise(Policy(allowed_labels=others), TRAIN, config, NOON)
     authorise(Policy(allowed_labels=[*others, column]), TRAIN, config, NOON)
+
+
+def test_column_of_a_mask_is_read_whatever_other_columns_the_task_names() -> None:
+    mask = Task(type="segmentation", label_column="hiv", label_columns=["covid"], severity_column="severity")
+    assert list_read_columns("lesion", mask) == ["covid", "hiv", "severity"]
+    assert list_read_columns("lesion", Task(type="segmentation", label_columns=["covid"])) == [
+        "covid",
+        "lesion",
+    ]
 
 
 def test_policy_says_what_it_leaves_open() -> None:
