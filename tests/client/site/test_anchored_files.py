@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,47 +17,16 @@ from client.site.config import Site, outer_anchor
 from client.site.privacy_budget import PrivacyAccount, hash_patients, read_charges, record_charge
 from common.config.compose import compose_config
 from common.config.parse import config_to_dict
-from common.privacy.accountant import Charge
-from common.protocol.messages import JoinRequest, Refusal, StatisticsRequest
-from common.utils.errors import ConsiliumError, PermanentlyRefused, RefusalCode, Refused
+from common.protocol.messages import JoinRequest, Refusal
+from common.utils.errors import ConsiliumError, PermanentlyRefused, Refused
 from common.utils.hash_chain import append_hash
-
-REQUEST = StatisticsRequest("r1", {}, "counts", "main")
-CHARGE = Charge(2.0, 0.1, 30)
-KILLED = 9  # exit status of a process that ended as if killed
-
-
-@pytest.fixture
-def account(tmp_path: Path) -> PrivacyAccount:
-    """An account with two charges, whose replies left; its outer anchor lies beside the state folder."""
-    (tmp_path / "outside").mkdir()
-    outer = tmp_path / "outside" / "anchor.json"
-    account = PrivacyAccount(tmp_path / "state" / "budget", hash_patients("abc"), outer_anchor=outer)
-    for _ in range(2):
-        record_charge(account, CHARGE, REQUEST)
-        record_message(account)
-    return account
-
-
-def record_message(account: PrivacyAccount) -> None:
-    egress_log.record_reply(state_dir(account), REQUEST, Refusal("north", "no"), account.outer_anchor)
-
-
-def state_dir(account: PrivacyAccount) -> Path:
-    return account.folder.parent
-
-
-def expect_refusal(account: PrivacyAccount, reason: str) -> None:
-    """Neither reading nor charging is possible, and charging does not write a new budget."""
-    budget = account.folder / "spent.json"
-    before = budget.read_bytes() if budget.exists() else None
-    for call in (read_charges, lambda account: record_charge(account, CHARGE, REQUEST)):
-        with pytest.raises(PermanentlyRefused, match=reason) as caught:
-            call(account)
-        assert caught.value.code == RefusalCode.POLICY
-        assert "consilium-centre accept-loss" in str(caught.value)
-        assert "/" not in str(caught.value)
-    assert (budget.read_bytes() if budget.exists() else None) == before
+from tests.client.site.charged_account import (
+    CHARGE,
+    REQUEST,
+    expect_refusal,
+    record_message,
+    state_dir,
+)
 
 
 def test_deleted_budget_is_refused(account: PrivacyAccount) -> None:
@@ -208,89 +176,7 @@ def test_command_names_the_loss_and_asks(tmp_path: Path) -> None:
     assert "nothing is lost" in again.output
 
 
-# --- interruptions and upgrades
-
-
-def charge_and_die(account: PrivacyAccount, num_writes: int) -> int:
-    """Charge and record a message in a process that is killed at a write; return its exit status."""
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    remaining = num_writes
-    fsync = os.fsync
-
-    def count_write(*_: object) -> None:
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            os._exit(KILLED)
-
-    def count_fsync(descriptor: int) -> None:
-        count_write()
-        fsync(descriptor)
-        count_write()
-
-    os.fsync = count_fsync  # type: ignore[assignment]
-    try:
-        record_charge(account, CHARGE, REQUEST)
-        record_message(account)
-    finally:
-        os._exit(0)
-
-
-def test_hospital_is_not_locked_out_by_a_kill_at_any_write(account: PrivacyAccount) -> None:
-    """Before and after each flush to the disk; a charge of which nothing left may count or not."""
-    num_charges = 2
-    num_messages = 2
-    num_kills = 0
-    while (status := charge_and_die(account, num_kills)) == KILLED:
-        num_kills += 1
-        charges = read_charges(account)
-        assert len(charges) in (num_charges, num_charges + 1)
-        assert len(record_charge(account, CHARGE, REQUEST)) == len(charges) + 1
-        record_message(account)
-        num_charges = len(charges) + 1
-        entries = list(egress_log.read_entries(state_dir(account), account.outer_anchor))
-        assert len(entries) in (num_messages + 1, num_messages + 2)
-        num_messages = len(entries)
-        assert accept_loss(state_dir(account), account.outer_anchor) == []
-    assert status == 0
-    assert num_kills > 20
-    assert len(read_charges(account)) == num_charges + 1
-
-
-def test_full_disk_at_the_budget_leaves_the_earlier_budget_in_force(
-    account: PrivacyAccount, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from client.site import anchored_files
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(anchored_files, "atomic_write", fail)
-        with pytest.raises(Refused, match="privacy budget cannot be written"):
-            record_charge(account, CHARGE, REQUEST)
-    assert len(read_charges(account)) == 2
-    record_message(account)
-    assert len(read_charges(account)) == 2
-    assert len(record_charge(account, CHARGE, REQUEST)) == 3
-
-
-def test_state_of_a_version_without_anchors_is_adopted_once(account: PrivacyAccount) -> None:
-    """Its log has no line about files; from its first message on, a deleted budget is noticed."""
-    assert account.outer_anchor
-    budget = (account.folder / "spent.json").read_bytes()
-    shutil.rmtree(state_dir(account))
-    account.outer_anchor.unlink()
-    account.folder.mkdir(parents=True)
-    (account.folder / "spent.json").write_bytes(budget)
-    assert len(read_charges(account)) == 2
-    record_message(account)
-    kinds = [line.kind for line in egress_log.read_lines(state_dir(account))]
-    assert kinds == ["file found", "anchored", "Refusal"]
-    (account.folder / "spent.json").unlink()
-    expect_refusal(account, "privacy budget is missing although it was written before")
+# --- the place of the anchor
 
 
 def test_anchor_lies_where_site_yaml_says_or_beside_the_data(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.site import egress_log
+from client.site import egress_anchor, egress_log
 from common.protocol.messages import StatisticsReply, StatisticsRequest
 from common.utils.errors import ConsiliumError, Refused
 from common.utils.hash_chain import GENESIS_HASH, append_hash
@@ -33,7 +33,7 @@ def test_each_message_has_a_line_without_content(tmp_path: Path) -> None:
     assert first.bytes >= 64
     assert first.digest != second.digest
     assert second.previous == first.hash
-    assert "1.25" not in (tmp_path / egress_log.LOG_FILENAME).read_text()
+    assert "1.25" not in (tmp_path / egress_anchor.LOG_FILENAME).read_text()
 
 
 def test_log_of_the_previous_version_is_read_and_continued(tmp_path: Path) -> None:
@@ -50,13 +50,13 @@ def test_log_of_the_previous_version_is_read_and_continued(tmp_path: Path) -> No
         "digest": "ab",
     }
     line = json.dumps(append_hash(old_entry, GENESIS_HASH), sort_keys=True)
-    (tmp_path / egress_log.LOG_FILENAME).write_text(f"{line}\n")
+    (tmp_path / egress_anchor.LOG_FILENAME).write_text(f"{line}\n")
     record(tmp_path, 1.0)
     old, new = egress_log.read_entries(tmp_path)
     assert (old.run, old.round, old.kind) == ("old", 3, "Contribution")
     assert next(egress_log.read_lines(tmp_path)).hash == old.hash
     assert new.previous != old.hash  # between them a line says that the log has anchors from there on
-    keys = json.loads((tmp_path / egress_log.LOG_FILENAME).read_text().splitlines()[1]).keys()
+    keys = json.loads((tmp_path / egress_anchor.LOG_FILENAME).read_text().splitlines()[1]).keys()
     assert keys == old_entry.keys() | {"previous", "hash"}
 
 
@@ -64,7 +64,7 @@ def test_log_of_the_previous_version_is_read_and_continued(tmp_path: Path) -> No
 def test_tampering_is_found_at_its_line(tmp_path: Path, harm: str) -> None:
     for value in range(4):
         record(tmp_path, value)
-    path = tmp_path / egress_log.LOG_FILENAME
+    path = tmp_path / egress_anchor.LOG_FILENAME
     lines = path.read_text().splitlines()
     bad_line = 2
     if harm == "changed":
@@ -96,7 +96,7 @@ def test_nothing_leaves_that_cannot_be_recorded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="nothing leaves unrecorded"):
         record(tmp_path / "file", 1.0)
-    (tmp_path / egress_log.LOG_FILENAME).write_text("torn {\n")
+    (tmp_path / egress_anchor.LOG_FILENAME).write_text("torn {\n")
     with pytest.raises(Refused, match="nothing leaves unrecorded"):
         record(tmp_path, 1.0)
     with pytest.raises(ConsiliumError, match="does not exist"):
@@ -106,7 +106,7 @@ def test_nothing_leaves_that_cannot_be_recorded(tmp_path: Path) -> None:
 def test_incomplete_last_line_is_removed(tmp_path: Path) -> None:
     """A full disk or a power failure has cut it short; its message never left."""
     for num_complete in (0, 1, 2):
-        with (tmp_path / egress_log.LOG_FILENAME).open("ab") as log:
+        with (tmp_path / egress_anchor.LOG_FILENAME).open("ab") as log:
             log.write(b'{"bytes": 12, "da')
         record(tmp_path, num_complete)
         assert len(list(egress_log.read_entries(tmp_path))) == num_complete + 1

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from client.cli import app
-from client.site import egress_log, privacy_budget
+from client.site import egress_anchor, egress_log, privacy_budget
 from common.modeling.parameters import EMPTY_PARAMS, Weights
 from common.privacy.accountant import Charge, compute_epsilon
 from common.protocol.messages import StatisticsReply, StatisticsRequest, TrainRequest
@@ -63,6 +63,6 @@ def test_metrics_show_what_left_and_what_was_spent(tmp_path: Path) -> None:
     assert metrics["egress_chain_whole"] == 1
     assert metrics["privacy_epsilon"] == pytest.approx(compute_epsilon((charge,), 1e-5))
     assert (metrics["privacy_epsilon_limit"], metrics["cohort_scans val"]) == (8, 1)
-    log = state / egress_log.LOG_FILENAME
+    log = state / egress_anchor.LOG_FILENAME
     log.write_text(log.read_text().replace('"counts"', '"scores"', 1))
     assert read()["egress_chain_whole"] == 0
