@@ -18,6 +18,7 @@ import torch
 
 from client.data.loading import load_datasets
 from client.federation import parameter_cache, secure_aggregation
+from client.federation.change_without_data import compute_change_without_data
 from client.federation.join import handle_join
 from client.federation.local_round import train_local_round
 from client.federation.released_counts import weigh_centre
@@ -93,7 +94,9 @@ def _answer(site: Site, request: Request) -> Reply:
         centre = reply_name(site, config) or centre
         validate_request(config, request)
         context = _check_policy(site, config, request)
-        reply = _run(context, request)
+        if isinstance(request, TrainRequest | StatisticsRequest):
+            request = parameter_cache.restore_parameters(context.state_dir, context.config, request)
+        reply = REQUEST_HANDLERS[type(request)](context, request)
         return _release(context, request, reply)
     except parameter_cache.MissingBaseError:
         return BaseWeightsMissing(centre)
@@ -116,12 +119,6 @@ def _check_policy(site: Site, config: Config, request: Request) -> RunContext:
     limit_gpu_memory(policy.gpu_memory, site)
     min_cell_count = max(site.min_cell_count, policy.min_cell_count)
     return RunContext(replace(site, min_cell_count=min_cell_count), config, policy, request.run_id)
-
-
-def _run(context: RunContext, request: Request) -> Reply:
-    if isinstance(request, TrainRequest | StatisticsRequest):
-        request = parameter_cache.restore_parameters(context.state_dir, context.config, request)
-    return REQUEST_HANDLERS[type(request)](context, request)
 
 
 def handle_train(context: RunContext, request: TrainRequest) -> TrainReply:
@@ -158,8 +155,9 @@ def _release(context: RunContext, request: Request, reply: Reply) -> Reply:
     if isinstance(request, TrainRequest) and isinstance(reply, TrainReply):
         if reply.sum_id:  # the cached reply to a round that was masked before
             return reply
+        known_change = compute_change_without_data(context, request, reply.steps)
         return secure_aggregation.mask_update(
-            context.state_dir, context.config, request, reply, weigh_centre(context)
+            context.state_dir, context.config, request, reply, weigh_centre(context), known_change
         )
     if isinstance(request, StatisticsRequest) and isinstance(reply, StatisticsReply):
         return secure_aggregation.mask_statistics(context.state_dir, context.config, request, reply)

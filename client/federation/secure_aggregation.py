@@ -18,12 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
-from client.federation import secure_sum_store
-from client.federation.secure_sum_checks import (
-    compute_shares_of_weight,
-    require_cover_of_all,
-    require_own_cover,
-)
+from client.federation import secure_sum_checks, secure_sum_store
 from client.federation.secure_sum_store import (
     HeldShares,
     StoredNumbers,
@@ -67,26 +62,36 @@ NONCE_BYTES = 12  # of ChaCha20-Poly1305
 
 
 def mask_update(
-    folder: Path, config: Config, request: TrainRequest, reply: TrainReply, label_weights: Mapping[str, float]
+    folder: Path,
+    config: Config,
+    request: TrainRequest,
+    reply: TrainReply,
+    label_weights: Mapping[str, float],
+    known_change: NDArray[np.float32] | None = None,
 ) -> TrainReply:
     """Store an update as the numbers of a secure sum, and return the reply with public keys instead.
 
-    `label_weights` is {task: this centre's weight}, which is divided by the total in the request. Raises
-    Refused for an update that is not finite, or weights that would let one centre's update show.
+    `label_weights` is {task: this centre's weight}, which is divided by the total in the request.
+    `known_change` [P] is the part of the update that needs no data and so covers nobody. Raises Refused for
+    an update that is not finite, or weights that would let one centre's update show.
     """
     settings = secure_aggregation.require_secagg_config(config)
     layout = parameter_layout(config)
     if not np.isfinite(reply.delta).all():
         raise Refused("the update is not finite", RefusalCode.ERROR)
-    weights = compute_shares_of_weight(config, request, label_weights)
+    weights = secure_sum_checks.compute_shares_of_weight(config, request, label_weights)
     group_weights = dict.fromkeys(layout.group_slices(), 0.0) | weights_by_group(weights, config.tasks)
     values, sums = secure_aggregation.quantize_weighted_update(reply.delta, group_weights, layout, settings)
+    pieces = secure_aggregation.measure_update(values, sums, layout)
+    if known_change is not None:
+        learnt = reply.delta - known_change
+        learnt_numbers = secure_aggregation.quantize_weighted_update(learnt, group_weights, layout, settings)
+        pieces = pieces.minimum(secure_aggregation.measure_update(*learnt_numbers, layout))
     reply = replace(reply, delta=EMPTY_PARAMS, sum_id=compute_sum_id(request))
     if settings.scope == "all":
         int_buffers = request.weights.int_buffers
         reply = replace(reply, int_buffers=int_buffers, scans=0, steps=0, losses={}, epsilon=None)
     work_dir = sum_dir(folder, request.run_id, SumKind.TRAIN)
-    pieces = secure_aggregation.measure_update(values, sums, layout)
     fixed_point_sums = _to_fixed_point(config, sums)
     secure_sum_store.store_numbers(work_dir, StoredNumbers(values, fixed_point_sums, pieces), reply)
     return replace(reply, public_keys=secure_sum_store.start_sum(work_dir, reply.sum_id))
@@ -219,7 +224,7 @@ def mask_input(participant: SumParticipant, request: MaskedInputRequest) -> Mask
     numbers = secure_sum_store.load_numbers(participant.work_dir)
     held = {centre: HeldShares.unpack(data) for centre, data in shares.items()}
     min_centres = max(secure_aggregation.MIN_CENTRES, participant.policy.min_centres)
-    require_own_cover(held, participant.centre, numbers.pieces.names, min_centres)
+    secure_sum_checks.require_own_cover(held, participant.centre, numbers.pieces.names, min_centres)
     width = secure_aggregation.bytes_per_parameter(participant.config)
     values = numbers.values.astype(secure_aggregation.ring_dtype(width))
     fixed_point_sums = numbers.fixed_point_sums.view(np.uint64)
@@ -267,7 +272,7 @@ def reveal_shares(participant: SumParticipant, request: UnmaskRequest) -> Unmask
     if participant.centre not in survivors or not set(survivors) <= held.keys():
         raise Refused("the survivors of the sum are not among the centres that masked their numbers for it")
     participant.require_quorum(len(state.roster or {}), len(survivors))
-    require_cover_of_all(held, survivors)
+    secure_sum_checks.require_cover_of_all(held, survivors)
     sum_id = SumId.parse(state.sum_id)
     first = secure_sum_store.record_opening(participant.work_dir, sum_id, survivors)
     if first.survivors != survivors:

@@ -4,7 +4,7 @@ A sum hides its terms only where several centres add to it in like measure. The 
 and their weights, what is frozen, how long centres train and how values are rounded, and so could let all
 centres but one add zeros. The centres therefore tell each other, in the ciphertext of the secret shares that
 the coordinator forwards, how large their part of each piece of the sum is: to a factor of two, a byte a
-piece. A piece is a tensor of the model, a parameter group's weight, or one sum of a query. Each centre checks
+piece. What a round changes without data (client/federation/change_without_data.py) does not count. A piece is a tensor of the model, a parameter group's weight, or one sum of a query. Each centre checks
 its own cover before it sends masked numbers, and everybody's before it helps to remove the masks.
 """
 
@@ -31,6 +31,10 @@ class SumPieces(NamedTuple):
 
     names: list[str]  # a group of parameters, or the key of a query's sum; for error texts
     magnitudes: Magnitudes
+
+    def minimum(self, other: SumPieces) -> SumPieces:
+        """Return the same pieces with the smaller of both magnitudes."""
+        return SumPieces(self.names, np.minimum(self.magnitudes, other.magnitudes))
 
 
 def measure_update(values: NDArray[np.int32], sums: Sums, layout: Layout) -> SumPieces:

@@ -74,6 +74,7 @@ def mask_updates(
     label_weights: Mapping[str, float] = LABEL_WEIGHTS,
     round_number: int = 1,
     deceived: str = "",
+    known_change: np.ndarray | None = None,
 ) -> dict[str, TrainReply]:
     """The centres' replies to a TrainRequest. The `deceived` centre is sent another model than the others."""
     replies = {}
@@ -90,7 +91,7 @@ def mask_updates(
         reply = TrainReply(centre, update, weights.int_buffers, 5, 2, {}, 0.1)
         own_weights = {"covid": label_weights[centre], "source": 1.0}
         replies[centre] = centre_side.mask_update(
-            wire.folder / centre, wire.config, request, reply, own_weights
+            wire.folder / centre, wire.config, request, reply, own_weights, known_change
         )
     return replies
 

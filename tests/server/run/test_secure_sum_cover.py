@@ -97,6 +97,28 @@ def test_centres_whose_changes_vanish_are_no_cover(tmp_path: Path, scale: float)
     assert not any(isinstance(reply, UnmaskReply) for reply in wire.seen)
 
 
+def test_change_that_needs_no_data_is_no_cover(tmp_path: Path) -> None:
+    """Weight decay moves the weights of centres that learn nothing, by what the coordinator can compute."""
+    wire = Wire(tmp_path, MODEL_SCOPE)
+    updates = make_updates(7)
+    replies = mask_updates(wire, {"north": updates["north"]})
+    for centre in NAMES[1:]:
+        known_change = updates[centre]
+        replies |= mask_updates(wire, {centre: updates[centre]}, known_change=known_change)
+    result = sum_updates(wire, replies)
+    assert "fewer than 2 other centres add in like measure" in result.dropouts["north"].reason
+
+
+def test_cover_is_found_piece_by_piece() -> None:
+    def uncovered(*magnitudes: list[int]) -> list[int]:
+        by_centre = {str(i): np.array(sizes, np.uint8) for i, sizes in enumerate(magnitudes)}
+        return secure_aggregation.find_uncovered(by_centre, "0").tolist()
+
+    assert uncovered([10, 10, 10], [10, 4, 3], [10, 20, 10]) == [2]
+    assert uncovered([3, 3, 0], [0, 3, 9], [3, 1, 0]) == [0]  # zeros cover nothing, and need no cover
+    assert uncovered([3], [3]) == [0]
+
+
 def test_one_tensor_that_a_single_centre_trains_is_enough_to_refuse(tmp_path: Path) -> None:
     wire = Wire(tmp_path, MODEL_SCOPE)
     updates = make_updates(3)
