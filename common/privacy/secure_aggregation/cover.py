@@ -4,8 +4,9 @@ A sum hides its terms only where several centres add to it in like measure. The 
 and their weights, what is frozen, how long centres train and how values are rounded, and so could let all
 centres but one add zeros. The centres therefore tell each other, in the ciphertext of the secret shares that
 the coordinator forwards, how large their part of each piece of the sum is: to a factor of two, a byte a
-piece. What a round changes without data (client/federation/change_without_data.py) does not count. A piece is a tensor of the model, a parameter group's weight, or one sum of a query. Each centre checks
-its own cover before it sends masked numbers, and everybody's before it helps to remove the masks.
+piece. A piece is a tensor of the model, a parameter group's weight, or one sum of a query. What a round
+changes without data does not count (client/federation/change_without_data.py). Each centre checks its own
+cover before it sends masked numbers, and everybody's before it helps to remove the masks.
 """
 
 from __future__ import annotations

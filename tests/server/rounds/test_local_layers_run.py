@@ -63,8 +63,7 @@ class Coordinator:
 
 def run_and_record(phantom: Path, runs: Path, *overrides: str) -> tuple[RunResult, Coordinator, LocalValues]:
     config = phantom_config(phantom, *RECIPE, *overrides)
-    classes = "tasks.source.classes=[north,east,south,west]"
-    layout = parameter_layout(phantom_config(phantom, *RECIPE, *overrides, classes))
+    layout = parameter_layout(config)
     coordinator = Coordinator(layout, config)
     result = start_run(config, InProcess(sites(), coordinator), runs, open_ledger(runs), "run")
     return result, coordinator, find_local_values(layout, ["batch_norm", "heads"])
@@ -132,8 +131,7 @@ def test_local_layers_add_nothing_to_a_secure_sum(phantom: Path, tmp_path: Path)
             return super().__call__(centre, request, reply)
 
     config = phantom_config(phantom, *RECIPE, "privacy=secagg")
-    classes = "tasks.source.classes=[north,east,south,west]"
-    layout = parameter_layout(phantom_config(phantom, *RECIPE, classes))
+    layout = parameter_layout(config)
     hook = ReadsNumbers(layout, config)
     result = start_run(config, InProcess(sites(), hook), tmp_path, open_ledger(tmp_path), "run")
     assert not result.left_out
@@ -173,9 +171,7 @@ def test_update_that_holds_a_local_value_is_left_out(phantom: Path, tmp_path: Pa
 
 def test_central_noise_does_not_move_layers_that_stay_at_the_centres(phantom: Path, tmp_path: Path) -> None:
     heads = ["stage.local_layers=[heads]", "privacy=central", "tasks.source.head_update=local"]
-    config = phantom_config(
-        phantom, *heads, "stage.rounds=1", "privacy=central", "aggregation.method=fedadam"
-    )
+    config = phantom_config(phantom, *heads, "stage.rounds=1", "privacy=central", "aggregation=fedadam")
     classes = "tasks.source.classes=[north,east,south,west]"
     layout = parameter_layout(phantom_config(phantom, *heads, classes))
     coordinator = Coordinator(layout, config)

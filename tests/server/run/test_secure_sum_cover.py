@@ -112,7 +112,7 @@ def test_change_that_needs_no_data_is_no_cover(tmp_path: Path) -> None:
 def test_cover_is_found_piece_by_piece() -> None:
     def uncovered(*magnitudes: list[int]) -> list[int]:
         by_centre = {str(i): np.array(sizes, np.uint8) for i, sizes in enumerate(magnitudes)}
-        return secure_aggregation.find_uncovered(by_centre, "0").tolist()
+        return [int(piece) for piece in secure_aggregation.find_uncovered(by_centre, "0")]
 
     assert uncovered([10, 10, 10], [10, 4, 3], [10, 20, 10]) == [2]
     assert uncovered([3, 3, 0], [0, 3, 9], [3, 1, 0]) == [0]  # zeros cover nothing, and need no cover
