@@ -73,7 +73,6 @@ TASK_RULES = (
         "in a task of segmentation or inpainting, which always reads the map",
         "set its type to another",
         _has_type("binary", "multiclass", "regression", "contrastive"),
-        allowed_anyway=("map",),
     ),
     EffectRule(
         ("tasks.*.xavier_init",),

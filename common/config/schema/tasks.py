@@ -130,7 +130,11 @@ class Task:
             require(self.head_update != "moments", "head_update: moments needs type: multiclass")
         if self.head_update == "moments":
             linear = not self.hidden_dims and not self.input_relu and self.head_input == "features"
-            require(linear, "head_update: moments needs a linear head on the features")
+            require(
+                linear,
+                "head_update: moments needs a linear head on the features, "
+                "without hidden_dims, input_relu and head_input: map",
+            )
 
     def _check_names(self) -> None:
         for column in (self.label_column, self.severity_column):
