@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.dataset import ScanDataset, iterate_slices
+from client.federation.feature_groups import average_in_groups
 from client.federation.query_context import QueryContext
 from client.site.config import safe_filename
 from client.training.trainer import run_inference
@@ -69,6 +70,7 @@ def load_pooled_features(context: QueryContext) -> PooledFeatures:
     """Return the features of the split's scans that take part in a clustered task.
 
     They are computed when weights come with the query, and kept on disk for the next steps, which bring none.
+    Where the policy limits small numbers, they are those of groups of patients (feature_groups.py).
     Raises Refused when they are gone.
     """
     dataset = context.dataset
@@ -82,7 +84,10 @@ def load_pooled_features(context: QueryContext) -> PooledFeatures:
             reason = "the features of this run are missing from the centre's state folder; start the run anew"
             raise Refused(reason, RefusalCode.NO_DATA)
         return PooledFeatures(rows, np.load(path))
-    features = _compute_features(context, context.model, dataset.subset(rows))
+    scans = dataset.subset(rows)
+    features = _compute_features(context, context.model, scans)
+    if context.min_patients > 1:
+        features = average_in_groups(features, scans.patient_ids, context.min_patients)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, features)

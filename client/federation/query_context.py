@@ -26,6 +26,7 @@ class QueryContext:
     stage: Stage
     model: Model | None = None  # with the requested weights; None when none came
     task_name: str = ""  # moments, clusters: the task
+    min_patients: int = 1  # that a number must stand for
     min_scans: int = 1  # so many scans surely stand for as many patients as the policy wants
     device: torch.device
     centroids: NDArray[np.float64] | None = None  # clusters: [K, D]

@@ -157,6 +157,7 @@ def _open_query(
         stage=context.find_stage(request.stage),
         model=_load_query_model(context, request),
         task_name=request.task,
+        min_patients=site.min_cell_count,
         min_scans=min_scans_of_patients(datasets.values(), site.min_cell_count),
         device=site.resolve_device(),
         centroids=request.centroids,

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
 from client.site.config import Site, outer_anchor
 from client.site.release_book import forget_releases, locate_book
+from common.config.compose import prepare_config
 from common.config.parse import config_to_dict
 from common.config.schema import Config, Task
+from common.modeling.encoder import feature_dim, make_encoder
 from common.protocol.messages import (
     JoinReply,
     JoinRequest,
@@ -266,3 +269,18 @@ def test_more_scores_than_the_recipe_needs_are_refused(folder: Path) -> None:
             assert isinstance(again, StatisticsReply)
             assert str(again.sums) == str(reply.sums)
     assert codes == [None] * 6 + [RefusalCode.POLICY] * 2
+
+
+def test_steps_of_a_clustering_give_features_of_groups_only(folder: Path) -> None:
+    soft = Task(type="multiclass", label_column="covid", num_clusters=[2])
+    config = prepare_config(with_tasks(make_config(), covid=Task(), soft=soft))
+    ask = partial(StatisticsRequest, "run", config_to_dict(config), "clusters", "main", "train", "soft")
+    apart = np.zeros((1, feature_dim(make_encoder(config.backbone))))
+    first = handle_request(make_centre(folder), ask(weights=initial_weights(config), centroids=apart))
+    assert isinstance(first, StatisticsReply), first
+    mean = first.sums["sum"][0] / first.sums["n"][0]
+    for offset in np.linspace(-0.5, 0.5, 7):
+        reply = handle_request(make_centre(folder), ask(centroids=np.stack([mean, mean + offset])))
+        assert isinstance(reply, StatisticsReply), reply
+        assert all(count == 0 or count >= FEW for count in reply.sums["n"])
+        assert all(count % FEW == 0 for count in reply.sums["n"])

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from client.cli import app
 from client.federation.released_data import describe_splits, list_questions
 from client.site import release_book
+from client.site.config import Site, outer_anchor
 from client.site.release_book import Question, ReleaseBook, ReleasedAnswer, check_questions, count_answer
 from client.site.release_groups import ReleaseGroup
 from common.config.compose import compose_config
@@ -148,3 +151,25 @@ def test_book_that_is_missing_replaced_or_damaged_lets_nothing_leave(
         file.path.write_text(content)
     with pytest.raises(Refused, match="release book is"), release_book.open_book(file):
         pass
+
+
+def test_command_lists_the_book_and_forgets_it_when_confirmed(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "site.yaml").write_text(f"centre: north\ndata: {data}\nstate: {tmp_path / 'state'}\n")
+    site = Site("north", str(data), str(tmp_path / "state"))
+    file = release_book.locate_book(tmp_path / "state", outer_anchor(site, data))
+    group = ReleaseGroup("north/train/1", {"p1": ["s1"], "p2": ["s2"]})
+    with release_book.open_book(file) as book:
+        book.splits = "own splits"
+        book.answers.append(ReleasedAnswer(Question(["covid"], "classes"), "2026-01-01", [group]))
+    words = ["releases", "--site", str(tmp_path / "site.yaml")]
+    listed = CliRunner().invoke(app, words)
+    assert "classes of covid: since 2026-01-01, by own splits, 2 patients" in listed.output
+    assert CliRunner().invoke(app, [*words, "--forget"], input="n\n").exit_code == 1
+    assert release_book.read_book(file).answers
+    num_lines = len((tmp_path / "state" / "egress.jsonl").read_text().splitlines())
+    assert CliRunner().invoke(app, [*words, "--forget"], input="y\n").exit_code == 0
+    assert not release_book.read_book(file).answers
+    assert len((tmp_path / "state" / "egress.jsonl").read_text().splitlines()) == num_lines + 1
+    assert "nothing was released" in CliRunner().invoke(app, words).output
