@@ -14,6 +14,7 @@ import pytest
 from client.federation import secure_aggregation as centre_side
 from client.site.policy import Policy
 from common.config.parse import config_to_dict
+from common.config.schema import SecureAggregationConfig
 from common.privacy import secure_aggregation
 from common.privacy.masked_layout import empty_sums
 from common.protocol.messages import (
@@ -113,10 +114,12 @@ def test_shares_can_be_read_by_their_receiver_only(tmp_path: Path) -> None:
     """The coordinator forwards ciphertext: what it has seen contains no share that is revealed later."""
     wire = Wire(tmp_path, ALL_SCOPE)
     sum_counts(wire, make_counts(3))
-    forwarded = b""
+    shares: list[bytes] = []
     for reply in wire.seen:
         if isinstance(reply, ShareKeysReply):
-            forwarded += b"".join(share.tobytes() for share in reply.shares.values())
+            shares += [share.tobytes() for share in reply.shares.values()]
+    assert len({share[:12] for share in shares}) == len(shares) == 20  # a pair has one key for both ways
+    forwarded = b"".join(shares)
     for reply in wire.seen:
         if isinstance(reply, UnmaskReply):
             assert all(share.tobytes() not in forwarded for share in reply.shares.values())
@@ -210,6 +213,16 @@ def test_steps_out_of_turn_and_repeated_steps_are_refused(tmp_path: Path) -> Non
     assert stat.S_IMODE(sum_dir.stat().st_mode) == 0o700
     take_step(UnmaskRequest("r", {}, sum_id, NAMES))
     assert not sum_dir.exists()
+
+
+def test_fewest_survivors_are_a_majority_and_at_least_three() -> None:
+    """Two groups of a half each could reveal both secrets of a centre."""
+    secagg = SecureAggregationConfig(threshold=0.5)
+    half = replace(MODEL_SCOPE, privacy=replace(MODEL_SCOPE.privacy, secagg=secagg))
+    needed = [secure_aggregation.compute_min_survivors(half, started) for started in (2, 3, 4, 5, 6, 10)]
+    assert needed == [3, 3, 3, 3, 4, 6]
+    default = [secure_aggregation.compute_min_survivors(MODEL_SCOPE, started) for started in (3, 5, 10)]
+    assert default == [3, 4, 7]
 
 
 # --- dishonest or faulty centres
