@@ -230,3 +230,9 @@ def test_weights_of_a_request_are_those_of_its_model() -> None:
     longer = Weights(np.append(weights.floats, np.float32(0)), weights.int_buffers)
     with pytest.raises(Refused, match="the two sides run different recipes or code"):
         validate_request(CONFIG, replace(scores, weights=longer))
+
+
+def test_centre_refuses_what_the_run_has_no_use_for(hospital: Path) -> None:
+    unasked = make_config("evaluation.image_statistics=false")
+    reply = handle_request(make_site(hospital), query(unasked, "quality"))
+    assert "no use for image statistics" in refusal_reason(reply)
