@@ -189,6 +189,7 @@ def test_held_out_hospital_and_folds_of_one_number_add_up(folder: Path) -> None:
         folds = replace(config, federation=replace(config.federation, folds=3, fold=fold))
         answer = ask_counts(folder, folds)
         assert isinstance(answer, dict)
+        assert all(count % FEW == 0 for counts in answer.values() for count in counts)
         totals.append(np.sum([counts for counts in answer.values()], axis=0).tolist())
     assert totals[0] == totals[1] == totals[2]
 
