@@ -140,7 +140,7 @@ def test_recipe_file_that_sets_a_key_in_vain_is_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(CONFIG_DIR, tmp_path / "configs")
     recipe = folder / "recipe" / "multisource.yaml"
     recipe.write_text(recipe.read_text() + "\nprivacy:\n  clip_norm: 2.0\n")
-    for overrides in ([], ["stage.rounds=3"]):
+    for overrides in ([], ["stage.rounds=3"], ["federation=folder", "federation.centres=[a,b]"]):
         with pytest.raises(IneffectiveKey, match=r"privacy.clip_norm=2 has no effect"):
             compose_config(overrides, folder)
     compose_config(["privacy=patient"], folder)
