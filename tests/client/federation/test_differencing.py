@@ -15,6 +15,7 @@ import pytest
 
 from client.data.loading import clear_dataset_cache
 from client.federation.handlers import handle_request
+from client.federation.join import round_skipped
 from client.phantom.federation import write_centre
 from client.site.config import Site, outer_anchor
 from client.site.release_book import forget_releases, locate_book
@@ -285,3 +286,12 @@ def test_steps_of_a_clustering_give_features_of_groups_only(folder: Path) -> Non
         assert isinstance(reply, StatisticsReply), reply
         assert all(count == 0 or count >= FEW for count in reply.sums["n"])
         assert all(count % FEW == 0 for count in reply.sums["n"])
+
+
+def test_skipped_scans_are_rounded_down_to_what_surely_are_enough_patients() -> None:
+    table = pd.DataFrame({"patient": [f"p{number}" for number in range(9)] + ["p0", "p0"]})  # one has three
+    assert round_skipped({"it is empty": 15, "it is broken": 6}, [table], FEW) == {"it is empty": 14}
+    assert round_skipped({"it is empty": 15, "it is broken": 6}, [table], 1) == {
+        "it is empty": 15,
+        "it is broken": 6,
+    }
