@@ -281,7 +281,7 @@ def test_steps_of_a_clustering_give_features_of_groups_only(folder: Path) -> Non
     first = handle_request(make_centre(folder), ask(weights=initial_weights(config), centroids=apart))
     assert isinstance(first, StatisticsReply), first
     mean = first.sums["sum"][0] / first.sums["n"][0]
-    for offset in np.linspace(-0.5, 0.5, 7):
+    for offset in np.geomspace(1e-6, 1, 13):
         reply = handle_request(make_centre(folder), ask(centroids=np.stack([mean, mean + offset])))
         assert isinstance(reply, StatisticsReply), reply
         assert all(count == 0 or count >= FEW for count in reply.sums["n"])
