@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -135,8 +134,7 @@ def make_fold_name(fold: int | None, held_out_centres: Sequence[str]) -> str:
     """Return a cross-validation run's part of its id, which is also a folder's name."""
     if fold is not None:
         return f"fold-{fold}"
-    centres = re.sub("[^A-Za-z0-9._-]", "-", "-".join(held_out_centres))
-    return f"without-{centres}"
+    return f"without-{'-'.join(held_out_centres)}"
 
 
 def excluded_centres(commands: Iterable[Mapping[str, Any]]) -> dict[str, str]:

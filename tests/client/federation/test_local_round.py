@@ -105,7 +105,7 @@ def test_values_that_stayed_once_do_not_leave_by_a_later_message(
     expect_train_reply(handle_request(site, train_request(honest)))
     hostile = make_config(f"stage.local_layers={later_layers}", "tasks.source.head_update=local")
     weights = initial_weights(hostile)
-    request = train_request(hostile, 2, weights, personal_rounds=[("main", 1)], lr_scale=0.0)
+    request = train_request(hostile, 2, weights, personal_rounds=[("main", 1)], lr_scale=1e-6)
     reply = expect_train_reply(handle_request(site, request))
     for slot in make_layout(hostile).floats:
         if slot.is_batch_norm:
