@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from client.app import app
@@ -37,6 +38,7 @@ from common.protocol.messages import (
     UnmaskRequest,
 )
 from common.utils.errors import RefusalCode
+from tests.client.federation.told_numbers import list_numbers_of_scans
 from tests.client.hospital import hospital as hospital
 from tests.client.hospital import initial_weights, make_config, make_site, refusal_reason, train_request
 
@@ -47,6 +49,7 @@ CONFIG = make_config(
     "tasks.soft.num_clusters=[2]",
 )
 CLUSTERED = "soft"
+NUM_MESSAGES = int(os.environ.get("CONSILIUM_FUZZ_MESSAGES", "150"))
 ABSOLUTE = "absolute"  # stands for an absolute path, which no test knows beforehand
 NAMES_THAT_LEAD_OUT = (
     ABSOLUTE,
@@ -264,9 +267,12 @@ def test_requests_to_be_changed_are_valid(
         assert "not part of the sum any more" in refusal_reason(reply)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=NUM_MESSAGES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
-def test_changed_request_never_raises_and_writes_nothing_outside_the_state_folder(
+def test_changed_request_never_raises_tells_no_small_number_and_writes_nothing_elsewhere(
     hospital: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -276,6 +282,11 @@ def test_changed_request_never_raises_and_writes_nothing_outside_the_state_folde
     """Flower's app would turn an exception into an error of the node; here it fails the test."""
     request = data.draw(st.sampled_from(valid_requests))
     content = change_message(data, request)
-    reply = send_through_flower(make_hospital_site(hospital, tmp_path), content, monkeypatch)
+    min_cell_count = data.draw(st.sampled_from([1, 4]))
+    site = replace(make_hospital_site(hospital, tmp_path), min_cell_count=min_cell_count)
+    reply = send_through_flower(site, content, monkeypatch)
+    event(type(reply).__name__)
     assert reply.centre == "north"
     assert not list_files_outside(tmp_path)
+    for number in list_numbers_of_scans(reply, CONFIG.tasks):
+        assert number == 0 or number >= min_cell_count, reply
