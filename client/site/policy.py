@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import StrictBool, StrictFloat, StrictInt
 
-from client.site.yaml_records import load_yaml, read_yaml_mapping
+from client.site.yaml_records import check_keys, field_names, parse_record, read_yaml_mapping
 from common.config.schema import Config
 from common.learning.losses import list_read_columns
 from common.protocol.code_fingerprint import fingerprint_code
@@ -98,13 +98,16 @@ def load_policy(path: str) -> Policy:
     """
     if not path:
         return Policy()
-    remedy = "nothing leaves until it can be read"
-    if "recipes" in read_yaml_mapping(Path(path), "policy", remedy):
+    source = f"policy {path}"
+    values = read_yaml_mapping(Path(path), "policy", "nothing leaves until it can be read")
+    other_keys = [key for key in values if key != "recipes"]
+    check_keys(other_keys, field_names(Policy), source, RENAMED_POLICY_KEYS)
+    if "recipes" in values:
         raise ConsiliumError(
-            f"policy {path}: 'recipes' protects nothing, because the coordinator writes a recipe's name; "
+            f"{source}: 'recipes' protects nothing, because the coordinator writes a recipe's name; "
             "remove it, set require_approval: true, and approve each recipe with `consilium-centre approve`"
         )
-    return load_yaml(Policy, Path(path), "policy", remedy, RENAMED_POLICY_KEYS)
+    return parse_record(Policy, values, source)
 
 
 def list_open_rules(policy: Policy) -> list[str]:

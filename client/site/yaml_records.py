@@ -15,25 +15,6 @@ from common.utils.errors import ConsiliumError, suggest
 RecordT = TypeVar("RecordT")
 
 
-def load_yaml(
-    record_type: type[RecordT], path: Path, source: str, remedy: str, renamed_keys: Mapping[str, str]
-) -> RecordT:
-    """Read a dataclass from a YAML file of its fields.
-
-    Args:
-        record_type: the dataclass to build.
-        path: the file.
-        source: what the file is, for error messages: "policy".
-        remedy: what to do when it cannot be read.
-        renamed_keys: {key of an earlier version: its present name}; an old key is refused with its new name.
-
-    Raises ConsiliumError, one sentence, for a file that cannot be read, an unknown key or a wrong value.
-    """
-    values = read_yaml_mapping(path, source, remedy)
-    check_keys(values, field_names(record_type), f"{source} {path}", renamed_keys)
-    return parse_record(record_type, values, f"{source} {path}")
-
-
 def read_yaml_mapping(path: Path, source: str, remedy: str) -> dict[Any, Any]:
     """Return the mapping that a YAML file holds; an empty file holds none. Raises ConsiliumError."""
     try:

@@ -95,14 +95,17 @@ def _list_given_keys(overrides: list[str], config_dir: Path) -> list[str]:
     ``stage.optimiser={lr: 0.1}`` gives ``stage.optimiser.lr``.
     """
     groups = _list_groups(config_dir)
+    files: dict[str, Path] = {}  # by section; of two choices the last one counts
     keys: list[str] = []
     for override in overrides:
         parsed = OverridesParser.create().parse_override(override)
         key = parsed.key_or_group
         if key in SECTION_GROUPS:
-            keys += _list_leaves(OmegaConf.load(config_dir / key / f"{parsed.value()}.yaml"), key)
+            files[key] = config_dir / key / f"{parsed.value()}.yaml"
         elif key not in groups and not parsed.is_delete():
             keys += _list_leaves(parsed.value(), key)
+    for section, path in files.items():
+        keys += _list_leaves(OmegaConf.load(path), section)
     return list(dict.fromkeys(keys))
 
 

@@ -155,6 +155,8 @@ def _find_central_dp_conflicts(config: Config) -> Iterator[str]:
 def _find_patient_dp_conflicts(config: Config) -> Iterator[str]:
     if config.federation.mode == "local":
         yield "federation.mode=local exchanges no weights, so there is nothing to protect"
+    if not config.privacy.count_noise_multiplier:
+        yield "privacy.count_noise_multiplier is 0, but exact counts reveal patients; set it to 5, say"
     cross_site = config.evaluation.cross_site
     yield from _find_cross_validation_conflicts(config)
     if config.privacy.query_noise_multiplier and cross_site != "none":

@@ -28,12 +28,20 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def north(recorded: Path) -> Site:
-    """The hospital `north`, whose staff renamed the keys of its two files as the error messages asked."""
+    """The hospital `north`, whose staff changed the keys of its two files as the error messages asked."""
     hospital = recorded / "hospital_north"
     rename_keys(hospital / "site.yaml", RENAMED_SITE_KEYS)
     for policy in hospital.glob("policy*.yaml"):
         rename_keys(policy, RENAMED_POLICY_KEYS)
+        remove_key(policy, "recipes")
     return parse_site({"site": "hospital_north/site.yaml"})
+
+
+def remove_key(path: Path, key: str) -> None:
+    """Remove a key at the top of a YAML file."""
+    values = yaml.safe_load(path.read_text())
+    values.pop(key, None)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def rename_keys(path: Path, renamed_keys: dict[str, str]) -> None:

@@ -92,8 +92,8 @@ def test_cluster_labels_are_found_by_slice_key(north: Site) -> None:
 
 def test_opened_secure_sum_is_not_opened_again_among_others(north: Site) -> None:
     work_dir = STATE / "secagg/paused-secagg/train"
-    survivors = record_opening(work_dir, SumId.parse("train/main/1/0123"), ["east", "north"])
-    assert survivors == ["east", "north", "south"]
+    first = record_opening(work_dir, SumId.parse("train/main/1/0123"), ["east", "north"])
+    assert first.survivors == ["east", "north", "south"]
 
 
 def test_interrupted_secure_sum_is_recognised(north: Site) -> None:

@@ -80,7 +80,11 @@ class PrivacyConfig:
         )
 
     def _check_statistics_noise(self) -> None:
-        """Check the noise on counts and scores, which only `patient` has, and on counts always."""
+        """Check the noise on counts and scores, which only `patient` has.
+
+        That counts always have some is checked where a run is made (common/config/validate.py): the runs of
+        version 0.1.0, which can still be read, had none.
+        """
         is_patient = self.dp_level == "patient"
         query_noise = self.query_noise_multiplier
         count_noise = self.count_noise_multiplier
@@ -94,7 +98,6 @@ class PrivacyConfig:
             f"privacy.count_noise_multiplier is {count_noise}; it needs privacy=patient, or set it to 0",
         )
         require(
-            not is_patient or 0.3 <= count_noise <= 1000,
-            f"privacy.count_noise_multiplier is {count_noise}; with privacy=patient it must be 0.3 to 1000, "
-            "e.g. 5, because exact counts reveal patients",
+            count_noise == 0 or 0.3 <= count_noise <= 1000,
+            f"privacy.count_noise_multiplier is {count_noise}; it must be 0.3 to 1000",
         )

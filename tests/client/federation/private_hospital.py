@@ -29,7 +29,6 @@ SMALL = [
     "stage.precision=fp32",
     "evaluation.histogram_bins=16",
     "privacy=patient",
-    "tasks.source.classes=[north,east]",
 ]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from client.data.cohort import load_cohort
 from client.ingest.folder_source import open_folder_source
+from client.ingest.journal import Outcome
 from client.ingest.pipeline import ingest_studies
 from tests.client.ingest.planted_studies import (
     IMAGES_PER_CT,
@@ -67,7 +68,7 @@ def test_killed_ingest_is_completed_by_the_next(
     )
     command = ingest_command_line("--site", site_file, "--since", "2020-01-01", "--quiet", 0)
     _kill_when(lambda: any(paths.incoming_dir.glob("*/*/*.dcm")), command)
-    _kill_when((paths.ingest_dir / "journal.jsonl").exists, command)
+    _kill_when(lambda: _has_ingested(paths.ingest_dir), command)
 
     last = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=300)
     assert last.returncode == 0, last.stderr
@@ -79,6 +80,15 @@ def test_killed_ingest_is_completed_by_the_next(
     assert not list(paths.incoming_dir.iterdir())
     assert "PLANTED" not in last.stdout + last.stderr
     assert find_signs(tmp_path) == []
+
+
+def _has_ingested(folder: Path) -> bool:
+    """Return whether the journal has the complete line of a study that was ingested."""
+    journal = folder / "journal.jsonl"
+    if not journal.exists():
+        return False
+    lines = journal.read_text().splitlines(keepends=True)
+    return any(Outcome.INGESTED.value in line and line.endswith("\n") for line in lines)
 
 
 def _kill_when(condition: Callable[[], bool], command: list[str]) -> None:
