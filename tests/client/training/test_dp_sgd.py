@@ -152,7 +152,8 @@ def test_one_patient_moves_the_sum_by_the_clip_norm_at_most(
     assert float((without - reordered).norm()) <= 1e-4 * clip
 
 
-def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
+@pytest.mark.parametrize("is_infinite", [False, True])  # False: it is not a number
+def test_a_gradient_that_is_not_finite_counts_as_zero(is_infinite: bool) -> None:
     model = model_of()
     parameters = list(model.parameters())
     patients = four_patients()
@@ -165,7 +166,8 @@ def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
     def overflow(model: Model, part: Batch, num_labelled: dict[str, int]) -> BatchLoss:
         losses = compute_loss(model, part, num_labelled)
         if len(part.slices) < 3 and torch.equal(part.slices[0], bad_slice):
-            losses.total = losses.total * math.inf
+            infinite_loss = parameters[0].sum() * math.inf
+            losses.total = infinite_loss if is_infinite else losses.total * math.inf
         return losses
 
     overflowing.compute_loss = overflow  # type: ignore[method-assign, assignment]
