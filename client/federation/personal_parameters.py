@@ -86,10 +86,10 @@ def find_kept_values(
     What is laid over stays here even if this message's stage calls it shared. Raises Refused when the layers
     are those of another model.
     """
-    kept = find_local_values(layout, stage.local_layers)
+    kept_values = find_local_values(layout, stage.local_layers)
     for path in _find_layers(folder, run_id, personal_rounds):
-        kept = kept.union(_read_stored_masks(path, layout))
-    return kept
+        kept_values = kept_values.union(_read_stored_masks(path, layout))
+    return kept_values
 
 
 def _find_layers(folder: Path, run_id: str, personal_rounds: PersonalRounds) -> list[Path]:

@@ -142,15 +142,15 @@ def accept_loss(state_dir: Path, outer_anchor: Path | None) -> list[str]:
         if not losses:
             return []
         try:
-            found = egress_chain.scan_log(state_dir)
+            scanned = egress_chain.scan_log(state_dir)
         except (ValueError, KeyError, TypeError):
             losses.append(f"the egress log's chain was broken; it is kept as {_set_log_aside(state_dir)}")
-            found = Anchor()
-        files = {**found.files, **expected.files}
-        log = egress_chain.OpenLog(state_dir, outer_anchor, found)
+            scanned = Anchor()
+        files = {**scanned.files, **expected.files}
+        log = egress_chain.OpenLog(state_dir, outer_anchor, scanned)
         fields = {
             "losses": losses,
-            "lines": {"expected": expected.lines, "found": found.lines},
+            "lines": {"expected": expected.lines, "found": scanned.lines},
             "files": {name: dataclasses.asdict(state) for name, state in files.items()},
         }
         egress_chain.append_line(log, egress_chain.describe_record(LOSS_KIND, "", fields, expected.last_hash))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -12,12 +12,13 @@ import yaml
 from common.utils.errors import ConsiliumError
 
 if TYPE_CHECKING:
+    from client.site.approvals import Approval
     from common.config.schema import Config
 
 DEFAULT_DAYS = "180"  # that an approval holds
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 # A recipe does not depend on who takes part, but a configuration must name somebody.
-PLACEHOLDER_FEDERATION = ("federation=folder", "federation.centres=[a,b,c,d,e,f,g,h,i]")
+EXAMPLE_FEDERATION = ("federation=folder", "federation.centres=[a,b,c,d,e,f,g,h,i]")
 
 
 def approve(
@@ -65,7 +66,7 @@ def approve(
     typer.echo(f"approved until {approval.expires}; take it back with --withdraw {approval.digest[:12]}")
 
 
-def _approve_recipe(config: Config, expires: date, yes: bool) -> Any:
+def _approve_recipe(config: Config, expires: date, yes: bool) -> Approval:
     from client.site.approvals import Approval
     from client.tools.recipe_summary import describe_recipe
     from common.config.recipe_digest import compute_recipe_digest
@@ -89,24 +90,24 @@ def load_recipe(recipe: str, overrides: list[str]) -> Config:
     from common.config.parse import parse_config
 
     if not recipe.endswith(CONFIG_SUFFIXES):
-        return compose_config([*_add_placeholders(overrides), f"recipe={recipe}", *overrides])
+        return compose_config([*_add_example_federation(overrides), f"recipe={recipe}", *overrides])
     if overrides:
         raise ConsiliumError("overrides go with a recipe's name; the coordinator's file has them already")
     try:
         values = yaml.safe_load(Path(recipe).read_text())
         if not isinstance(values, dict):
             raise TypeError(f"expected a mapping, got {type(values).__name__}")
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConsiliumError(
-            f"{recipe} is no configuration ({type(error).__name__}); ask for another"
+            f"{recipe} cannot be read as a configuration ({type(error).__name__}); ask for another"
         ) from error
     return prepare_config(parse_config(values))
 
 
-def _add_placeholders(overrides: list[str]) -> list[str]:
-    """Return the overrides that name a federation, where the given ones do not."""
+def _add_example_federation(overrides: list[str]) -> list[str]:
+    """Return overrides for a federation as an example: a recipe's content does not depend on its centres."""
     keys = [override.partition("=")[0] for override in overrides]
-    return [override for override in PLACEHOLDER_FEDERATION if override.partition("=")[0] not in keys]
+    return [override for override in EXAMPLE_FEDERATION if override.partition("=")[0] not in keys]
 
 
 def parse_expiry(expires: str, today: date) -> date:

@@ -100,8 +100,10 @@ def _describe_updates(config: Config) -> str:
 
 def _list_statistics(config: Config) -> Iterator[str]:
     """Yield the sums over scans that the run asks for."""
-    own = "masked, so that only sums over all hospitals are seen" if hides_statistics(config) else "by split"
-    yield f"numbers of scans in each class of each task, and without a label; {own}"
+    visibility = (
+        "masked, so that only sums over all hospitals are seen" if hides_statistics(config) else "by split"
+    )
+    yield f"numbers of scans in each class of each task, and without a label; {visibility}"
     statistics = {
         "binary": f"histograms of the scores in {config.evaluation.histogram_bins} bins, by class",
         "multiclass": "confusion matrices",

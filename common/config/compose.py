@@ -68,16 +68,16 @@ def keep_effective_overrides(overrides: Iterable[str], fixed: Iterable[str] = ()
     Raises:
         ConsiliumError: what is wrong with the configuration besides.
     """
-    kept = list(overrides)
+    remaining = list(overrides)
     while True:
         try:
-            compose_config([*fixed, *kept])
-            return kept
+            compose_config([*fixed, *remaining])
+            return remaining
         except IneffectiveKey as error:
-            effective = [override for override in kept if not _sets_key(override, error.key)]
-            if len(effective) == len(kept):
+            effective = [override for override in remaining if not _sets_key(override, error.key)]
+            if len(effective) == len(remaining):
                 raise
-            kept = effective
+            remaining = effective
 
 
 def _sets_key(override: str, key: str) -> bool:

@@ -7,7 +7,12 @@ import math
 from typing import Any
 
 import timm
-from timm.layers import BatchNormAct2d, DropPath, GroupNormAct, freeze_batch_norm_2d  # type: ignore[attr-defined]
+from timm.layers import (  # type: ignore[attr-defined]
+    BatchNormAct2d,
+    DropPath,
+    GroupNormAct,
+    freeze_batch_norm_2d,
+)
 from torch import nn
 
 from common.config.schema import BackboneConfig

@@ -83,10 +83,10 @@ def find_uncovered(
         centre: whose numbers must be covered.
         min_centres: how many centres, with this one, must add to a piece in like measure.
     """
-    own = magnitudes[centre].astype(int)
-    num_covering = np.zeros(len(own), int)
+    own_magnitudes = magnitudes[centre].astype(int)
+    num_covering = np.zeros(len(own_magnitudes), int)
     for other, other_magnitudes in magnitudes.items():
         if other != centre:
-            is_like = other_magnitudes.astype(int) + MAX_RATIO_BITS >= own
+            is_like = other_magnitudes.astype(int) + MAX_RATIO_BITS >= own_magnitudes
             num_covering += is_like & (other_magnitudes > 0)
-    return np.flatnonzero((own > 0) & (num_covering < min_centres - 1))
+    return np.flatnonzero((own_magnitudes > 0) & (num_covering < min_centres - 1))

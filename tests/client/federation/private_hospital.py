@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from client.data import loading
 from client.federation.handlers import handle_request
 from client.phantom.federation import write_centre
@@ -37,10 +39,17 @@ def write_hospital(folder: Path) -> Path:
     return write_centre(folder, "north", PhantomConfig(scale=0.03, num_slices=10, image_size=64))
 
 
-def copy_hospital(written: Path, folder: Path) -> Path:
-    """Return a copy of the hospital, with a state folder of its own."""
+@pytest.fixture(scope="module")
+def written_hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hospital's scans, written once for all tests of a file."""
+    return write_hospital(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def hospital(written_hospital: Path, tmp_path: Path) -> Path:
+    """A copy of the hospital, with a state folder of its own."""
     loading.clear_dataset_cache()
-    return Path(shutil.copytree(written, folder / "north"))
+    return Path(shutil.copytree(written_hospital, tmp_path / "north"))
 
 
 def make_config(*overrides: str) -> Config:

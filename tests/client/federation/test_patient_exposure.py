@@ -16,24 +16,14 @@ from common.config.parse import config_to_dict
 from common.config.schema import Config
 from common.protocol.messages import Refusal, StatisticsReply, TrainReply
 from tests.client.federation.private_hospital import (
-    copy_hospital,
     count_scored,
     make_config,
     query,
     read_charges,
     train,
-    write_hospital,
 )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hospital(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def hospital(written: Path, tmp_path: Path) -> Path:
-    return copy_hospital(written, tmp_path)
+from tests.client.federation.private_hospital import hospital as hospital
+from tests.client.federation.private_hospital import written_hospital as written_hospital
 
 
 def count_patients(hospital: Path) -> dict[str, int]:

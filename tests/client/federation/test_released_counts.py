@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from client.data import loading
 from client.federation.handlers import handle_request
@@ -24,26 +23,16 @@ from common.protocol.messages import (
     StatisticsRequest,
     Sums,
 )
+from tests.client.federation.private_hospital import hospital as hospital
 from tests.client.federation.private_hospital import (
-    copy_hospital,
     make_config,
     make_site,
     make_weights,
     query,
     read_charges,
     train,
-    write_hospital,
 )
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hospital(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def hospital(written: Path, tmp_path: Path) -> Path:
-    return copy_hospital(written, tmp_path)
+from tests.client.federation.private_hospital import written_hospital as written_hospital
 
 
 def ask_counts(hospital: Path, *overrides: str, run_id: str = "run") -> Sums:

@@ -181,8 +181,10 @@ def test_file_of_the_coordinator_is_approved_like_the_recipe_composed_here(tmp_p
 
 def test_wrong_file_and_wrong_day_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("- 1\n")
-    with pytest.raises(ConsiliumError, match="is no configuration"):
+    with pytest.raises(ConsiliumError, match="cannot be read as a configuration"):
         load_recipe(str(tmp_path / "config.yaml"), [])
+    with pytest.raises(ConsiliumError, match="FileNotFoundError"):
+        load_recipe(str(tmp_path / "missing.yaml"), [])
     with pytest.raises(ConsiliumError, match="overrides go with a recipe's name"):
         load_recipe("config.yaml", ["seed=1"])
     for expires in ("soon", "99999999999", "2026-02-30"):
